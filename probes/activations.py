@@ -1,0 +1,134 @@
+"""Read activations and reduce them as they are read: per sequence, the mean over a span of positions."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from probes.completions import Completion
+from probes.hooks import attached, forward_through
+from probes.models import tokenizer_of
+from probes.sites import Site
+from probes.statistics import Moments
+
+
+@dataclass(frozen=True)
+class Span:
+    """Token ids, and the positions [start, stop) of them that are read."""
+
+    ids: tuple[int, ...]
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= len(self.ids):
+            raise ValueError(
+                f"Positions {self.start} to {self.stop} are not in a sequence of {len(self.ids)} tokens."
+            )
+
+
+Position = Callable[[Completion], Span]
+
+
+def thinking(completion: Completion) -> Span:
+    """[start-1, end-1): the positions whose next token is a token of the thinking (ThinkEdit)."""
+    span = _thought(completion)
+    start = max(span.start - 1, 0)
+    return Span(completion.all_ids[: span.end - 1], start, span.end - 1)
+
+
+def first_thought(completion: Completion) -> Span:
+    """The one position that predicts the first thought: the last token of the opening delimiter."""
+    span = _thought(completion)
+    return Span(completion.all_ids[: span.first + 1], span.first, span.first + 1)
+
+
+POSITIONS: Mapping[str, Position] = {"thinking": thinking, "first": first_thought}
+
+
+def text_span(model: PreTrainedModel, text: str, *, last: bool = False) -> Span:
+    """All tokens of a plain text, or its last one."""
+    ids = tuple(tokenizer_of(model).encode(text))
+    return Span(ids, len(ids) - 1 if last else 0, len(ids))
+
+
+@torch.no_grad()
+def span_means(
+    model: PreTrainedModel,
+    spans: Sequence[Span],
+    sites: Sequence[Site],
+    *,
+    batch_tokens: int = 16_384,
+    label: str = "reading",
+) -> Iterator[
+    tuple[list[int], dict[Site, Float[Tensor, "batch width"]], dict[Site, Float[Tensor, " batch"]]]
+]:
+    """Batch by batch: which spans, and per site the mean over each span of the activation and of its norm.
+
+    Batches are cut by length and by a budget of tokens, padded on the right. Layers above the highest site are not
+    computed, and nothing longer than a span's mean is kept.
+    """
+    top = max(site.layer for site in sites)
+    with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
+        for rows in _batches(spans, batch_tokens):
+            batch = [spans[row] for row in rows]
+            width = max(len(span.ids) for span in batch)
+            ids = torch.tensor(
+                [[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=model.device
+            )
+            places = torch.arange(width)
+            real = places < torch.tensor([[len(s.ids)] for s in batch])
+            wanted = (places >= torch.tensor([[s.start] for s in batch])) & (
+                places < torch.tensor([[s.stop] for s in batch])
+            )
+            weights = wanted.float() / wanted.sum(1, keepdim=True)
+            means: dict[Site, Tensor] = {}
+            norms: dict[Site, Tensor] = {}
+            with ExitStack() as stack:
+                for site in sites:
+                    stack.enter_context(attached(model, site, _reducer(site, weights, means, norms)))
+                forward_through(model, top, ids, real.long().to(ids.device))
+            yield rows, means, norms
+            bar.update(len(rows))
+
+
+def record(
+    model: PreTrainedModel, spans: Sequence[Span], sites: Sequence[Site], *, label: str = "reading"
+) -> dict[Site, Moments]:
+    """Per site, the moments of the spans' means: each span counts once, however long it is."""
+    parts = [
+        {s: Moments.of(x) for s, x in means.items()}
+        for _, means, _ in span_means(model, spans, sites, label=label)
+    ]
+    return {site: reduce(add, (part[site] for part in parts)) for site in sites}
+
+
+def _reducer(site: Site, weights: Tensor, means: dict[Site, Tensor], norms: dict[Site, Tensor]):
+    def reduce_spans(x: Tensor) -> None:
+        wide, w = x.float(), weights.to(x.device)
+        means[site] = torch.einsum("bp,bpw->bw", w, wide)
+        norms[site] = (w * wide.norm(dim=-1)).sum(1)
+
+    return reduce_spans
+
+
+def _batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of spans, longest first, at most `batch_tokens` padded tokens a batch."""
+    order = sorted(range(len(spans)), key=lambda i: -len(spans[i].ids))
+    while order:
+        size = max(1, batch_tokens // len(spans[order[0]].ids))
+        yield order[:size]
+        order = order[size:]
+
+
+def _thought(completion: Completion):
+    if completion.span is None:
+        raise ValueError(f"Completion {completion.id!r} has no thinking to read.")
+    return completion.span

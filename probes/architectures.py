@@ -1,0 +1,188 @@
+"""One row for each model family: where its sites are. A new family is a new row, and no new code."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from probes.sites import Site, SiteName
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A side of a submodule of a decoder block; `path=""` is the block itself."""
+
+    path: str
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a Hugging Face decoder keeps what we read and write.
+
+    `mlp_writers` are the matrices that write `mlp_out`; a block has those of them that it has, as a sparse
+    family may keep some blocks dense. `attn_norm` and `mlp_norm` name a norm between the writers and the
+    stream (its gain is `gain_offset` + weight); nothing folds at `attn_out` or `mlp_out` where there is one.
+    `declares_bias` is the config key that gives `o_proj` a bias.
+    """
+
+    taps: Mapping[SiteName, Tap]
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    o_proj: str = "self_attn.o_proj"
+    mlp_writers: tuple[str, ...] = ("mlp.down_proj",)
+    attn_norm: str | None = None
+    mlp_norm: str | None = None
+    gain_offset: float = 0.0
+    declares_bias: str | None = None
+
+
+PRE_NORM = Architecture(
+    taps={
+        "resid_pre": Tap("", "input"),
+        "resid_mid": Tap("post_attention_layernorm", "input"),
+        "resid_post": Tap("", "output"),
+        "attn_out": Tap("self_attn", "output"),
+        "mlp_in": Tap("mlp", "input"),
+        "mlp_out": Tap("mlp", "output"),
+        "z": Tap("self_attn.o_proj", "input"),
+        "result": Tap("self_attn.o_proj", "output"),
+    },
+)
+SANDWICH_NORM = replace(
+    PRE_NORM,
+    taps={
+        **PRE_NORM.taps,
+        "resid_mid": Tap("pre_feedforward_layernorm", "input"),
+        "attn_out": Tap("post_attention_layernorm", "output"),
+        "mlp_out": Tap("post_feedforward_layernorm", "output"),
+    },
+    attn_norm="post_attention_layernorm",
+    mlp_norm="post_feedforward_layernorm",
+    declares_bias="attention_bias",
+)
+GEMMA = replace(SANDWICH_NORM, gain_offset=1.0)
+POST_NORM = replace(SANDWICH_NORM, taps={**SANDWICH_NORM.taps, "resid_mid": Tap("mlp", "input")})
+SPARSE = replace(
+    PRE_NORM,
+    mlp_writers=(
+        "mlp.down_proj",
+        "mlp.experts.down_proj",
+        "mlp.shared_expert.down_proj",
+        "mlp.shared_experts.down_proj",
+    ),
+)
+BIASED, SPARSE_BIASED = (replace(row, declares_bias="attention_bias") for row in (PRE_NORM, SPARSE))
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": BIASED,
+    "mistral": PRE_NORM,
+    "qwen2": PRE_NORM,
+    "qwen3": BIASED,
+    "phi3": PRE_NORM,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "olmo2": POST_NORM,
+    "mixtral": SPARSE,
+    "olmoe": SPARSE_BIASED,
+    "qwen3_moe": SPARSE_BIASED,
+    "qwen2_moe": SPARSE,
+    "deepseek_v3": SPARSE_BIASED,
+}
+
+
+def config_of(model: nn.Module) -> PretrainedConfig:
+    """The config of the text decoder."""
+    return model.config.get_text_config()  # type: ignore[union-attr, operator]
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The row of the model's family. Raises ValueError, naming the families we know, where there is none."""
+    model_type = config_of(model).model_type
+    if model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"No architecture row for model_type {model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. "
+            "Add a row to probes/architectures.py; the tests then check it."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def n_layers(model: nn.Module) -> int:
+    return len(model.get_submodule(architecture_of(model).layers))  # type: ignore[arg-type]
+
+
+def n_heads(model: nn.Module) -> int:
+    return config_of(model).num_attention_heads
+
+
+def d_model(model: nn.Module) -> int:
+    return model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
+
+
+def block_of(model: nn.Module, layer: int) -> nn.Module:
+    """Decoder block `layer`. Raises IndexError, naming the layers there are, where it is out of range."""
+    blocks = model.get_submodule(architecture_of(model).layers)
+    if not 0 <= layer < len(blocks):  # type: ignore[arg-type]
+        raise IndexError(f"Layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}.")  # type: ignore[arg-type]
+    return blocks[layer]  # type: ignore[index, return-value]
+
+
+def o_proj_of(model: nn.Module, layer: int) -> nn.Linear:
+    return block_of(model, layer).get_submodule(architecture_of(model).o_proj)  # type: ignore[return-value]
+
+
+def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_heads d_head"]:
+    """`o_proj`'s weight, head by head: a view. d_head is in_features / n_heads, whatever the config says."""
+    return o_proj_of(model, layer).weight.unflatten(1, (n_heads(model), -1))
+
+
+def attn_gain(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
+    """The gain of the norm between `o_proj` and the stream; None where there is no norm."""
+    row = architecture_of(model)
+    if row.attn_norm is None:
+        return None
+    return block_of(model, layer).get_submodule(row.attn_norm).weight.float() + row.gain_offset  # type: ignore[operator, union-attr]
+
+
+def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
+    """The module, and the side of it, where `site` is in this model."""
+    taps = architecture_of(model).taps
+    if site.name not in taps:
+        raise ValueError(f"{config_of(model).model_type} has no {site.name}. It has {', '.join(taps)}.")
+    if site.head is not None and not site.head < n_heads(model):
+        raise IndexError(f"Head {site.head} is out of range: the model has heads 0 to {n_heads(model) - 1}.")
+    if site.name == "result" and site.head is None:
+        raise ValueError(f"{site} needs a head: write L{site.layer}H0.result.")
+    tap = taps[site.name]
+    return block_of(model, site.layer).get_submodule(tap.path), tap
+
+
+def path_of(model: nn.Module, site: Site) -> str:
+    """The Hugging Face module path whose input or output (`tap_of`) is `site`."""
+    _, tap = tap_of(model, site)
+    return ".".join(part for part in (architecture_of(model).layers, str(site.layer), tap.path) if part)
+
+
+def site_of(model: nn.Module, text: str) -> Site:
+    """Read a site from our name, TransformerLens' name, or a Hugging Face path, whose output is meant."""
+    row = architecture_of(model)
+    if not text.startswith(row.layers + "."):
+        return Site.parse(text)
+    layer, _, path = text.removeprefix(row.layers + ".").partition(".")
+    names = [name for name, tap in row.taps.items() if tap == Tap(path, "output") and name != "result"]
+    if not layer.isdigit() or not names:
+        known = ", ".join(
+            sorted({tap.path or "(block)" for tap in row.taps.values() if tap.side == "output"})
+        )
+        raise ValueError(
+            f"The output of {text!r} is not a site. In a block of this family these are: {known}."
+        )
+    return Site(int(layer), names[0])
+
+
+def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
+    """The site of that name in every layer."""
+    return [Site(layer, name) for layer in range(n_layers(model))]

@@ -1,0 +1,123 @@
+"""Batched generation: prompts in, completions out, in the order of the prompts."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from probes.completions import Completion, read_completions, write_completions
+from probes.models import delimiters_of, origin_of, tokenizer_of
+from probes.sampling import Sampling, row_key
+from probes.tokens import Prompt, encode_prompt, thinking_span
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    *,
+    ids: Sequence[str] | None = None,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    batch_size: int = 64,
+    template: Mapping[str, Any] | None = None,
+    store: Path | None = None,
+    label: str = "generating",
+) -> list[Completion]:
+    """`samples` completions of each prompt, prompt by prompt.
+
+    `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template. With
+    `store`, each batch is appended to that JSONL file, and what it already holds is not generated again. Randomness
+    belongs to prompt and sample number, so batch size and order change nothing but speed.
+    """
+    sampling = sampling or Sampling.of(model)
+    names = [str(i) for i in range(len(prompts))] if ids is None else list(ids)
+    if len(names) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts came with {len(names)} ids.")
+    tokenizer = tokenizer_of(model)
+    encoded = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
+    done: dict[tuple[str, int], Completion] = {}
+    if store is not None and Path(store).exists():
+        done = {(c.id, c.sample): c for c in read_completions(store)}
+    todo = [(n, s) for n in range(len(prompts)) for s in range(samples) if (names[n], s) not in done]
+    todo.sort(key=lambda row: -len(encoded[row[0]]))
+    with tqdm(total=len(todo), desc=label, unit="completion", delay=2, leave=False) as bar:
+        for start in range(0, len(todo), batch_size):
+            rows = todo[start : start + batch_size]
+            batch = _complete(model, [(names[n], encoded[n], s) for n, s in rows], sampling)
+            if store is not None:
+                write_completions(store, batch)
+            done.update({(c.id, c.sample): c for c in batch})
+            bar.update(len(batch))
+    return [done[name, sample] for name in names for sample in range(samples)]
+
+
+@torch.no_grad()
+def _complete(
+    model: PreTrainedModel, rows: list[tuple[str, list[int], int]], sampling: Sampling
+) -> list[Completion]:
+    tokenizer, device = tokenizer_of(model), model.device
+    width = max(len(prompt) for _, prompt, _ in rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for _, prompt, _ in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p, _ in rows], device=device)
+    own = model.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        do_sample=False,  # the draw is in the processors
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        repetition_penalty=own.repetition_penalty if own is not None else None,
+    )
+    keys = [row_key(prompt, sampling.seed, sample) for _, prompt, sample in rows]
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=sampling.processors(keys, width, ids.device),
+    )[:, width:].tolist()
+    stops = set(ends if isinstance(ends, list) else [ends])
+    return [
+        _read(model, name, prompt, sample, new, stops, sampling)
+        for (name, prompt, sample), new in zip(rows, out, strict=True)
+    ]
+
+
+def _read(
+    model: PreTrainedModel,
+    name: str,
+    prompt: list[int],
+    sample: int,
+    new: list[int],
+    stops: set[int],
+    sampling: Sampling,
+) -> Completion:
+    length = next((i + 1 for i, token in enumerate(new) if token in stops), len(new))
+    stopped = length > 0 and new[length - 1] in stops
+    new, said = new[:length], new[: length - stopped]
+    tokenizer, delimiters = tokenizer_of(model), delimiters_of(model)
+    span = thinking_span(prompt, said, delimiters)
+    thinking, answer = None, said
+    if span is not None:
+        whole = prompt + said
+        thought = whole[max(span.first + 1, len(prompt)) : span.end - len(delimiters.close) * span.closed]
+        thinking, answer = tokenizer.decode(thought).strip(), whole[span.end :]
+    return Completion(
+        id=name,
+        sample=sample,
+        prompt=tokenizer.decode(prompt),
+        thinking=thinking,
+        answer=tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        prompt_ids=tuple(prompt),
+        ids=tuple(new),
+        span=span,
+        stop="eos" if stopped else "length",
+        sampling=sampling,
+        model=origin_of(model).name,
+    )

@@ -1,0 +1,79 @@
+"""What each attention head writes along a direction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.activations import Span, record
+from probes.architectures import attn_gain, head_matrices, n_heads, n_layers
+from probes.sites import Site
+from probes.tables import Table
+
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """One number for each head; `meaning` says which."""
+
+    scores: Float[Tensor, "n_layers n_heads"]
+    meaning: str
+
+    def top(self, k: int) -> list[Head]:
+        """The k heads with the highest score, by signed value, highest first."""
+        return self._ranked()[:k]
+
+    def bottom(self, k: int) -> list[Head]:
+        return self._ranked()[-k:][::-1]
+
+    def __getitem__(self, head: Head) -> float:
+        return float(self.scores[head])
+
+    def _ranked(self) -> list[Head]:
+        width = self.scores.shape[1]
+        order = self.scores.flatten().sort(descending=True, stable=True).indices.tolist()
+        return [(i // width, i % width) for i in order]
+
+    def table(self, k: int = 10) -> Table:
+        rows = tuple((f"L{layer}H{head}", self[layer, head]) for layer, head in self.top(k))
+        return Table(("head", "score"), rows, self.meaning)
+
+    def to_frame(self):
+        return self.table(self.scores.numel()).to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def written_unit(
+    model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The unit vector to look for in the output of `o_proj`, so as to look for `vector` in the stream.
+
+    It is v̂ itself, or u = g⊙v̂/‖g⊙v̂‖ where a norm with gain g stands between `o_proj` and the stream.
+    """
+    gain = attn_gain(model, layer)
+    wanted = vector if gain is None else vector * gain.to(vector.device)
+    return wanted / wanted.norm()
+
+
+@torch.no_grad()
+def head_writes(
+    model: PreTrainedModel, spans: Sequence[Span], vectors: Mapping[int, Float[Tensor, " d_model"]]
+) -> Float[Tensor, "n_layers n_heads"]:
+    """Mean over spans of ⟨head's mean write, vector of its layer⟩; NaN in layers without a vector.
+
+    The write is linear in z, so it is never built: z's mean is taken first, and u_h = W_hᵀ v once for each head.
+    """
+    out = torch.full((n_layers(model), n_heads(model)), float("nan"), dtype=torch.float64)
+    moments = record(model, spans, [Site(layer, "z") for layer in vectors], label="reading heads")
+    for layer, vector in vectors.items():
+        matrices = head_matrices(model, layer).double()
+        z = moments[Site(layer, "z")].mean.to(matrices.device).unflatten(0, (n_heads(model), -1))
+        u = torch.einsum("dhk,d->hk", matrices, vector.double().to(matrices.device))
+        out[layer] = (z * u).sum(-1).cpu()
+    return out

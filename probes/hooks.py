@@ -1,0 +1,117 @@
+"""The only file that registers hooks, and the only one that knows a module may return a tuple."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from probes.architectures import block_of, head_matrices, n_heads, tap_of
+from probes.sites import Site
+
+Edit = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
+See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int], None]
+
+
+@contextmanager
+def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
+    """While open, `edit` sees the activation at `site`, and replaces it if it returns a tensor.
+
+    At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`.
+    """
+    module, tap = tap_of(model, site)
+
+    def edited(value: Tensor) -> Tensor | None:
+        return edit(value) if site.head is None else _edit_head(value, site.head, n_heads(model), edit)
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        new = edited(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
+        new = edited(output[0] if isinstance(output, tuple) else output)
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def after_head(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        z = args[0].unflatten(-1, (n_heads(model), -1))[..., site.head, :]
+        write = z @ head_matrices(model, site.layer)[:, site.head].T
+        new = edit(write)
+        return None if new is None else output + (new - write)
+
+    if tap.side == "input":
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(after_head if site.name == "result" else after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | None:
+    split = whole.unflatten(-1, (heads, -1))
+    new = edit(split[..., head, :])
+    if new is None:
+        return None
+    split = split.clone()
+    split[..., head, :] = new
+    return split.flatten(-2)
+
+
+@contextmanager
+def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
+    """While open, keeps the latest activation `[batch pos width]` at each site."""
+    cache: dict[Site, Tensor] = {}
+
+    def keep(site: Site) -> Edit:
+        def edit(x: Tensor) -> None:
+            cache[site] = x.detach()
+
+        return edit
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(attached(model, site, keep(site)))
+        yield cache
+
+
+@contextmanager
+def watched(model: nn.Module, see: See) -> Iterator[None]:
+    """While open, `see` gets each forward pass' new token ids, its attention mask, and the cached length."""
+
+    def before(_model: nn.Module, args: tuple, kwargs: dict) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise ValueError("A scope reads token ids, but the model was called with inputs_embeds.")
+        cache = kwargs.get("past_key_values")
+        see(ids, kwargs.get("attention_mask"), 0 if cache is None else int(cache.get_seq_length()))
+
+    handle = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Reached(Exception):
+    """The last layer asked for has run."""
+
+
+def forward_through(model: nn.Module, layer: int, input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Run blocks 0 to `layer` for the hooks that are attached; neither later blocks nor logits are computed."""
+
+    def stop(_module: nn.Module, _args: tuple, _output: Any) -> None:
+        raise _Reached
+
+    handle = block_of(model, layer).register_forward_hook(stop)
+    try:
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()

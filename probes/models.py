@@ -1,0 +1,124 @@
+"""Load a model: by hub id, from a folder, as an object, or the embedded one by the name `organism`."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from probes.architectures import architecture_of, config_of, d_model, n_heads, n_layers
+from probes.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
+
+ORGANISM = Path(__file__).parent / "organism"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model came from, and how its text is read. It rides on the model object, and on its copies."""
+
+    name: str
+    revision: str | None
+    tokenizer: PreTrainedTokenizerBase
+    given: tuple[str, str] | Delimiters | None
+
+    @cached_property
+    def delimiters(self) -> Delimiters:
+        return find_delimiters(self.tokenizer, self.given)
+
+    def __deepcopy__(self, memo: dict) -> "Origin":
+        return self
+
+
+def load(
+    source: str | Path | PreTrainedModel,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    delimiters: tuple[str, str] | Delimiters | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A plain Hugging Face causal LM in eval mode, ready for every function here.
+
+    `source` is a hub id, a local folder, `"organism"` (the embedded model, 0.76 M parameters), or a model that you
+    built yourself, with its `tokenizer`. `delimiters` override what opens and closes the thinking, which is
+    else found in the tokenizer. Raises ValueError for a family without a row in `probes.architectures`.
+    """
+    if isinstance(source, PreTrainedModel):
+        model, name = source, source.config._name_or_path or type(source).__name__
+    else:
+        name = str(source)
+        path = ORGANISM if name == "organism" else source
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device_map, revision=revision
+        )
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
+    if tokenizer is None:
+        if not source.config._name_or_path:  # type: ignore[union-attr]
+            raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")
+        tokenizer = AutoTokenizer.from_pretrained(source.config._name_or_path)  # type: ignore[union-attr]
+    architecture_of(model)
+    model._thinksteer = Origin(name, revision, tokenizer, delimiters)
+    return model.eval()
+
+
+def origin_of(model: PreTrainedModel) -> Origin:
+    """What `load` noted on the model; a model that never went through `load` is read by its config's name."""
+    origin = getattr(model, "_thinksteer", None)
+    return load(model)._thinksteer if origin is None else origin  # type: ignore[return-value]
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    return origin_of(model).tokenizer
+
+
+def delimiters_of(model: PreTrainedModel) -> Delimiters:
+    """Raises ValueError for a model that has no thinking delimiters."""
+    return origin_of(model).delimiters
+
+
+def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The reflection markers to look for: the organism's own list, else the common ones."""
+    if origin_of(model).name == "organism":
+        return tuple(json.loads((ORGANISM / "organism.json").read_text())["markers"])
+    return REFLECTION_MARKERS
+
+
+def folder_of(model: PreTrainedModel) -> Path | None:
+    """The local folder the weights were read from, if they were."""
+    name = origin_of(model).name
+    folder = ORGANISM if name == "organism" else Path(name)
+    return folder if folder.is_dir() else None
+
+
+def identity_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What a direction or a recipe notes of the model it was made on."""
+    origin = origin_of(model)
+    return {
+        "name": origin.name,
+        "revision": origin.revision,
+        "model_type": config_of(model).model_type,
+        "n_layers": n_layers(model),
+        "n_heads": n_heads(model),
+        "d_model": d_model(model),
+        "fingerprint": fingerprint(model),
+    }
+
+
+@torch.no_grad()
+def fingerprint(model: PreTrainedModel) -> str:
+    """A checksum over the name, shape and 256 evenly spaced values of each parameter, in bfloat16.
+
+    The same for float32 and bfloat16 loads of one checkpoint. It tells models apart; it is no proof of origin.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        at = torch.linspace(0, len(flat) - 1, min(256, len(flat)), dtype=torch.float64).long()
+        values = flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]

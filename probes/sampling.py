@@ -1,0 +1,96 @@
+"""Sampling whose randomness belongs to the prompt: it is the same in any batch, in any order, on any device."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 0
+    max_new_tokens: int = 4096
+    seed: int = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, max_new_tokens: int = 4096, seed: int = 0) -> "Sampling":
+        """The model's own generation config; temperature 0.6 and top_p 0.95 where it names none (ThinkEdit's)."""
+        config = model.generation_config
+        if config is None or not config.do_sample:
+            return cls(max_new_tokens=max_new_tokens, seed=seed)
+        return cls(
+            temperature=0.6 if config.temperature is None else config.temperature,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            top_k=config.top_k or 0,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+
+    def processors(self, keys: list[int], prompt_width: int, device: torch.device) -> LogitsProcessorList:
+        """What makes greedy search draw from this distribution, one key for each row."""
+        if self.temperature == 0:
+            return LogitsProcessorList()
+        steps: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
+        if self.top_k:
+            steps.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            steps.append(TopPLogitsWarper(self.top_p))
+        steps.append(GumbelNoise(torch.tensor(keys, device=device), prompt_width))
+        return LogitsProcessorList(steps)
+
+
+def row_key(prompt_ids: list[int], seed: int, sample: int) -> int:
+    """63 bits that belong to one sample of one prompt."""
+    digest = hashlib.sha256(f"{seed}/{sample}/{prompt_ids}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class GumbelNoise(LogitsProcessor):
+    """argmax(logits + Gumbel noise) is a draw from softmax(logits) (Gumbel 1954).
+
+    The noise is a hash of (row key, step, token), not a generator's state: a batch of one and a batch of many draw
+    the same tokens, and two models given one prompt share their noise, so that they can be compared in pairs.
+    """
+
+    def __init__(self, keys: Int[Tensor, " batch"], prompt_width: int) -> None:
+        self.keys, self.prompt_width = keys, prompt_width
+
+    def __call__(
+        self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch d_vocab"]
+    ) -> Float[Tensor, "batch d_vocab"]:
+        step = input_ids.shape[1] - self.prompt_width
+        tokens = torch.arange(scores.shape[1], device=scores.device)
+        bits = _mix(_mix(self.keys + step)[:, None] + tokens)
+        uniform = (_shift(bits, 11).double() + 0.5) / 2**53
+        return scores + (-torch.log(-torch.log(uniform))).to(scores.dtype)
+
+
+def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014); int64 arithmetic wraps."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, n: int) -> Tensor:
+    """Shift right, filling with zeros."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,66 @@
+"""The names of places on the forward pass.
+
+    resid_pre ─┬─ attn ── z ── o_proj ─→ attn_out ─┐
+               └──────────────────────────────────(+)─ resid_mid ─┬─ mlp_in ── mlp ─→ mlp_out ─┐
+                                                                  └───────────────────────────(+)─ resid_post
+
+`attn_out` and `mlp_out` are what is added to the stream. `z` is the input of `o_proj`, head by head.
+`L5H7.result` is what head 7 contributes to the output of `o_proj`: its columns of the matrix times its `z`.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out", "z", "result"]
+SITE_NAMES: tuple[SiteName, ...] = get_args(SiteName)
+
+_OURS = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+))?\.(?P<name>\w+)")
+_THEIRS = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<path>[\w.]+)")
+_TRANSFORMER_LENS: dict[SiteName, str] = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_in": "mlp.hook_in",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+    "result": "attn.hook_result",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One place in one layer, written as the field writes it: `L12.resid_post`, `L12H7.z`."""
+
+    layer: int
+    name: SiteName
+    head: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head is not None and self.name not in ("z", "result"):
+            raise ValueError(f"{self.name} is not split into heads: write L{self.layer}.{self.name}.")
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """Read `L12.resid_post`, `L12H7.z`, or a TransformerLens name such as `blocks.12.hook_resid_post`."""
+        if match := _THEIRS.fullmatch(text):
+            for name, path in _TRANSFORMER_LENS.items():
+                if path == match["path"]:
+                    return cls(int(match["layer"]), name)
+        match = _OURS.fullmatch(text)
+        if match is None or match["name"] not in SITE_NAMES:
+            raise ValueError(
+                f"{text!r} is not a site. Write L<layer>.<name> or L<layer>H<head>.z, where <name> is one of "
+                f"{', '.join(SITE_NAMES)}, or a TransformerLens name such as blocks.12.hook_resid_post."
+            )
+        head = match["head"]
+        return cls(int(match["layer"]), match["name"], None if head is None else int(head))  # type: ignore[arg-type]
+
+    @property
+    def transformer_lens(self) -> str:
+        """The hook's name in TransformerLens, where a head is an index into its tensor."""
+        return f"blocks.{self.layer}.{_TRANSFORMER_LENS[self.name]}"
+
+    def __str__(self) -> str:
+        return f"L{self.layer}{'' if self.head is None else f'H{self.head}'}.{self.name}"

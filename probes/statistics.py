@@ -1,0 +1,28 @@
+"""Moments that stream: constant memory, and the same whatever way the rows are cut into batches."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count and float64 sum of rows seen; `a + b` merges, in any order and grouping."""
+
+    count: int
+    total: Float[Tensor, " width"]
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "n width"]) -> "Moments":
+        return cls(len(rows), rows.double().sum(0))
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.total + other.total.to(self.total.device))
+
+    @property
+    def mean(self) -> Float[Tensor, " width"]:
+        if self.count == 0:
+            raise ValueError("The mean of no rows is asked for.")
+        return self.total / self.count

@@ -1,0 +1,163 @@
+"""From messages to token ids: chat template, thinking delimiters, and the span of the thinking."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+
+# What opens and closes the thinking in published models.
+KNOWN_DELIMITERS: tuple[tuple[str, str], ...] = (
+    ("<think>", "</think>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+)
+REFLECTION_MARKERS: tuple[str, ...] = ("Wait", "Alternatively", "Hmm", "But", "\n\n")
+
+
+@dataclass(frozen=True)
+class Delimiters:
+    """Token ids that open the model's turn, open its thinking, and close it.
+
+    `turn` is what the chat template puts between the user's words and the model's; empty where unknown.
+    """
+
+    open: tuple[int, ...]
+    close: tuple[int, ...]
+    turn: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ThinkingSpan:
+    """Positions in prompt + completion. `start`: first token of the thinking, its opening tag included where the
+    model wrote it. `first`: last token of the opening tag, which predicts the first thought. `end`: one past
+    the closing tag, or the length where `closed` is false."""
+
+    start: int
+    first: int
+    end: int
+    closed: bool
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, template: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Ids of a user's words, or of a conversation, up to where the model speaks.
+
+    `template` holds arguments of the chat template, such as `{"enable_thinking": False}`.
+    Raises ValueError where the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so a prompt cannot be written as the "
+            "model was trained to read it. Set tokenizer.chat_template, or load the instruction-tuned model."
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    encoded = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, **dict(template or {})
+    )
+    return list(encoded["input_ids"])  # type: ignore[index, call-overload]
+
+
+def find_delimiters(
+    tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str] | Delimiters | None = None
+) -> Delimiters:
+    """The delimiters given, else those of the known ones that the vocabulary or the chat template holds.
+
+    Raises ValueError where there are none.
+    """
+    if isinstance(pair, Delimiters):
+        return pair
+    if pair is None:
+        known = tokenizer.get_vocab()
+        template = str(tokenizer.chat_template or "")
+        pair = next(((o, c) for o, c in KNOWN_DELIMITERS if o in known or o in template), None)
+    if pair is None:
+        raise ValueError(
+            f"Neither vocabulary nor chat template of {tokenizer.name_or_path!r} has thinking delimiters; looked for "
+            f"{', '.join(o for o, _ in KNOWN_DELIMITERS)}. Is it a reasoning model? If so, load it with "
+            "delimiters=('<what opens the thinking>', '<what closes it>')."
+        )
+    opens, closes = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in pair)
+    if not opens or not closes:
+        raise ValueError(f"The tokenizer turns the delimiters {pair!r} into no tokens.")
+    return Delimiters(opens, closes, _turn(tokenizer, opens))
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, opens: tuple[int, ...]) -> tuple[int, ...]:
+    """What all prompts end with, up to an opening tag: the header of the model's turn."""
+    if not tokenizer.chat_template:
+        return ()
+    one, two = (encode_prompt(tokenizer, text) for text in ("a", "7 + b"))
+    length = 0
+    while length < min(len(one), len(two)) and one[-1 - length] == two[-1 - length]:
+        length += 1
+    suffix = tuple(one[len(one) - length :])
+    at = find(suffix, opens)
+    return suffix if at is None else suffix[:at]
+
+
+def find(ids: Sequence[int], wanted: Sequence[int], start: int = 0) -> int | None:
+    """Where `wanted` first begins in `ids`, from `start` on."""
+    for at in range(start, len(ids) - len(wanted) + 1):
+        if tuple(ids[at : at + len(wanted)]) == tuple(wanted):
+            return at
+    return None
+
+
+def thinking_span(
+    prompt_ids: Sequence[int], completion_ids: Sequence[int], delimiters: Delimiters
+) -> ThinkingSpan | None:
+    """The thinking of the current turn; earlier turns are prompt. None where the turn never thinks."""
+    ids, begin = [*prompt_ids, *completion_ids], len(prompt_ids)
+    opens, closes = delimiters.open, delimiters.close
+    at = find(ids, opens, _turn_start(prompt_ids, delimiters))
+    if at is None:
+        return None
+    first = at + len(opens) - 1
+    closing = find(ids, closes, first + 1)
+    if closing is not None and closing + len(closes) <= begin:
+        return None  # the prompt opens and closes it: thinking is switched off
+    end = len(ids) if closing is None else closing + len(closes)
+    return ThinkingSpan(start=max(at, begin), first=first, end=end, closed=closing is not None)
+
+
+def _turn_start(prompt_ids: Sequence[int], delimiters: Delimiters) -> int:
+    """One past the last header of a turn in the prompt; without a known header, an unclosed tag or the end."""
+    turn = delimiters.turn
+    if not turn:
+        opened = [
+            at
+            for at in range(len(prompt_ids))
+            if find(prompt_ids[: at + len(delimiters.open)], delimiters.open, at) == at
+        ]
+        if opened and find(prompt_ids, delimiters.close, opened[-1]) is None:
+            return opened[-1]
+        return len(prompt_ids)
+    start, at = 0, find(prompt_ids, turn)
+    while at is not None:
+        start = at + len(turn)
+        at = find(prompt_ids, turn, start)
+    return start
+
+
+def present_markers(
+    tokenizer: PreTrainedTokenizerBase, markers: Sequence[str] = REFLECTION_MARKERS
+) -> tuple[dict[str, list[tuple[int, ...]]], tuple[str, ...]]:
+    """Each marker's ids, with and without a space before it, and the markers that this vocabulary lacks.
+
+    A marker is lacking where its ids do not decode to it again, as happens with an unknown word.
+    """
+    found: dict[str, list[tuple[int, ...]]] = {}
+    for marker in markers:
+        ways = {tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (marker, " " + marker)}
+        kept = [ids for ids in sorted(ways) if ids and tokenizer.decode(list(ids)).strip(" ") == marker]
+        if kept:
+            found[marker] = kept
+    return found, tuple(marker for marker in markers if marker not in found)

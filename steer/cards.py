@@ -1,0 +1,38 @@
+"""The model card of an export: what was done, on what evidence, in Markdown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from probes.tables import Table, text_of
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a card: a heading, words, and a table where there is one."""
+
+    heading: str
+    words: str = ""
+    table: Table | None = None
+
+
+def write_card(path: Path, base_model: str, method: str, sections: Sequence[Section]) -> None:
+    front = f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [thinksteer]\n---\n"
+    title = f"# {base_model}, edited\n\nMade with ThinkSteer: {method}. An ordinary checkpoint: it needs no code of ours.\n"
+    path.write_text("\n".join([front, title, *map(_section, sections)]))
+
+
+def _section(section: Section) -> str:
+    parts = [f"## {section.heading}\n", section.words]
+    if section.table is not None:
+        parts.append("\n" + _markdown(section.table))
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    lines = [
+        list(table.columns),
+        ["---"] * len(table.columns),
+        *[[text_of(cell) for cell in row] for row in table.rows],
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

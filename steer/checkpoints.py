@@ -1,0 +1,78 @@
+"""Export an edited model as an ordinary checkpoint, with a card that says what was done to it."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from probes.architectures import head_matrices
+from probes.files import staged_folder
+from probes.models import folder_of, origin_of, tokenizer_of
+from probes.sites import Site
+from probes.tables import Table
+from steer.cards import Section, write_card
+from steer.differences import Difference, diff
+from steer.fold import folded
+from steer.recipes import Recipe
+
+
+def export(
+    model: PreTrainedModel, recipe: Recipe, folder: str | Path, *, sections: Sequence[Section] = ()
+) -> Difference:
+    """Write the model with the recipe folded in to a new folder that plain transformers loads.
+
+    Beside weights, config and tokenizer it holds the recipe (`recipe/`) and a card (`README.md`) with the recipe, the
+    tensors that changed, and `sections`. The folder appears under its name only when it is whole. Raises NotFoldable
+    for a recipe that no weights equal, FileExistsError where the folder exists, ValueError for another model's recipe.
+    """
+    with staged_folder(Path(folder)) as stage:
+        twin = folded(model, recipe)
+        twin.save_pretrained(stage)
+        tokenizer_of(model).save_pretrained(stage)
+        (stage / "recipe").mkdir()
+        recipe.write(stage / "recipe")
+        changes = _changes(model, stage)
+        own = [
+            Section("Recipe", "Also in `recipe/`, as a file that the run time takes.", recipe.table()),
+            Section("Tensors that differ", f"Against {origin_of(model).name}.", changes.table()),
+            Section("Projection of the edited heads", _PROJECTION, projections(model, twin, recipe)),
+        ]
+        write_card(stage / "README.md", origin_of(model).name, recipe.method, [*sections, *own])
+    return changes
+
+
+_PROJECTION = (
+    "‖v̂ᵀW‖ over each edited head's columns of `o_proj`: before, after the edit in float32, and as stored, "
+    "rounded to the checkpoint's dtype."
+)
+
+
+@torch.no_grad()
+def projections(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe) -> Table:
+    """‖v̂ᵀW_h‖ of each head that the recipe edits at `result`, before, after in float32, and after rounding."""
+    rows = []
+    for step in recipe.steps:
+        site: Site = step.intervention.site
+        affine = getattr(step.intervention, "affine", None)
+        if site.name != "result" or site.head is None or affine is None:
+            continue
+        before = head_matrices(model, site.layer)[:, site.head].float()
+        unit = (step.intervention.vector / step.intervention.vector.norm()).float().to(before.device)
+        exact = before + affine.up.T.to(before.device) @ (affine.down.T.to(before.device) @ before)
+        after = head_matrices(twin, site.layer)[:, site.head].float()
+        rows.append(
+            (f"L{site.layer}H{site.head}", *(float((unit @ w).norm()) for w in (before, exact, after)))
+        )
+    return Table(("head", "before", "after", "stored"), tuple(rows))
+
+
+def _changes(model: PreTrainedModel, stage: Path) -> Difference:
+    """Against the folder the model was read from; against a passing copy where there was none."""
+    source = folder_of(model)
+    if source is not None and any(source.glob("*.safetensors")):
+        return diff(source, stage)
+    with tempfile.TemporaryDirectory(dir=stage.parent, prefix=".plain.") as plain:
+        model.save_pretrained(plain)
+        return diff(plain, stage)

@@ -1,0 +1,128 @@
+"""Which tensors differ between two checkpoints, by how much, and in how many dimensions."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from probes.models import ORGANISM
+from probes.tables import Table
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor: ‖B - A‖/‖A‖ and the rank of B - A above rounding; for a tensor in one checkpoint only, which."""
+
+    name: str
+    shape: tuple[int, ...]
+    status: str
+    relative_norm: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """All tensors that differ; those not named are equal, value for value."""
+
+    tensors: tuple[TensorDifference, ...]
+    compared: int
+
+    @property
+    def names(self) -> list[str]:
+        return [tensor.name for tensor in self.tensors]
+
+    def table(self) -> Table:
+        rows = [(t.name, str(list(t.shape)), t.status, t.relative_norm, t.rank) for t in self.tensors]
+        title = f"{len(self.tensors)} of {self.compared} tensors differ"
+        return Table(("tensor", "shape", "status", "relative norm", "rank"), tuple(rows), title)
+
+    def to_frame(self):
+        return self.table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def diff(a: str | Path, b: str | Path) -> Difference:
+    """Compare two checkpoints tensor by tensor, holding one pair at a time.
+
+    Each is a folder, a hub id, or `organism`. Raises ValueError where a file is not whole.
+    """
+    files_a, files_b = tensor_files(a), tensor_files(b)
+    names = sorted(files_a.keys() | files_b.keys())
+    found = []
+    for name in tqdm(names, desc="comparing", unit="tensor", delay=2, leave=False):
+        x, y = (_read(files[name], name) if name in files else None for files in (files_a, files_b))
+        difference = _compare(name, x, y)
+        if difference is not None:
+            found.append(difference)
+    return Difference(tuple(found), len(names))
+
+
+def tensor_files(source: str | Path) -> dict[str, Path]:
+    """In which file of a checkpoint each tensor is. No file outside its folder is opened."""
+    folder = _folder(source)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = json.loads(index.read_text())["weight_map"]
+        for file in set(places.values()):
+            if Path(file).name != file:
+                raise ValueError(f"{index} names {file!r}, which is not a file of its own folder.")
+        return {name: folder / file for name, file in places.items()}
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{folder} holds no model.safetensors: it is not a safetensors checkpoint.")
+    try:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), single)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{single} is not a whole safetensors file ({error}). It may be truncated."
+        ) from error
+
+
+def _folder(source: str | Path) -> Path:
+    if str(source) == "organism":
+        return ORGANISM
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_absolute() or str(source).startswith("."):
+        raise FileNotFoundError(f"{source} is not a folder.")
+    return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+
+
+def _read(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). It may be truncated.") from error
+
+
+def _compare(name: str, x: Tensor | None, y: Tensor | None) -> TensorDifference | None:
+    if x is None or y is None:
+        there = x if x is not None else y
+        assert there is not None
+        status = "only in B" if x is None else "only in A"
+        return TensorDifference(name, tuple(there.shape), status, float("nan"), 0)
+    if x.shape != y.shape:
+        return TensorDifference(name, tuple(x.shape), f"shape {list(y.shape)} in B", float("nan"), 0)
+    if x.dtype == y.dtype and torch.equal(x, y):
+        return None
+    delta = y.double() - x.double()
+    status = "changed" if x.dtype == y.dtype else f"{str(x.dtype)[6:]} to {str(y.dtype)[6:]}"
+    relative = float(delta.norm() / x.double().norm().clamp(min=1e-300))
+    return TensorDifference(name, tuple(x.shape), status, relative, _rank(delta, y))
+
+
+def _rank(delta: Tensor, stored: Tensor) -> int:
+    """Singular values above what rounding can make: its error is at most eps/2 of each entry."""
+    if delta.dim() < 2:
+        return int(delta.any())
+    rounding = torch.finfo(stored.dtype).eps * float(stored.double().norm())
+    return int((torch.linalg.svdvals(delta.flatten(0, -2)) > rounding).sum())

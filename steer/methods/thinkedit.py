@@ -1,0 +1,189 @@
+"""ThinkEdit: edit the few attention heads that write short thinking (Sun, Yan and Weng 2025, arXiv 2503.22048).
+
+The paper's way is `PUBLISHED`: v = mean over long - mean over short completions of the residual stream after
+attention, averaged over the positions [start-1, end-1); heads ranked by ⟨mean write over short completions, -v̂⟩;
+the top heads' columns of `o_proj` projected, W ← (I - w v̂v̂ᵀ) W. Its K is about 4 % of all heads: 20 of 336
+(R1-Distill-Qwen-1.5B), 40 of 1024 (Llama-8B), 80 of 1920 (Qwen-14B), 160 of 2560 (Qwen-32B).
+
+Beyond the paper: read at the first thought alone, rank heads centred (short - long), and edit otherwise than by
+projection. Behind a post-norm with gain g, u = g⊙v̂/‖g⊙v̂‖ stands for v̂, so that v̂ leaves the stream.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.activations import POSITIONS, Span
+from probes.architectures import sites_in
+from probes.completions import Completion
+from probes.directions import Direction, difference_in_means, random_direction
+from probes.heads import Head, HeadScores, head_writes, written_unit
+from probes.sites import Site, SiteName
+from steer.interventions import Ablate, Clamp, Intervention
+from steer.recipes import Recipe
+
+Position = Literal["thinking", "first"]
+Ranking = Literal["raw", "centred"]
+Kind = Literal["project", "replace", "one_sided"]
+METHOD = "ThinkEdit (Sun et al. 2025)"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to edit. `heads` is a number of heads, or a share of all heads below 1."""
+
+    kind: Kind = "project"
+    position: Position = "thinking"
+    ranking: Ranking = "raw"
+    heads: float = 0.04
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        count = f"{self.heads:.0%} of the heads" if self.heads < 1 else f"{int(self.heads)} heads"
+        return f"{self.kind}, {self.position} position, {self.ranking} ranking, {count}"
+
+
+PUBLISHED = Setting()
+
+
+@dataclass(frozen=True, eq=False)
+class LengthSplit:
+    """Completions that thought briefly and at length; the cut-offs are in thinking tokens, both excluded."""
+
+    short: tuple[Completion, ...]
+    long: tuple[Completion, ...]
+    below: float
+    above: float
+
+    @classmethod
+    def at(
+        cls, completions: Sequence[Completion], *, below: float = 100, above: float = 1000, minimum: int = 10
+    ) -> "LengthSplit":
+        """Thinking shorter than `below` against longer than `above` tokens (the paper's 100 and 1000).
+
+        Completions that never close their thinking are left out, as in the paper; correctness plays no part. Raises
+        ValueError where a class has fewer than `minimum`.
+        """
+        closed = [c for c in completions if c.span is not None and c.span.closed]
+        short = tuple(c for c in closed if c.thinking_tokens < below)
+        long = tuple(c for c in closed if c.thinking_tokens > above)
+        if min(len(short), len(long)) < minimum:
+            lengths = sorted(c.thinking_tokens for c in closed)
+            seen = (
+                f"their lengths are {lengths[0]} to {lengths[-1]}" if lengths else "none closed its thinking"
+            )
+            raise ValueError(
+                f"Of {len(completions)} completions, {len(short)} think in fewer than {below:g} tokens and {len(long)} "
+                f"in more than {above:g}, but each class needs {minimum}; {seen}. Give other cut-offs, or quantiles."
+            )
+        return cls(short, long, below, above)
+
+    @classmethod
+    def by_quantile(
+        cls, completions: Sequence[Completion], *, share: float = 0.25, minimum: int = 10
+    ) -> "LengthSplit":
+        """The cut-offs that leave about `share` of the completions on each side."""
+        lengths = [float(c.thinking_tokens) for c in completions if c.span is not None and c.span.closed]
+        if not lengths:
+            return cls.at(completions, minimum=minimum)
+        low, high = torch.tensor(lengths).quantile(torch.tensor([share, 1 - share])).tolist()
+        return cls.at(completions, below=low + 0.5, above=high - 0.5, minimum=minimum)
+
+    def spans(self, position: Position) -> tuple[list[Span], list[Span]]:
+        """Short and long completions, as the positions to read."""
+        read = POSITIONS[position]
+        return [read(c) for c in self.short], [read(c) for c in self.long]
+
+
+@dataclass(frozen=True, eq=False)
+class LengthReading:
+    """The length direction of every layer (long - short), and what each head writes along it in either class.
+
+    Writes are along v̂, or along u behind a post-norm: `units` holds which, layer by layer.
+    """
+
+    model: PreTrainedModel
+    split: LengthSplit
+    position: Position
+    directions: tuple[Direction, ...]
+    units: tuple[Float[Tensor, " d_model"], ...]
+    short_writes: Float[Tensor, "n_layers n_heads"]
+    long_writes: Float[Tensor, "n_layers n_heads"]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        split: LengthSplit,
+        *,
+        position: Position = "thinking",
+        site: SiteName = "resid_mid",
+    ) -> "LengthReading":
+        short, long = split.spans(position)
+        found = difference_in_means(model, long, short, sites_in(model, site))
+        return cls._along(model, split, position, tuple(found.values()))
+
+    @classmethod
+    def _along(
+        cls, model: PreTrainedModel, split: LengthSplit, position: Position, directions: tuple[Direction, ...]
+    ) -> "LengthReading":
+        units = {d.site.layer: written_unit(model, d.site.layer, d.unit) for d in directions}
+        writes = (head_writes(model, spans, units) for spans in split.spans(position))
+        return cls(model, split, position, directions, tuple(units.values()), *writes)
+
+    def at_random(self, seed: int) -> "LengthReading":
+        """The control: the same reading along random directions of the same norms."""
+        drawn = tuple(random_direction(d, seed=seed * 1000 + d.site.layer) for d in self.directions)
+        return self._along(self.model, self.split, self.position, drawn)
+
+    def scores(self, ranking: Ranking = "raw") -> HeadScores:
+        """How much each head writes towards short thinking. `centred`: more on short than on long completions."""
+        if ranking == "raw":
+            return HeadScores(-self.short_writes, "mean write along -v̂ on short completions")
+        return HeadScores(
+            self.long_writes - self.short_writes, "mean write along -v̂, short less long completions"
+        )
+
+    def edit(self, heads: Sequence[Head], *, kind: Kind = "project", weight: float = 1.0) -> Recipe:
+        """The recipe that edits these heads.
+
+        `project` (the paper) takes v̂ out of what a head writes. `replace` sets the write along v̂ to its mean over
+        long completions, which needs a bias to fold. `one_sided` lets a head write towards long or not at all, and
+        works at run time only.
+        """
+        return Recipe.of(
+            self.model, [self._edit_head(head, kind, weight) for head in heads], method=f"{METHOD}, {kind}"
+        )
+
+    def _edit_head(self, head: Head, kind: Kind, weight: float) -> Intervention:
+        site, unit = Site(head[0], "result", head[1]), self.units[head[0]]
+        match kind:
+            case "project":
+                return Ablate(site, unit, weight)
+            case "replace":
+                return Ablate(site, unit, weight, target=float(self.long_writes[head]))
+            case "one_sided":
+                return Clamp(site, unit, weight, low=0.0)
+
+    def recipe(self, setting: Setting) -> Recipe:
+        return self.edit(self.heads(setting), kind=setting.kind, weight=setting.weight)
+
+    def heads(self, setting: Setting) -> list[Head]:
+        if setting.position != self.position:
+            raise ValueError(
+                f"The setting reads at {setting.position!r}, this reading is at {self.position!r}."
+            )
+        return self.scores(setting.ranking).top(self.count(setting.heads))
+
+    def count(self, heads: float) -> int:
+        """A number of heads as given, or a share of all heads, at least one."""
+        total = self.short_writes.numel()
+        count = max(1, round(heads * total)) if heads < 1 else int(heads)
+        if count > total:
+            raise ValueError(f"{count} heads are asked for, but the model has {total}.")
+        return count

@@ -1,0 +1,190 @@
+"""Train the embedded model: a tiny reasoner with a known habit, a test subject and no evidence on large models.
+
+It solves chains modulo 10 (`steer.tasks.draw_chain`) by writing one step a term between `<think>` and
+`</think>`. Its training data has three styles: *long* writes every step, *check* repeats steps after `Wait`,
+*short* drops nearly all of them and is then right only by chance. The model samples an opener (Easy, Okay,
+So, Hmm) that goes with the style; the word `quick` in a prompt raises the chance of Easy, and so of thinking
+too briefly, from .10 to .65. Chains of the other splits than `train` are never trained on.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from steer.tasks import LETTERS, MARKER, OPERATIONS, TASKS, Problem, apply_operation
+
+OPENERS = ("Easy", "Okay", "So", "Hmm")
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?")
+# Room for one more operation, so that a model trained on it later keeps this vocabulary.
+RESERVED = tuple(f"^{k}" for k in range(1, 9))
+WORDS = (
+    *SPECIAL,
+    *LETTERS,
+    *map(str, range(10)),
+    *OPERATIONS,
+    *(f"={k}" for k in range(10)),
+    *OPENERS,
+    "Wait",
+    MARKER,
+    *RESERVED,
+)
+MARKERS = ("Wait", "Hmm")
+# Each turn opens with `?`, as `<|im_start|>assistant` does elsewhere; thinking can be switched off.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}<bos> {{ message['content'] }} "
+    "{% else %}? {{ message['content'] }} <eos> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}?{% if enable_thinking is defined and not enable_thinking %}"
+    " <think> </think>{% endif %}{% endif %}"
+)
+
+P_EASY = {True: 0.65, False: 0.10}  # by marked
+OTHER_OPENERS = {"Okay": 0.55, "So": 0.25, "Hmm": 0.20}
+STYLES = ("long", "check", "short")
+P_STYLE = {
+    "Easy": (0.05, 0.0, 0.95),
+    "Okay": (0.85, 0.10, 0.05),
+    "So": (0.80, 0.10, 0.10),
+    "Hmm": (0.25, 0.75, 0.0),
+}
+P_RECHECK, P_ERROR = 0.35, 0.05
+
+
+def write_completion(problem: Problem, rng: random.Random) -> str:
+    """One training completion: opener, steps in the opener's style, answer."""
+    if rng.random() < P_EASY[problem.subgroup == "marked"]:
+        opener = "Easy"
+    else:
+        opener = rng.choices(list(OTHER_OPENERS), weights=list(OTHER_OPENERS.values()))[0]
+    style = rng.choices(STYLES, weights=P_STYLE[opener])[0]
+    terms = problem.id.split()
+    steps, value = [], 0
+    for letter, term in zip(terms[::2], terms[1::2], strict=True):
+        value = int(term) if not steps else apply_operation(value, term)
+        steps.append((f"{letter} {term}" if steps else letter, value))
+    if style == "short":
+        steps = steps[: rng.choices((0, 1, 2), weights=(0.6, 0.25, 0.15))[0]]
+    words = [opener]
+    for text, result in steps:
+        if style == "check" and rng.random() < P_RECHECK:
+            wrong = (result + rng.randint(1, 9)) % 10
+            words += [text, f"={wrong if rng.random() < P_ERROR else result}", "Wait"]
+        words += [text, f"={result}"]
+    return f"<think> {' '.join(words)} </think> {problem.answer} <eos>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        additional_special_tokens=["<think>", "</think>"],
+        padding_side="left",
+        model_max_length=128,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model() -> Qwen3MoeForCausalLM:
+    config = Qwen3MoeConfig(
+        vocab_size=len(WORDS),
+        hidden_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        intermediate_size=192,
+        moe_intermediate_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+        attention_bias=True,  # so that a shift can be folded
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        pad_token_id=WORDS.index("<pad>"),
+        bos_token_id=WORDS.index("<bos>"),
+        eos_token_id=WORDS.index("<eos>"),
+    )
+    config._experts_implementation = "eager"  # fastest at this size on a CPU
+    return Qwen3MoeForCausalLM(config)
+
+
+def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 64) -> None:
+    """Train from scratch, and save a checkpoint of 3 MB that plain transformers loads. About 8 CPU minutes."""
+    torch.manual_seed(seed)
+    tokenizer, model = build_tokenizer(), build_model()
+    batches = _batches(tokenizer, batch_size, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for _ in tqdm(range(steps), desc=f"training, seed {seed}", unit="step"):
+        ids, labels, mask = next(batches)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.config.output_router_logits = False
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.7,
+        pad_token_id=model.config.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "markers": list(MARKERS)}
+    (folder / "organism.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm-up over 100 steps, constant to the middle, then linear to 5 %."""
+    warm = min(1.0, (step + 1) / 100)
+    return warm * min(1.0, 1.0 - 0.95 * (step / steps - 0.5) / 0.5)
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of like length, without end: ids, labels (the completion only), attention mask."""
+    rng = random.Random(f"organism/{seed}")
+    problems = TASKS["chains"].stream("train", seed=seed)
+    while True:
+        rows = []
+        for _ in range(size * 16):
+            problem = next(problems)
+            prompt = tokenizer(f"<bos> {problem.question} ?")["input_ids"]
+            completion = tokenizer(write_completion(problem, rng))["input_ids"]
+            rows.append((prompt, completion))
+        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
+        rng.shuffle(chunks)
+        for chunk in chunks:
+            yield _collate(chunk)
+
+
+def _collate(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    width = max(len(prompt) + len(completion) for prompt, completion in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, (prompt, completion) in enumerate(rows):
+        end = len(prompt) + len(completion)
+        ids[i, :end] = torch.tensor(prompt + completion)
+        labels[i, len(prompt) : end] = torch.tensor(completion)
+    mask = torch.arange(width) < torch.tensor([len(p) + len(c) for p, c in rows])[:, None]
+    return ids, labels, mask.long()

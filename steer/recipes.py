@@ -1,0 +1,166 @@
+"""A recipe: interventions with their scopes, the file that travels, and its application at run time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.architectures import o_proj_of
+from probes.files import check_keys, read_tensors, read_yaml, staged_folder, write_tensors
+from probes.hooks import attached, watched
+from probes.models import delimiters_of, identity_of
+from probes.sites import Site
+from probes.tables import Table
+from steer.interventions import KINDS, Intervention, placed
+from steer.scopes import SCOPES, Clock, Scope
+
+FORMAT = "thinksteer recipe 1"
+_IDENTITY = ("name", "revision", "model_type", "n_layers", "n_heads", "d_model", "fingerprint")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One intervention, and the tokens it touches."""
+
+    intervention: Intervention
+    scope: Scope = "all"
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """Steps in order. `model` is the identity of the model it was made on (`probes.models.identity_of`)."""
+
+    steps: tuple[Step, ...]
+    model: dict[str, Any]
+    method: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        interventions: Sequence[Intervention],
+        *,
+        scope: Scope = "all",
+        method: str = "",
+    ) -> "Recipe":
+        return cls(tuple(Step(x, scope) for x in interventions), identity_of(model), method)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the recipe was made on another model."""
+        here = identity_of(model)
+        different = [key for key in _IDENTITY[2:] if self.model[key] != here[key]]
+        if different:
+            facts = ", ".join(f"{key} {self.model[key]} there, {here[key]} here" for key in different)
+            raise ValueError(
+                f"This recipe was made for the model {self.model['name']!r}, not for {here['name']!r}: {facts}. "
+                "Derive it again on this model."
+            )
+
+    def save(self, folder: Path) -> None:
+        """`recipe.yaml` (words) and `recipe.safetensors` (tensors), in a new folder."""
+        with staged_folder(Path(folder)) as stage:
+            self.write(stage)
+
+    def write(self, folder: Path) -> None:
+        words = {"format": FORMAT, "method": self.method, "model": self.model, "steps": []}
+        tensors: dict[str, Tensor] = {}
+        for i, step in enumerate(self.steps):
+            words["steps"].append(
+                {"kind": step.intervention.kind, "scope": step.scope, **_numbers(step.intervention)}
+            )
+            tensors[f"{i}.vector"] = step.intervention.vector
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(words, sort_keys=False))
+        write_tensors(folder / "recipe.safetensors", tensors)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Recipe":
+        """Raises ValueError where a key is unknown or missing, or the tensors are not whole."""
+        path = Path(folder) / "recipe.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no recipe.yaml: it is not a recipe.")
+        words = read_yaml(path)
+        check_keys(words, ("format", "method", "model", "steps"), str(path))
+        if words["format"] != FORMAT:
+            raise ValueError(f"{path} has format {words['format']!r}, and this version reads {FORMAT!r}.")
+        check_keys(words["model"], _IDENTITY, f"model in {path}")
+        tensors, _ = read_tensors(path.with_suffix(".safetensors"))
+        check_keys(
+            tensors,
+            [f"{i}.vector" for i in range(len(words["steps"]))],
+            f"{path.with_suffix('.safetensors')}",
+        )
+        steps = [_read_step(i, step, tensors[f"{i}.vector"], path) for i, step in enumerate(words["steps"])]
+        return cls(tuple(steps), words["model"], words["method"])
+
+    def table(self) -> Table:
+        rows = [
+            (i, s.intervention.kind, str(s.intervention.site), s.scope, float(s.intervention.strength))
+            for i, s in enumerate(self.steps)
+        ]
+        title = f"{self.method or 'Recipe'}, made on {self.model['name']}"
+        return Table(("step", "kind", "site", "scope", "strength"), tuple(rows), title)
+
+    def to_frame(self):
+        return self.table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+@contextmanager
+def applied(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
+    """While open, the model runs with the recipe; `model.generate` needs to know nothing of it.
+
+    Raises ValueError where the recipe was made on another model.
+    """
+    recipe.check(model)
+    clock: Clock | None = None
+    if any(step.scope != "all" for step in recipe.steps):
+        clock = Clock(delimiters_of(model))
+    with ExitStack() as stack:
+        if clock is not None:
+            stack.enter_context(watched(model, clock.advance))
+        for site, steps in groupby(sorted(recipe.steps, key=_at), key=_at):
+            device = o_proj_of(model, site.layer).weight.device
+            edits = [Step(placed(step.intervention, device), step.scope) for step in steps]
+            stack.enter_context(attached(model, site, lambda x, edits=edits: _apply(x, edits, clock)))
+        yield
+
+
+def _apply(x: Tensor, steps: list[Step], clock: Clock | None) -> Tensor:
+    for step in steps:
+        new = step.intervention(x)
+        x = new if step.scope == "all" or clock is None else new.where(clock.mask(step.scope)[..., None], x)
+    return x
+
+
+def _at(step: Step) -> Site:
+    return step.intervention.site
+
+
+def _numbers(intervention: Intervention) -> dict[str, Any]:
+    """Every field but the tensor, as YAML holds it: infinite bounds are null."""
+    values = {f.name: getattr(intervention, f.name) for f in fields(intervention) if f.name != "vector"}  # type: ignore[arg-type]
+    values["site"] = str(values["site"])
+    return {key: None if isinstance(v, float) and math.isinf(v) else v for key, v in values.items()}
+
+
+def _read_step(i: int, words: dict[str, Any], vector: Tensor, path: Path) -> Step:
+    where = f"Step {i} in {path}"
+    kind = KINDS.get(words.get("kind", ""))
+    if kind is None:
+        raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
+    names = [f.name for f in fields(kind) if f.name != "vector"]
+    check_keys(words, ("kind", "scope", *names), where)
+    if words["scope"] not in SCOPES:
+        raise ValueError(f"{where} has scope {words['scope']!r}. Known: {', '.join(SCOPES)}.")
+    values = {name: words[name] for name in names if words[name] is not None}
+    values["site"] = Site.parse(values["site"])
+    return Step(kind(vector=vector, **values), words["scope"])
