@@ -29,9 +29,7 @@ class Span:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop <= len(self.ids):
-            raise ValueError(
-                f"Positions {self.start} to {self.stop} are not in a sequence of {len(self.ids)} tokens."
-            )
+            raise ValueError(f"Positions {self.start} to {self.stop} are not in a sequence of {len(self.ids)} tokens.")
 
 
 Position = Callable[[Completion], Span]
@@ -59,7 +57,6 @@ def text_span(model: PreTrainedModel, text: str, *, last: bool = False) -> Span:
     return Span(ids, len(ids) - 1 if last else 0, len(ids))
 
 
-@torch.no_grad()
 def span_means(
     model: PreTrainedModel,
     spans: Sequence[Span],
@@ -67,9 +64,7 @@ def span_means(
     *,
     batch_tokens: int = 16_384,
     label: str = "reading",
-) -> Iterator[
-    tuple[list[int], dict[Site, Float[Tensor, "batch width"]], dict[Site, Float[Tensor, " batch"]]]
-]:
+) -> Iterator[tuple[list[int], dict[Site, Float[Tensor, "batch width"]], dict[Site, Float[Tensor, " batch"]]]]:
     """Batch by batch: which spans, and per site the mean over each span of the activation and of its norm.
 
     Batches are cut by length and by a budget of tokens, padded on the right. Layers above the highest site are not
@@ -80,9 +75,7 @@ def span_means(
         for rows in _batches(spans, batch_tokens):
             batch = [spans[row] for row in rows]
             width = max(len(span.ids) for span in batch)
-            ids = torch.tensor(
-                [[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=model.device
-            )
+            ids = torch.tensor([[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=model.device)
             places = torch.arange(width)
             real = places < torch.tensor([[len(s.ids)] for s in batch])
             wanted = (places >= torch.tensor([[s.start] for s in batch])) & (
@@ -104,8 +97,7 @@ def record(
 ) -> dict[Site, Moments]:
     """Per site, the moments of the spans' means: each span counts once, however long it is."""
     parts = [
-        {s: Moments.of(x) for s, x in means.items()}
-        for _, means, _ in span_means(model, spans, sites, label=label)
+        {s: Moments.of(x) for s, x in means.items()} for _, means, _ in span_means(model, spans, sites, label=label)
     ]
     return {site: reduce(add, (part[site] for part in parts)) for site in sites}
 

@@ -127,7 +127,7 @@ def block_of(model: nn.Module, layer: int) -> nn.Module:
     blocks = model.get_submodule(architecture_of(model).layers)
     if not 0 <= layer < len(blocks):  # type: ignore[arg-type]
         raise IndexError(f"Layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}.")  # type: ignore[arg-type]
-    return blocks[layer]  # type: ignore[index, return-value]
+    return blocks[layer]  # type: ignore[index]
 
 
 def o_proj_of(model: nn.Module, layer: int) -> nn.Linear:
@@ -144,7 +144,13 @@ def attn_gain(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
     row = architecture_of(model)
     if row.attn_norm is None:
         return None
-    return block_of(model, layer).get_submodule(row.attn_norm).weight.float() + row.gain_offset  # type: ignore[operator, union-attr]
+    return _gain(block_of(model, layer).get_submodule(row.attn_norm), row)
+
+
+def final_gain(model: nn.Module) -> Float[Tensor, " d_model"]:
+    """The gain of the norm before the unembedding."""
+    row = architecture_of(model)
+    return _gain(model.get_submodule(row.final_norm), row)
 
 
 def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
@@ -174,15 +180,16 @@ def site_of(model: nn.Module, text: str) -> Site:
     layer, _, path = text.removeprefix(row.layers + ".").partition(".")
     names = [name for name, tap in row.taps.items() if tap == Tap(path, "output") and name != "result"]
     if not layer.isdigit() or not names:
-        known = ", ".join(
-            sorted({tap.path or "(block)" for tap in row.taps.values() if tap.side == "output"})
-        )
-        raise ValueError(
-            f"The output of {text!r} is not a site. In a block of this family these are: {known}."
-        )
+        known = ", ".join(sorted({tap.path or "(block)" for tap in row.taps.values() if tap.side == "output"}))
+        raise ValueError(f"The output of {text!r} is not a site. In a block of this family these are: {known}.")
     return Site(int(layer), names[0])
 
 
 def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
     """The site of that name in every layer."""
     return [Site(layer, name) for layer in range(n_layers(model))]
+
+
+def _gain(norm: nn.Module, row: Architecture) -> Tensor:
+    weight = norm.get_parameter("weight").detach()
+    return weight.float() + row.gain_offset

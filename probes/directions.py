@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations import Span, span_means, text_span
-from probes.architectures import architecture_of, d_model
+from probes.architectures import final_gain
 from probes.files import check_keys, read_tensors, write_tensors
 from probes.models import identity_of, tokenizer_of
 from probes.sites import Site
 from probes.statistics import Moments
 from probes.tables import Table
+from probes.tokens import decode
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,7 @@ class Provenance:
         for spans in (positive, negative):
             digest.update(repr(sorted((s.ids, s.start, s.stop) for s in spans)).encode())
         versions = {name: version(name) for name in ("thinksteer", "torch", "transformers")}
-        return cls(
-            identity_of(model), estimator, len(positive), len(negative), digest.hexdigest()[:16], versions
-        )
+        return cls(identity_of(model), estimator, len(positive), len(negative), digest.hexdigest()[:16], versions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +66,16 @@ class Direction:
     @torch.no_grad()
     def tokens(self, model: PreTrainedModel, k: int = 10) -> Table:
         """The vocabulary that the direction raises and lowers most, read through final norm and unembedding."""
-        unembedding = model.get_output_embeddings().weight
-        norm = model.get_submodule(architecture_of(model).final_norm)
-        gain = norm.weight.float() + architecture_of(model).gain_offset  # type: ignore[operator, union-attr]
+        unembedding = model.get_output_embeddings().get_parameter("weight")
+        gain = final_gain(model)
         logits = unembedding.float() @ (gain * self.unit.to(gain.device))
         up, down = logits.topk(k), logits.topk(k, largest=False)
         tokenizer = tokenizer_of(model)
         rows = [
-            (tokenizer.decode([int(u)]), float(x), tokenizer.decode([int(d)]), float(y))
+            (decode(tokenizer, [int(u)]), float(x), decode(tokenizer, [int(d)]), float(y))
             for u, x, d, y in zip(up.indices, up.values, down.indices, down.values, strict=True)
         ]
-        return Table(
-            ("raises", "by", "lowers", "by "), tuple(rows), f"{self.site}, per unit of the direction"
-        )
+        return Table(("raises", "by", "lowers", "by "), tuple(rows), f"{self.site}, per unit of the direction")
 
     def save(self, path: Path) -> None:
         words = {
@@ -95,9 +91,7 @@ class Direction:
         tensors, words = read_tensors(path)
         check_keys(words, ("kind", "site", "stream_norm", "provenance"), f"{path}")
         check_keys(tensors, ("vector",), f"{path}")
-        check_keys(
-            words["provenance"], (field.name for field in fields(Provenance)), f"The provenance in {path}"
-        )
+        check_keys(words["provenance"], (field.name for field in fields(Provenance)), f"The provenance in {path}")
         provenance = Provenance(**words["provenance"])
         return cls(Site.parse(words["site"]), tensors["vector"], words["stream_norm"], provenance)
 
@@ -118,9 +112,7 @@ class Direction:
         return self.summary()._repr_html_()
 
     def __repr__(self) -> str:
-        return (
-            f"Direction({self.site}, norm {self.norm:.3g}, {self.norm / self.stream_norm:.2f} of the stream)"
-        )
+        return f"Direction({self.site}, norm {self.norm:.3g}, {self.norm / self.stream_norm:.2f} of the stream)"
 
 
 def difference_in_means(
@@ -143,9 +135,7 @@ def difference_in_means(
     provenance = Provenance.now(model, "difference in means", positive, negative)
     n = len(positive) + len(negative)
     return {
-        site: Direction(
-            site, (sides[0][site].mean - sides[1][site].mean).float().cpu(), norms[site] / n, provenance
-        )
+        site: Direction(site, (sides[0][site].mean - sides[1][site].mean).float().cpu(), norms[site] / n, provenance)
         for site in sites
     }
 
@@ -163,9 +153,7 @@ def direction_between(
     Each text is read at the mean of its tokens or at its last one. Raises ValueError where a class is empty.
     """
     where = Site.parse(site) if isinstance(site, str) else site
-    a, b = (
-        [text_span(model, text, last=position == "last") for text in texts] for texts in (texts_a, texts_b)
-    )
+    a, b = ([text_span(model, text, last=position == "last") for text in texts] for texts in (texts_a, texts_b))
     return difference_in_means(model, a, b, [where])[where]
 
 

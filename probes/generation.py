@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from probes.completions import Completion, read_completions, write_completions
 from probes.models import delimiters_of, origin_of, tokenizer_of
 from probes.sampling import Sampling, row_key
-from probes.tokens import Prompt, encode_prompt, thinking_span
+from probes.tokens import Prompt, decode, encode_prompt, thinking_span
 
 
 def generate(
@@ -55,9 +55,7 @@ def generate(
 
 
 @torch.no_grad()
-def _complete(
-    model: PreTrainedModel, rows: list[tuple[str, list[int], int]], sampling: Sampling
-) -> list[Completion]:
+def _complete(model: PreTrainedModel, rows: list[tuple[str, list[int], int]], sampling: Sampling) -> list[Completion]:
     tokenizer, device = tokenizer_of(model), model.device
     width = max(len(prompt) for _, prompt, _ in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -76,7 +74,7 @@ def _complete(
         repetition_penalty=own.repetition_penalty if own is not None else None,
     )
     keys = [row_key(prompt, sampling.seed, sample) for _, prompt, sample in rows]
-    out = model.generate(
+    out = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=mask,
         generation_config=config,
@@ -107,13 +105,13 @@ def _read(
     if span is not None:
         whole = prompt + said
         thought = whole[max(span.first + 1, len(prompt)) : span.end - len(delimiters.close) * span.closed]
-        thinking, answer = tokenizer.decode(thought).strip(), whole[span.end :]
+        thinking, answer = decode(tokenizer, thought).strip(), whole[span.end :]
     return Completion(
         id=name,
         sample=sample,
-        prompt=tokenizer.decode(prompt),
+        prompt=decode(tokenizer, prompt),
         thinking=thinking,
-        answer=tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        answer=decode(tokenizer, answer, special=False).strip(),
         prompt_ids=tuple(prompt),
         ids=tuple(new),
         span=span,

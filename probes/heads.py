@@ -49,9 +49,7 @@ class HeadScores:
         return self.table()._repr_html_()
 
 
-def written_unit(
-    model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_model"]
-) -> Float[Tensor, " d_model"]:
+def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """The unit vector to look for in the output of `o_proj`, so as to look for `vector` in the stream.
 
     It is v̂ itself, or u = g⊙v̂/‖g⊙v̂‖ where a norm with gain g stands between `o_proj` and the stream.

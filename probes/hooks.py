@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -102,6 +103,7 @@ class _Reached(Exception):
     """The last layer asked for has run."""
 
 
+@torch.no_grad()
 def forward_through(model: nn.Module, layer: int, input_ids: Tensor, attention_mask: Tensor) -> None:
     """Run blocks 0 to `layer` for the hooks that are attached; neither later blocks nor logits are computed."""
 

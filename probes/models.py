@@ -53,16 +53,16 @@ def load(
     else:
         name = str(source)
         path = ORGANISM if name == "organism" else source
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, device_map=device_map, revision=revision
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, revision=revision)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer is None:
         if not source.config._name_or_path:  # type: ignore[union-attr]
             raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")
         tokenizer = AutoTokenizer.from_pretrained(source.config._name_or_path)  # type: ignore[union-attr]
     architecture_of(model)
-    model._thinksteer = Origin(name, revision, tokenizer, delimiters)
+    model._thinksteer = Origin(  # type: ignore[assignment]
+        name, revision, tokenizer, delimiters
+    )
     return model.eval()
 
 

@@ -55,7 +55,7 @@ class Site:
                 f"{', '.join(SITE_NAMES)}, or a TransformerLens name such as blocks.12.hook_resid_post."
             )
         head = match["head"]
-        return cls(int(match["layer"]), match["name"], None if head is None else int(head))  # type: ignore[arg-type]
+        return cls(int(match["layer"]), match["name"], None if head is None else int(head))
 
     @property
     def transformer_lens(self) -> str:

@@ -62,12 +62,15 @@ def encode_prompt(
     encoded = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, **dict(template or {})
     )
-    return list(encoded["input_ids"])  # type: ignore[index, call-overload]
+    return [int(token) for token in encoded["input_ids"]]  # type: ignore[index, call-overload]
 
 
-def find_delimiters(
-    tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str] | Delimiters | None = None
-) -> Delimiters:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True) -> str:
+    """The text of token ids, with or without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+
+def find_delimiters(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str] | Delimiters | None = None) -> Delimiters:
     """The delimiters given, else those of the known ones that the vocabulary or the chat template holds.
 
     Raises ValueError where there are none.
@@ -157,7 +160,7 @@ def present_markers(
     found: dict[str, list[tuple[int, ...]]] = {}
     for marker in markers:
         ways = {tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (marker, " " + marker)}
-        kept = [ids for ids in sorted(ways) if ids and tokenizer.decode(list(ids)).strip(" ") == marker]
+        kept = [ids for ids in sorted(ways) if ids and decode(tokenizer, ids).strip(" ") == marker]
         if kept:
             found[marker] = kept
     return found, tuple(marker for marker in markers if marker not in found)

@@ -18,7 +18,9 @@ class Section:
 
 def write_card(path: Path, base_model: str, method: str, sections: Sequence[Section]) -> None:
     front = f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [thinksteer]\n---\n"
-    title = f"# {base_model}, edited\n\nMade with ThinkSteer: {method}. An ordinary checkpoint: it needs no code of ours.\n"
+    title = (
+        f"# {base_model}, edited\n\nMade with ThinkSteer: {method}. An ordinary checkpoint: it needs no code of ours.\n"
+    )
     path.write_text("\n".join([front, title, *map(_section, sections)]))
 
 

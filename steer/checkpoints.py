@@ -62,9 +62,7 @@ def projections(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe) -
         unit = (step.intervention.vector / step.intervention.vector.norm()).float().to(before.device)
         exact = before + affine.up.T.to(before.device) @ (affine.down.T.to(before.device) @ before)
         after = head_matrices(twin, site.layer)[:, site.head].float()
-        rows.append(
-            (f"L{site.layer}H{site.head}", *(float((unit @ w).norm()) for w in (before, exact, after)))
-        )
+        rows.append((f"L{site.layer}H{site.head}", *(float((unit @ w).norm()) for w in (before, exact, after))))
     return Table(("head", "before", "after", "stored"), tuple(rows))
 
 

@@ -81,9 +81,7 @@ def tensor_files(source: str | Path) -> dict[str, Path]:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single)
     except SafetensorError as error:
-        raise ValueError(
-            f"{single} is not a whole safetensors file ({error}). It may be truncated."
-        ) from error
+        raise ValueError(f"{single} is not a whole safetensors file ({error}). It may be truncated.") from error
 
 
 def _folder(source: str | Path) -> Path:

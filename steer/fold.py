@@ -13,8 +13,9 @@ from probes.sites import Site, SiteName
 from steer.interventions import Affine
 from steer.recipes import Recipe, Step, applied
 
-# Within a layer, in the order in which the forward pass reaches them.
-_ORDER: tuple[SiteName, ...] = ("z", "result", "attn_out", "mlp_out")
+# Within a layer, `o_proj` is changed from the left by `result`, from the right by `z`, then from the left as a whole:
+# a shift of z passes through what `result` does to a head.
+_ORDER: tuple[SiteName, ...] = ("result", "z", "attn_out", "mlp_out")
 
 
 class NotFoldable(ValueError):
@@ -93,9 +94,7 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def fold_error(
-    model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, ids: Tensor, mask: Tensor
-) -> float:
+def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, ids: Tensor, mask: Tensor) -> float:
     """The largest difference of a logit between the steered model and the folded one, on a batch."""
     with applied(model, recipe):
         steered = model(input_ids=ids, attention_mask=mask).logits.float()
@@ -123,10 +122,9 @@ def _fold_step(model: PreTrainedModel, step: Step, draft: _Draft) -> None:
         raise NotFoldable(f"{site} is changed in scope {step.scope!r}, but weights act on every token.")
     affine = getattr(intervention, "affine", None)
     if affine is None:
-        raise NotFoldable(
-            f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention."
-        )
-    affine = Affine(*(tensor.float().to(model.device) for tensor in (affine.down, affine.up, affine.shift)))
+        raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
+    device = o_proj_of(model, site.layer).weight.device
+    affine = Affine(*(tensor.float().to(device) for tensor in (affine.down, affine.up, affine.shift)))
     row, block = architecture_of(model), block_of(model, site.layer)
     match site.name:
         case "z":
@@ -145,40 +143,38 @@ def _fold_output(writers: list[nn.Module | nn.Parameter], affine: Affine, site: 
     """y = x Wᵀ + b becomes y + (y down) up + shift."""
     if not writers:
         raise NotFoldable(f"{site} is behind a norm, so no matrix writes it.")
-    biases = [w.bias for w in writers if isinstance(w, nn.Module) and getattr(w, "bias", None) is not None]
+    biases = [w.bias for w in writers if isinstance(w, nn.Linear) and w.bias is not None]
     if affine.shift.any() and not len(writers) == len(biases) == 1:
         raise NotFoldable(f"{site} has no one bias to hold a shift: keep it as a run-time intervention.")
     for writer in writers:
-        weight = draft[writer if isinstance(writer, nn.Parameter) else writer.weight]  # type: ignore[index]
+        weight = draft[writer if isinstance(writer, nn.Parameter) else writer.get_parameter("weight")]
         weight += affine.up.T @ (affine.down.T @ weight)  # [... d_model d_in]
     for bias in biases:
-        value = draft[bias]  # type: ignore[index]
+        value = draft[bias]
         value += (value @ affine.down) @ affine.up + affine.shift
 
 
 def _fold_input(o_proj: nn.Linear, affine: Affine, columns: slice, site: Site, draft: _Draft) -> None:
     """y = x Wᵀ + b becomes (x + (x down) up + shift) Wᵀ + b."""
     _need_bias(o_proj, affine, site)
-    weight = draft[o_proj.weight][:, columns]  # [d_model width]
+    weight = draft[o_proj.get_parameter("weight")][:, columns]  # [d_model width]
     if affine.shift.any():
-        draft[o_proj.bias].add_(weight @ affine.shift)
+        draft[o_proj.get_parameter("bias")].add_(weight @ affine.shift)
     weight += (weight @ affine.up.T) @ affine.down.T
 
 
 def _fold_head(o_proj: nn.Linear, affine: Affine, columns: slice, site: Site, draft: _Draft) -> None:
     """A head's write w = W_h z becomes w + (w down) up + shift; the bias belongs to no head."""
     _need_bias(o_proj, affine, site)
-    weight = draft[o_proj.weight][:, columns]
+    weight = draft[o_proj.get_parameter("weight")][:, columns]
     weight += affine.up.T @ (affine.down.T @ weight)
     if affine.shift.any():
-        draft[o_proj.bias].add_(affine.shift)
+        draft[o_proj.get_parameter("bias")].add_(affine.shift)
 
 
 def _need_bias(o_proj: nn.Linear, affine: Affine, site: Site) -> None:
     if affine.shift.any() and o_proj.bias is None:
-        raise NeedsBias(
-            f"{site} has no bias to hold a shift: declare one, or keep it as a run-time intervention."
-        )
+        raise NeedsBias(f"{site} has no bias to hold a shift: declare one, or keep it as a run-time intervention.")
 
 
 def _columns(model: PreTrainedModel, site: Site) -> slice:

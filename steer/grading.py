@@ -13,9 +13,7 @@ def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool
     try:
         from math_verify import parse, verify
     except ImportError as error:
-        raise ImportError(
-            "Mathematical answers are graded by math-verify: pip install 'thinksteer[math]'."
-        ) from error
+        raise ImportError("Mathematical answers are graded by math-verify: pip install 'thinksteer[math]'.") from error
     # Without time-outs, as these work on the main thread only.
     gold = parse(f"${problem.answer}$", parsing_timeout=None)
     return bool(verify(gold, parse(completion.answer, parsing_timeout=None), timeout_seconds=None))

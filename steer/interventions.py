@@ -28,9 +28,13 @@ class Intervention(Protocol):
     """A change to the activation at one site. `vector` is its tensor; `strength` its size."""
 
     kind: ClassVar[str]
-    site: Site
-    vector: Float[Tensor, " width"]
-    strength: float
+
+    @property
+    def site(self) -> Site: ...
+    @property
+    def vector(self) -> Float[Tensor, " width"]: ...
+    @property
+    def strength(self) -> float: ...
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]: ...
 

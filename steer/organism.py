@@ -66,7 +66,8 @@ def write_completion(problem: Problem, rng: random.Random) -> str:
         opener = rng.choices(list(OTHER_OPENERS), weights=list(OTHER_OPENERS.values()))[0]
     style = rng.choices(STYLES, weights=P_STYLE[opener])[0]
     terms = problem.id.split()
-    steps, value = [], 0
+    steps: list[tuple[str, int]] = []
+    value = 0
     for letter, term in zip(terms[::2], terms[1::2], strict=True):
         value = int(term) if not steps else apply_operation(value, term)
         steps.append((f"{letter} {term}" if steps else letter, value))
@@ -104,7 +105,7 @@ def build_model() -> Qwen3MoeForCausalLM:
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=16,
+        head_dim=16,  # type: ignore[call-arg]
         intermediate_size=192,
         moe_intermediate_size=64,
         num_experts=8,
@@ -158,9 +159,7 @@ def _rate(step: int, steps: int) -> float:
     return warm * min(1.0, 1.0 - 0.95 * (step / steps - 0.5) / 0.5)
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerFast, size: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of like length, without end: ids, labels (the completion only), attention mask."""
     rng = random.Random(f"organism/{seed}")
     problems = TASKS["chains"].stream("train", seed=seed)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,13 @@ class Recipe:
             self.write(stage)
 
     def write(self, folder: Path) -> None:
-        words = {"format": FORMAT, "method": self.method, "model": self.model, "steps": []}
+        words: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for i, step in enumerate(self.steps):
-            words["steps"].append(
-                {"kind": step.intervention.kind, "scope": step.scope, **_numbers(step.intervention)}
-            )
+            words.append({"kind": step.intervention.kind, "scope": step.scope, **_numbers(step.intervention)})
             tensors[f"{i}.vector"] = step.intervention.vector
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(words, sort_keys=False))
+        whole = {"format": FORMAT, "method": self.method, "model": self.model, "steps": words}
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
         write_tensors(folder / "recipe.safetensors", tensors)
 
     @classmethod
@@ -127,10 +127,10 @@ def applied(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
     with ExitStack() as stack:
         if clock is not None:
             stack.enter_context(watched(model, clock.advance))
-        for site, steps in groupby(sorted(recipe.steps, key=_at), key=_at):
+        for site, steps in groupby(sorted(recipe.steps, key=_place), key=_at):
             device = o_proj_of(model, site.layer).weight.device
             edits = [Step(placed(step.intervention, device), step.scope) for step in steps]
-            stack.enter_context(attached(model, site, lambda x, edits=edits: _apply(x, edits, clock)))
+            stack.enter_context(attached(model, site, partial(_apply, steps=edits, clock=clock)))
         yield
 
 
@@ -143,6 +143,11 @@ def _apply(x: Tensor, steps: list[Step], clock: Clock | None) -> Tensor:
 
 def _at(step: Step) -> Site:
     return step.intervention.site
+
+
+def _place(step: Step) -> tuple:
+    site = _at(step)
+    return site.layer, site.name, -1 if site.head is None else site.head
 
 
 def _numbers(intervention: Intervention) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,20 @@ from steer.cards import Section
 from steer.checkpoints import export
 from steer.differences import Difference
 from steer.fold import NotFoldable, fold_error, folded
-from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Setting
+from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
 from steer.recipes import Recipe
-from steer.scores import Evaluation, Outcomes, evaluate, solve
+from steer.scores import Arm, Evaluation, Outcomes, evaluate, solve
 from steer.tasks import Task, task_named
 
 KINDS: tuple[Kind, ...] = ("project", "replace", "one_sided")
 POSITIONS: tuple[Position, ...] = ("thinking", "first")
+RANKINGS: tuple[Ranking, ...] = ("raw", "centred")
 
 
 def grid(heads: Iterable[float] = (0.03, 0.06, 0.125), kinds: Iterable[Kind] = KINDS) -> tuple[Setting, ...]:
     """Every kind, position, ranking and head count: what the selection split chooses from."""
     return tuple(
-        Setting(kind, position, ranking, k)
-        for k, kind, position, ranking in product(heads, kinds, POSITIONS, ("raw", "centred"))
+        Setting(kind, position, ranking, k) for k, kind, position, ranking in product(heads, kinds, POSITIONS, RANKINGS)
     )
 
 
@@ -45,7 +46,7 @@ class ThinkEditRun:
     model: PreTrainedModel
     task: Task
     sampling: Sampling
-    readings: Mapping[str, LengthReading]
+    readings: Mapping[Position, LengthReading]
     chosen: Setting
     recipe: Recipe
     heads: tuple[Head, ...]
@@ -83,12 +84,8 @@ class ThinkEditRun:
         split = self.readings[self.chosen.position].split
         rows = [c.all_ids for c in (*split.short[:32], *split.long[:32])]
         width = max(map(len, rows))
-        ids = torch.tensor(
-            [[*row, *[row[-1]] * (width - len(row))] for row in rows], device=self.model.device
-        )
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device
-        )
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
         return fold_error(self.model, folded(self.model, self.recipe), self.recipe, ids, mask)
 
     def table(self) -> Table:
@@ -144,48 +141,40 @@ def thinkedit(
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
     sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
-    how = {"sampling": sampling, "batch_size": batch_size}
-    probed = solve(model, task.sample(n_probe, "probe", seed=seed), label="probing", **how)
+    attempt = partial(solve, model, sampling=sampling, batch_size=batch_size)
+    compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
+    probed = attempt(task.sample(n_probe, "probe", seed=seed), label="probing")
     split = _split(probed, cutoffs, share)
     readings = {position: LengthReading.of(model, split, position=position) for position in POSITIONS}
 
     recipes = {setting: readings[setting.position].recipe(setting) for setting in settings or grid()}
     problems = task.sample(n_select, "select", seed=seed)
-    arms = {str(setting): recipe for setting, recipe in recipes.items()}
-    selection = evaluate(model, task, problems, arms, samples=samples, **how)
+    selection = compare(problems, {str(setting): recipe for setting, recipe in recipes.items()})
     best = sorted(recipes, key=lambda setting: -selection.score(str(setting)).accuracy)
     chosen, twin = _first_that_folds(model, best, recipes)
     one_sided = next((setting for setting in best if setting.kind == "one_sided"), None)
 
     problems = task.sample(n_report, "report", seed=seed)
-    plain = solve(model, problems, samples=samples, label="plain", **how)
+    plain = attempt(problems, samples=samples, label="plain")
     reading = readings[chosen.position]
-    arms = {
+    arms: dict[str, Arm] = {
         "plain": plain,
         "published": folded(model, readings[PUBLISHED.position].recipe(PUBLISHED)),
         "edited": twin,
         **({} if one_sided is None else {"one_sided": recipes[one_sided]}),
-        "lowest_heads": _edit(
-            reading, reading.scores(chosen.ranking).bottom(len(reading.heads(chosen))), chosen
-        ),
+        "lowest_heads": _edit(reading, reading.scores(chosen.ranking).bottom(len(reading.heads(chosen))), chosen),
     }
-    report = evaluate(model, task, problems, arms, samples=samples, **how)
+    report = compare(problems, arms)
     for name, draws in _controls(reading, chosen, control_draws, seed).items():
-        drawn = evaluate(model, task, problems, {"plain": plain, **draws}, samples=samples, **how)
+        drawn = compare(problems, {"plain": plain, **draws})
         report.arms[name] = Outcomes.pooled([drawn.arms[draw] for draw in draws])
     heads = tuple(reading.heads(chosen))
     held_out = _held_out(plain, split)
-    auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(chosen.position)))[
-        0
-    ]
-    return ThinkEditRun(
-        model, task, sampling, readings, chosen, recipes[chosen], heads, selection, report, auroc
-    )
+    auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(chosen.position)))[0]
+    return ThinkEditRun(model, task, sampling, readings, chosen, recipes[chosen], heads, selection, report, auroc)
 
 
-def _split(
-    completions: Sequence[Completion], cutoffs: tuple[float, float] | None, share: float
-) -> LengthSplit:
+def _split(completions: Sequence[Completion], cutoffs: tuple[float, float] | None, share: float) -> LengthSplit:
     if cutoffs is None:
         return LengthSplit.by_quantile(completions, share=share)
     return LengthSplit.at(completions, below=cutoffs[0], above=cutoffs[1])

@@ -44,16 +44,17 @@ class Clock:
             self._seen = 0
             self._last = input_ids.new_zeros(batch)
             self._tail = input_ids.new_full((batch, self._memory), _PAD)
-        if n_past != self._seen or self._last is None or len(self._last) != batch:
+        last, tail = self._last, self._tail
+        if last is None or tail is None or n_past != self._seen or len(last) != batch:
             raise ValueError(
                 f"The cache holds {n_past} tokens of {batch} rows, but the clock saw {self._seen}: it cannot follow "
                 "beam search, assisted decoding, or a cache that began before the recipe was applied."
             )
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
         ids = torch.where(real.bool(), input_ids, _PAD)
-        window = torch.cat([self._tail, ids], dim=1)
-        self.phase = torch.where(real.bool(), self._phases(window, new), _PAD)
-        self._last = torch.where(real[:, -1].bool(), self.phase[:, -1], self._last)
+        window = torch.cat([tail, ids], dim=1)
+        self.phase = torch.where(real.bool(), self._phases(window, last, new), _PAD)
+        self._last = torch.where(real[:, -1].bool(), self.phase[:, -1], last)
         self._tail = window[:, window.shape[1] - self._memory :]
         self._seen += new
 
@@ -68,15 +69,15 @@ class Clock:
         d = self.delimiters
         return max(len(d.open), len(d.close), len(d.turn)) - 1
 
-    def _phases(self, window: Tensor, new: int) -> Tensor:
+    def _phases(self, window: Tensor, last: Tensor, new: int) -> Tensor:
         d = self.delimiters
         event = torch.full_like(window[:, -new:], _PAD)
-        for wanted, phase in ((d.turn, 0), (d.open, 1), (d.close, 2)):
+        for wanted, number in ((d.turn, 0), (d.open, 1), (d.close, 2)):
             if wanted:
-                event = torch.where(_ends(window, wanted, new), phase, event)
+                event = torch.where(_ends(window, wanted, new), number, event)
         place = torch.arange(new, device=event.device).expand_as(event)
         latest = torch.where(event != _PAD, place, -1).cummax(1).values
-        phase = torch.where(latest >= 0, event.gather(1, latest.clamp(min=0)), self._last[:, None])  # type: ignore[index]
+        phase = torch.where(latest >= 0, event.gather(1, latest.clamp(min=0)), last[:, None])
         turn = torch.where(event == 0, place, -1).amax(1, keepdim=True)
         return torch.where(place <= turn, 0, phase)
 

@@ -46,10 +46,7 @@ class Outcomes:
     def pooled(cls, draws: Sequence["Outcomes"]) -> "Outcomes":
         """Several draws of one control, as samples of one arm."""
         return cls(
-            *(
-                np.concatenate([getattr(d, f) for d in draws], axis=1)
-                for f in ("correct", "length", "truncated")
-            )
+            *(np.concatenate([getattr(d, f) for d in draws], axis=1) for f in ("correct", "length", "truncated"))
         )
 
     def only(self, rows: Bool[np.ndarray, " problems"]) -> "Outcomes":

@@ -50,9 +50,7 @@ class Task:
                 break
             found.setdefault(problem.id, problem)
         if len(found) < n:
-            raise ValueError(
-                f"Task {self.name} has {len(found)} problems in split {split!r}, but {n} were asked for."
-            )
+            raise ValueError(f"Task {self.name} has {len(found)} problems in split {split!r}, but {n} were asked for.")
         return list(found.values())
 
     def stream(self, split: Split, *, seed: int = 0) -> Iterator[Problem]:
@@ -114,9 +112,7 @@ def task_named(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     if not Path(name).is_file():
-        raise ValueError(
-            f"{name!r} is neither a task nor a JSONL file. Known tasks: {', '.join(sorted(TASKS))}."
-        )
+        raise ValueError(f"{name!r} is neither a task nor a JSONL file. Known tasks: {', '.join(sorted(TASKS))}.")
     return _task_from_file(Path(name))
 
 

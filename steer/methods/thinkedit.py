@@ -74,9 +74,7 @@ class LengthSplit:
         long = tuple(c for c in closed if c.thinking_tokens > above)
         if min(len(short), len(long)) < minimum:
             lengths = sorted(c.thinking_tokens for c in closed)
-            seen = (
-                f"their lengths are {lengths[0]} to {lengths[-1]}" if lengths else "none closed its thinking"
-            )
+            seen = f"their lengths are {lengths[0]} to {lengths[-1]}" if lengths else "none closed its thinking"
             raise ValueError(
                 f"Of {len(completions)} completions, {len(short)} think in fewer than {below:g} tokens and {len(long)} "
                 f"in more than {above:g}, but each class needs {minimum}; {seen}. Give other cut-offs, or quantiles."
@@ -84,9 +82,7 @@ class LengthSplit:
         return cls(short, long, below, above)
 
     @classmethod
-    def by_quantile(
-        cls, completions: Sequence[Completion], *, share: float = 0.25, minimum: int = 10
-    ) -> "LengthSplit":
+    def by_quantile(cls, completions: Sequence[Completion], *, share: float = 0.25, minimum: int = 10) -> "LengthSplit":
         """The cut-offs that leave about `share` of the completions on each side."""
         lengths = [float(c.thinking_tokens) for c in completions if c.span is not None and c.span.closed]
         if not lengths:
@@ -145,9 +141,7 @@ class LengthReading:
         """How much each head writes towards short thinking. `centred`: more on short than on long completions."""
         if ranking == "raw":
             return HeadScores(-self.short_writes, "mean write along -v̂ on short completions")
-        return HeadScores(
-            self.long_writes - self.short_writes, "mean write along -v̂, short less long completions"
-        )
+        return HeadScores(self.long_writes - self.short_writes, "mean write along -v̂, short less long completions")
 
     def edit(self, heads: Sequence[Head], *, kind: Kind = "project", weight: float = 1.0) -> Recipe:
         """The recipe that edits these heads.
@@ -175,9 +169,7 @@ class LengthReading:
 
     def heads(self, setting: Setting) -> list[Head]:
         if setting.position != self.position:
-            raise ValueError(
-                f"The setting reads at {setting.position!r}, this reading is at {self.position!r}."
-            )
+            raise ValueError(f"The setting reads at {setting.position!r}, this reading is at {self.position!r}.")
         return self.scores(setting.ranking).top(self.count(setting.heads))
 
     def count(self, heads: float) -> int:

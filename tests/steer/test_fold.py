@@ -1,0 +1,138 @@
+"""Folding is right when the folded model, run plainly, equals the plain model run with the recipe."""
+
+import copy
+
+import pytest
+import torch
+from families import POST_NORM, build
+
+from probes.architectures import block_of, o_proj_of
+from probes.sites import Site
+from steer.fold import NotFoldable, declare_bias, fold, fold_error, folded
+from steer.interventions import Ablate, Add, Clamp
+from steer.recipes import Recipe, applied
+
+SITES = ["L1.attn_out", "L1.mlp_out", "L0.mlp_out", "L1.z", "L1H2.z", "L1H2.result", "L1.resid_post"]
+KINDS = {
+    "add": lambda site, v: Add(site, v, 0.7),
+    "ablate": lambda site, v: Ablate(site, v, 0.7),
+    "replace": lambda site, v: Ablate(site, v, 1.0, target=0.4),
+}
+
+
+def random_vector(model, site):
+    o_proj = o_proj_of(model, site.layer)
+    width = o_proj.in_features if site.name == "z" else o_proj.out_features
+    width = width // 4 if site.name == "z" and site.head is not None else width
+    return torch.randn(width, generator=torch.Generator().manual_seed(2))
+
+
+def folds(model, kind, site):
+    """The table of the design: what has an equal change of weights, without declaring a bias."""
+    if site.name == "resid_post":
+        return False
+    if site.name in ("attn_out", "mlp_out") and model.config.model_type in POST_NORM:
+        return False
+    if kind == "ablate":
+        return True
+    if site.name == "mlp_out":
+        mlp = block_of(model, site.layer).mlp
+        return hasattr(mlp, "down_proj") and mlp.down_proj.bias is not None
+    return o_proj_of(model, site.layer).bias is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", SITES)
+def test_the_folded_model_equals_the_steered_one(model, tokens, kind, text):
+    site = Site.parse(text)
+    recipe = Recipe.of(model, [KINDS[kind](site, random_vector(model, site))])
+    plain = model(tokens).logits
+    with applied(model, recipe):
+        steered = model(tokens).logits
+    assert not torch.allclose(steered, plain)
+
+    twin = copy.deepcopy(model)
+    if folds(model, kind, site):
+        fold(twin, recipe)
+        torch.testing.assert_close(twin(tokens).logits, steered, atol=1e-5, rtol=1e-4)
+        assert fold_error(model, twin, recipe, tokens, torch.ones_like(tokens)) < 1e-5
+    else:
+        before = {name: value.clone() for name, value in twin.state_dict().items()}
+        with pytest.raises(NotFoldable, match=text):
+            fold(twin, recipe)
+        assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
+
+
+def test_a_recipe_that_folds_in_part_changes_nothing():
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    good = Ablate(Site(0, "attn_out"), torch.ones(32))
+    for bad, words in (
+        (Add(Site(2, "resid_post"), torch.ones(32)), "L2.resid_post is not written by one matrix, but by the whole"),
+        (Clamp(Site(1, "result", 0), torch.ones(32), low=0.0), "A clamp at L1H0.result is not linear"),
+    ):
+        with pytest.raises(NotFoldable, match=words):
+            fold(model, Recipe.of(model, [good, bad]))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scope", ["prompt", "thinking", "answer"])
+def test_weights_know_no_scope(scope):
+    model = build("llama")
+    with pytest.raises(NotFoldable, match=f"L0.attn_out is changed in scope '{scope}', but weights act on every"):
+        fold(model, Recipe.of(model, [Ablate(Site(0, "attn_out"), torch.ones(32))], scope=scope))
+
+
+@torch.no_grad()
+def test_edits_of_one_layer_fold_in_the_order_of_the_forward_pass(tokens):
+    """z, then two heads' writes, then attn_out: they share o_proj, and do not commute; listed in another order."""
+    model = build("llama+bias")
+    v = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+    recipe = Recipe.of(
+        model,
+        [
+            Ablate(Site(1, "attn_out"), v[0], target=1.0),
+            Ablate(Site(1, "result", 2), v[1], target=0.5),
+            Ablate(Site(1, "result", 0), v[2]),
+            Add(Site(1, "result", 2), v[3]),
+            Ablate(Site(1, "z"), v[4], target=0.3),
+        ],
+    )
+    assert fold_error(model, folded(model, recipe), recipe, tokens, torch.ones_like(tokens)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "olmoe", "qwen3_moe", "gemma2", "gemma3_text", "olmo2", "deepseek_v3"]
+)
+def test_a_declared_bias_changes_nothing_and_holds_a_shift(family, tokens):
+    model = build(family)
+    twin = declare_bias(model)
+    assert twin.config.attention_bias
+    assert o_proj_of(twin, 1).bias is not None
+    torch.testing.assert_close(twin(tokens).logits, model(tokens).logits, atol=1e-6, rtol=0)
+    recipe = Recipe.of(model, [Ablate(Site(1, "result", 3), torch.ones(32), target=0.5)])
+    edited = folded(model, recipe)
+    assert fold_error(model, edited, recipe, tokens, torch.ones_like(tokens)) < 1e-5
+    assert o_proj_of(model, 1).bias is None
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "mixtral", "qwen2_moe"])
+def test_a_family_that_cannot_declare_a_bias_says_so(family):
+    model = build(family)
+    with pytest.raises(NotFoldable, match=f"The config of {family} cannot declare a bias for o_proj"):
+        folded(model, Recipe.of(model, [Add(Site(1, "result", 0), torch.ones(32))]))
+
+
+@torch.no_grad()
+def test_a_bfloat16_model_is_edited_in_float32_and_rounded_once():
+    """Two edits of one matrix: their exact product, rounded once, is what is stored."""
+    model = build("llama", dtype=torch.bfloat16)
+    u, v = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
+    twin = folded(model, Recipe.of(model, [Ablate(Site(1, "result", 1), u), Ablate(Site(1, "result", 1), v)]))
+    exact = o_proj_of(model, 1).weight.float().clone()
+    for w in (u, v):
+        unit = w / w.norm()
+        exact[:, 8:16] -= torch.outer(unit, unit @ exact[:, 8:16])
+    assert torch.equal(o_proj_of(twin, 1).weight, exact.to(torch.bfloat16))
