@@ -1,10 +1,12 @@
 """Read activations and reduce them as they are read: per sequence, the mean over a span of positions."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -13,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from probes.completions import Completion
+from probes.files import check_keys
 from probes.hooks import attached, forward_through
 from probes.models import tokenizer_of
 from probes.sites import Site
@@ -55,6 +58,20 @@ def text_span(model: PreTrainedModel, text: str, *, last: bool = False) -> Span:
     """All tokens of a plain text, or its last one."""
     ids = tuple(tokenizer_of(model).encode(text))
     return Span(ids, len(ids) - 1 if last else 0, len(ids))
+
+
+def text_spans(model: PreTrainedModel, path: Path, *, last: bool = False) -> list[Span]:
+    """Spans of a JSONL file: completions of ours at their thinking, or lines of `{"text": ...}` as plain texts."""
+    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+    spans = []
+    for number, line in enumerate(lines, start=1):
+        words = json.loads(line)
+        if "text" in words:
+            check_keys(words, ("text",), f"Line {number} of {path}")
+            spans.append(text_span(model, words["text"], last=last))
+        else:
+            spans.append(thinking(Completion.from_json(line)))
+    return spans
 
 
 def span_means(

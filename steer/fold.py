@@ -82,7 +82,7 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
         raise NotFoldable(f"The config of {config_of(model).model_type} cannot declare a bias for o_proj.")
     config = copy.deepcopy(model.config)
     setattr(config, key, True)
-    twin = type(model)(config).to(dtype=model.dtype, device=model.device).eval()
+    twin = type(model)(config).to(dtype=model.dtype, device=model.device).eval()  # type: ignore[call-arg]
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     if unexpected or not all(name.endswith(".bias") for name in missing) or o_proj_of(twin, 0).bias is None:
         raise NotFoldable(f"{key} declares no bias for o_proj in {config_of(model).model_type}.")

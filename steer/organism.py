@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from probes.files import staged_folder
 from steer.tasks import LETTERS, MARKER, OPERATIONS, TASKS, Problem, apply_operation
 
 OPENERS = ("Easy", "Okay", "So", "Hmm")
@@ -125,7 +126,7 @@ def build_model() -> Qwen3MoeForCausalLM:
 
 
 def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 64) -> None:
-    """Train from scratch, and save a checkpoint of 3 MB that plain transformers loads. About 8 CPU minutes."""
+    """Train from scratch, and save a checkpoint of 3 MB that plain transformers loads. About 5 CPU minutes."""
     torch.manual_seed(seed)
     tokenizer, model = build_tokenizer(), build_model()
     batches = _batches(tokenizer, batch_size, seed)
@@ -147,10 +148,11 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "markers": list(MARKERS)}
-    (folder / "organism.json").write_text(json.dumps(facts, indent=1) + "\n")
+    with staged_folder(folder) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        (stage / "organism.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _rate(step: int, steps: int) -> float:

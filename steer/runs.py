@@ -63,7 +63,7 @@ class ThinkEditRun:
         """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.checkpoints`."""
         d, p = self.direction, self.direction.provenance
         birth = (
-            f"Length direction at {d.site}: {p.estimator} of {p.n_positive} long less {p.n_negative} short completions, "
+            f"Length direction at {d.site}: {p.estimator}, {p.n_positive} long less {p.n_negative} short completions, "
             f"norm {d.norm / d.stream_norm:.2f} of the stream's, AUROC {self.auroc:.3f} on held-out completions. "
             f"Setting: {self.chosen}, chosen by accuracy among {len(self.selection.arms) - 1} on a split of its own. "
             f"Sampling: {self.sampling}. Versions: {p.versions}. Data: {p.data}."

@@ -14,7 +14,7 @@ Split = Literal["train", "probe", "select", "report"]
 Grader = Literal["exact", "math"]
 
 # Share of all possible problems, in hundredths. A problem's split is a function of the problem alone.
-_SPLITS: dict[Split, range] = {
+SPLITS: dict[Split, range] = {
     "train": range(0, 60),
     "probe": range(60, 75),
     "select": range(75, 85),
@@ -62,7 +62,7 @@ class Task:
 def split_of(problem: Problem) -> Split:
     """The split a problem belongs to, from a checksum of its id: no problem is ever in two splits."""
     hundredth = zlib.crc32(problem.id.encode()) % 100
-    return next(split for split, share in _SPLITS.items() if hundredth in share)
+    return next(split for split, share in SPLITS.items() if hundredth in share)
 
 
 LETTERS = "abcdefgh"

@@ -140,13 +140,17 @@ def test_behind_a_post_norm_the_direction_leaves_the_stream(family):
 
 
 def planted():
-    """A model in which head (1, 2) writes d wherever token 20 came before, and attention does nothing else."""
+    """A model in which head (1, 2) writes d wherever token 20 came before, and attention does nothing else.
+
+    Tags and thoughts are embedded alike, so that their shares in a mean do not matter.
+    """
     model = build("llama")
-    d = 10 * torch.randn(32, generator=torch.Generator().manual_seed(7))  # outweighs the share of tags in a mean
+    d = torch.randn(32, generator=torch.Generator().manual_seed(7))
     d[31] = 0
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 31] = 0
         model.model.embed_tokens.weight[20] = 0
+        model.model.embed_tokens.weight[[THINK, TURN, 30, 31, 32]] = model.model.embed_tokens.weight[30].clone()
         model.model.embed_tokens.weight[20, 31] = 8.0
         for layer in range(3):
             o_proj_of(model, layer).weight.mul_(1e-3)

@@ -1,0 +1,27 @@
+# Everything runs in .venv, which is made on first use; a machine needs python3 >= 3.11 with venv, and make.
+PYTHON ?= python3
+BIN := .venv/bin
+export GOMP_SPINCOUNT := 0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check organism
+
+demo: .venv/.installed
+	$(BIN)/steer demo
+
+test: check
+
+check: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q
+
+organism: .venv/.installed
+	$(BIN)/steer organism --output runs/organism
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,243 @@
+"""The command `steer`: every job of the library from a shell, each a thin call."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from probes.activations import text_spans
+from probes.completions import read_completions
+from probes.directions import Direction, difference_in_means
+from probes.models import load
+from probes.sampling import Sampling
+from probes.sites import Site
+from probes.tables import Table
+from steer.differences import diff as compare_checkpoints
+from steer.organism import train
+from steer.recipes import Recipe
+from steer.runs import ThinkEditRun, thinkedit
+from steer.scores import Arm, evaluate, solve
+from steer.tasks import SPLITS, Split, task_named
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+Model = Annotated[str, typer.Argument(help="A hub id, a folder, or `organism`.")]
+TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+Count = Annotated[int, typer.Option("--n", "-n", help="Problems to solve, or to report on.")]
+BatchSize = Annotated[int, typer.Option(help="Rows generated at once.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write; must not exist.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="The task's own, if left out.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="Where layers go, e.g. auto (accelerate).")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="runs/demo-N, if left out.")] = None,
+    n: Count = 1500,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """The main job on the embedded model: probe, derive, choose, edit, export, and compare with the controls."""
+    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+    transformers.utils.logging.disable_progress_bar()
+    folder = output or next(p for i in range(1, 1_000_000) if not (p := Path(f"runs/demo-{i}")).exists())
+    _finish_thinkedit(thinkedit("organism", n_report=n, batch_size=256, seed=seed), folder, as_json)
+
+
+@app.command("thinkedit")
+def thinkedit_(
+    model: Model,
+    output: Output,
+    task: TaskName = "chains",
+    short: Annotated[float | None, typer.Option(help="Short is below this many tokens (paper: 100).")] = None,
+    long: Annotated[float | None, typer.Option(help="Long is above this many tokens (paper: 1000).")] = None,
+    share: Annotated[float, typer.Option(help="Without cut-offs: the share on each side.")] = 0.25,
+    n_probe: int = 1000,
+    n_select: int = 400,
+    n_report: int = 1000,
+    samples: int = 1,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Edit the heads that write short thinking, and export the model (Sun et al. 2025)."""
+    if (short is None) != (long is None):
+        raise ValueError("Give both --short and --long, or neither (then --share cuts at quantiles).")
+    if output.exists():
+        raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
+    loaded, source = load(model, dtype=dtype, device_map=device_map), task_named(task)
+    run = thinkedit(
+        loaded,
+        source,
+        cutoffs=None if short is None or long is None else (short, long),
+        share=share,
+        n_probe=n_probe,
+        n_select=n_select,
+        n_report=n_report,
+        samples=samples,
+        sampling=Sampling.of(loaded, max_new_tokens=max_new_tokens or source.max_new_tokens, seed=seed),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    _finish_thinkedit(run, output, as_json)
+
+
+@app.command()
+def generate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A JSONL file; what it holds is not done again.")],
+    task: TaskName = "chains",
+    n: Count = 100,
+    split: Annotated[str, typer.Option(help="train, probe, select or report.")] = "probe",
+    samples: int = 1,
+    temperature: Annotated[float | None, typer.Option(help="The model's own, if left out; 0 is greedy.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Completions of a task's problems, as a JSONL file."""
+    loaded, source = load(model, dtype=dtype, device_map=device_map), task_named(task)
+    sampling = _sampling(loaded, source.max_new_tokens, max_new_tokens, temperature, seed)
+    problems = source.sample(n, _split(split), seed=seed)
+    done = solve(loaded, problems, sampling=sampling, samples=samples, batch_size=batch_size, store=output)
+    truncated = sum(completion.truncated for completion in done)
+    length = sum(completion.thinking_tokens for completion in done) / len(done)
+    rows = (("completions", len(done)), ("mean thinking tokens", length), ("truncated", truncated))
+    _end(Table(("Generated", str(output)), rows), dict(rows), as_json)
+
+
+@app.command()
+def direction(
+    model: Model,
+    positive: Annotated[Path, typer.Option(help="JSONL: completions of ours, or lines of {text}.")],
+    negative: Annotated[Path, typer.Option(help="The other class.")],
+    site: Annotated[str, typer.Option(help="Such as L2.resid_post.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A safetensors file.")],
+    last: Annotated[bool, typer.Option("--last", help="Read texts at their last token, not their mean.")] = False,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    as_json: Json = False,
+) -> None:
+    """The direction from one class of texts or completions to another, at a site (difference in means)."""
+    loaded, where = load(model, dtype=dtype, device_map=device_map), Site.parse(site)
+    above, below = (text_spans(loaded, path, last=last) for path in (positive, negative))
+    found = difference_in_means(loaded, above, below, [where])[where]
+    found.save(output)
+    console.print(found.tokens(loaded, 8))
+    facts = {"site": str(where), "norm": found.norm, "norm_over_stream_norm": found.norm / found.stream_norm}
+    _end(found.summary(), facts, as_json)
+
+
+@app.command("evaluate")
+def evaluate_(
+    model: Model,
+    task: TaskName = "chains",
+    recipe: Annotated[list[Path] | None, typer.Option(help="A recipe folder, applied at run time.")] = None,
+    checkpoint: Annotated[list[Path] | None, typer.Option(help="Another checkpoint to compare.")] = None,
+    n: Count = 1000,
+    split: Annotated[str, typer.Option(help="train, probe, select or report.")] = "report",
+    samples: int = 1,
+    temperature: Annotated[float | None, typer.Option(help="The model's own, if left out; 0 is greedy.")] = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Accuracy, thinking length and truncation of a model, of recipes on it, and of other checkpoints, in pairs."""
+    loaded, source = load(model, dtype=dtype, device_map=device_map), task_named(task)
+    arms: dict[str, Arm] = {str(path): Recipe.load(path) for path in recipe or []}
+    arms |= {str(path): load(path, dtype=dtype, device_map=device_map) for path in checkpoint or []}
+    result = evaluate(
+        loaded,
+        source,
+        source.sample(n, _split(split), seed=seed),
+        arms,
+        sampling=_sampling(loaded, source.max_new_tokens, max_new_tokens, temperature, seed),
+        samples=samples,
+        batch_size=batch_size,
+    )
+    _end(result.table(), result.to_json(), as_json)
+
+
+@app.command()
+def diff(a: str, b: str, as_json: Json = False) -> None:
+    """Every tensor that differs between two checkpoints: by how much, and in how many dimensions."""
+    table = compare_checkpoints(a, b).table()
+    _end(table, {"tensors": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}, as_json)
+
+
+@app.command()
+def show(path: Path, as_json: Json = False) -> None:
+    """What a file of ours holds: a direction, a recipe, completions, or an exported checkpoint."""
+    if (path / "recipe" / "recipe.yaml").is_file():
+        path = path / "recipe"
+    if path.is_dir():
+        table = Recipe.load(path).table()
+    elif path.suffix == ".jsonl":
+        rows = [(c.id, c.thinking_tokens, c.stop, c.answer) for c in read_completions(path)]
+        table = Table(("completion", "thinking tokens", "stop", "answer"), tuple(rows), str(path))
+    elif path.is_file():
+        table = Direction.load(path).summary()
+    else:
+        raise FileNotFoundError(f"{path} does not exist.")
+    _end(table, {"rows": [list(row) for row in table.rows]}, as_json)
+
+
+@app.command("organism")
+def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
+    """Train the embedded model from scratch, as the shipped one was. About 5 minutes on one core."""
+    torch.set_num_threads(1)
+    train(output, seed=seed, steps=steps)
+
+
+def main() -> None:
+    """Run the command; what a user can mend is told in a sentence, without a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, IndexError, ImportError) as error:
+        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        sys.exit(2)
+
+
+def _finish_thinkedit(run: ThinkEditRun, folder: Path, as_json: bool) -> None:
+    changes = run.export(folder)
+    console.print(run.recipe.table())
+    console.print(changes.table())
+    console.print(f"Chosen on the selection split: {run.chosen}. Checkpoint: {folder}")
+    _end(run.table(), {**run.to_json(), "checkpoint": str(folder)}, as_json)
+
+
+def _sampling(model: Any, own: int, wanted: int | None, temperature: float | None, seed: int) -> Sampling:
+    sampling = Sampling.of(model, max_new_tokens=wanted or own, seed=seed)
+    return sampling if temperature is None else replace(sampling, temperature=temperature)
+
+
+def _split(name: str) -> Split:
+    if name not in SPLITS:
+        raise ValueError(f"{name!r} is not a split. Known: {', '.join(SPLITS)}.")
+    return name
+
+
+def _end(table: Table, facts: Mapping[str, Any], as_json: bool) -> None:
+    console.print(table)
+    if as_json:
+        console.file.write(json.dumps(facts) + "\n")

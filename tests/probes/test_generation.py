@@ -1,0 +1,203 @@
+"""What a model writes belongs to the prompt, the sample and the seed: not to the batch, the order, or the day."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from families import build
+from scipy.stats import chisquare
+
+from probes import generation
+from probes.completions import Completion, by_problem, read_completions, write_completions
+from probes.generation import generate
+from probes.models import load, tokenizer_of
+from probes.sampling import GumbelNoise, Sampling, row_key
+from probes.tokens import ThinkingSpan, decode, encode_prompt
+
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+WARM = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=48)
+CHAINS = [
+    "a 3 b +4 c *7", "a 5 b -2", "a 1 b +9 c *3 d -4 e +6 quick", "a 8 b *9 c +1 d +1", "a 0 b +5 c -3 quick",
+    "a 7 b *3", "a 2 b -8 c *7 d +2 e -1 f +3 g *9 h +4",
+]  # fmt: skip
+LOGITS = torch.tensor([1.5, 0.0, -1.0, 0.7, -torch.inf, 2.0, 0.3, -2.0, -torch.inf])
+
+
+@pytest.fixture(scope="module")
+def organism():
+    return load("organism")
+
+
+def draws(sampling, n, step=0, logits=LOGITS):
+    """How often each token is drawn over n rows with the same logits and keys of their own."""
+    ids = torch.zeros(n, 3 + step, dtype=torch.long)
+    keys = [row_key([i], 0, 0) for i in range(n)]
+    rows = sampling.processors(keys, 3, ids.device)(ids, logits.expand(n, -1).clone())
+    return torch.bincount(rows.argmax(1), minlength=len(logits))
+
+
+@pytest.mark.parametrize("sampling", [WARM, Sampling(temperature=0, max_new_tokens=48)], ids=["warm", "greedy"])
+def test_batch_size_and_order_change_nothing(organism, sampling):
+    names = [f"p{i}" for i in range(len(CHAINS))]
+    whole = generate(organism, CHAINS, ids=names, sampling=sampling, samples=2)
+    assert [(c.id, c.sample) for c in whole] == [(name, sample) for name in names for sample in (0, 1)]
+    for size in (1, 3):
+        assert generate(organism, CHAINS, ids=names, sampling=sampling, samples=2, batch_size=size) == whole
+    order = random.Random(0).sample(range(len(CHAINS)), len(CHAINS))
+    mixed = generate(
+        organism, [CHAINS[i] for i in order], ids=[names[i] for i in order], sampling=sampling, samples=2, batch_size=3
+    )
+    assert by_problem(mixed) == by_problem(whole)
+
+
+def test_batch_size_changes_nothing_on_a_random_model():
+    model = build("qwen3")
+    prompts = ["w7 w8 w9", "w10", "w11 w12 w13 w14 w15 w16", "w17 w18"]
+    for sampling in (GREEDY, Sampling(temperature=1.0, top_p=0.9, top_k=20, max_new_tokens=12)):
+        whole = generate(model, prompts, sampling=sampling)
+        assert len({c.ids for c in whole}) == len(prompts)
+        for size in (1, 3):
+            assert generate(model, prompts, sampling=sampling, batch_size=size) == whole
+
+
+@torch.no_grad()
+def test_greedy_is_the_greedy_search_of_hugging_face(organism):
+    for model, prompts in ((organism, CHAINS), (build("gemma2"), ["w7 w8", "w9"])):
+        for ours in generate(model, prompts, sampling=GREEDY):
+            ids = torch.tensor([ours.prompt_ids])
+            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+            assert list(ours.ids) == theirs[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("step", [0, 5])
+def test_draws_follow_the_softmax_and_never_take_what_is_impossible(temperature, step):
+    counts = draws(Sampling(temperature=temperature, top_p=1.0), 20_000, step)
+    expected = (LOGITS / temperature).softmax(0)
+    assert not counts[expected == 0].any()
+    possible = expected > 0
+    assert chisquare(counts[possible], 20_000 * expected[possible].double().numpy(), sum_check=False).pvalue > 1e-3
+
+
+def test_two_steps_of_one_row_are_independent_draws():
+    noise, n = GumbelNoise(torch.tensor([row_key([1], 0, 0)]), 0), 6_000
+    drawn = [int(noise(torch.zeros(1, step, dtype=torch.long), LOGITS[None]).argmax()) for step in range(n)]
+    pairs, share = Counter(zip(drawn[::2], drawn[1::2], strict=True)), LOGITS.softmax(0).tolist()
+    common = [(a, b) for a in (0, 3, 5) for b in (0, 3, 5)]
+    observed = [pairs[pair] for pair in common]
+    expected = [n / 2 * share[a] * share[b] for a, b in common]
+    rest = n / 2 - sum(observed), n / 2 - sum(expected)
+    assert chisquare([*observed, rest[0]], [*expected, rest[1]]).pvalue > 1e-3
+
+
+def test_top_k_and_top_p_restrict_the_support_and_keep_the_proportions():
+    order = LOGITS.argsort(descending=True)
+    mass = LOGITS.softmax(0)[order].cumsum(0)
+    for sampling, kept in (
+        (Sampling(temperature=1.0, top_p=1.0, top_k=3), 3),
+        (Sampling(temperature=1.0, top_p=0.8), int((mass < 0.8).sum()) + 1),  # the fewest that hold 0.8
+        (Sampling(temperature=1.0, top_p=0.8, top_k=2), 2),
+    ):
+        counts, support = draws(sampling, 10_000), order[:kept]
+        assert counts[support].sum() == 10_000
+        share = LOGITS[support].softmax(0).double().numpy()
+        assert chisquare(counts[support], 10_000 * share, sum_check=False).pvalue > 1e-3
+
+
+def test_samples_differ_the_same_seed_repeats_and_another_does_not():
+    model = build("llama")
+
+    def write(seed):
+        sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12, seed=seed)
+        return [c.ids for c in generate(model, ["w7", "w8"], sampling=sampling, samples=4)]
+
+    assert len(set(write(0))) == 8
+    assert write(0) == write(0)
+    assert not set(write(0)) & set(write(1))
+
+
+def test_a_model_is_sampled_by_its_own_generation_config(organism):
+    assert Sampling.of(organism) == Sampling(temperature=0.7, top_p=1.0)
+    assert Sampling.of(build("llama"), seed=3) == Sampling(temperature=0.6, top_p=0.95, seed=3)
+
+
+def test_a_completion_ends_with_its_stop_token_or_at_the_length(organism):
+    for c in generate(organism, CHAINS, sampling=Sampling(temperature=0, max_new_tokens=2)):
+        assert (c.stop, c.truncated, len(c.ids), c.span.closed) == ("length", True, 2, False)
+        assert (c.thinking_tokens, c.answer) == (2, "")
+    for c in generate(organism, CHAINS, sampling=WARM):
+        assert (2 in c.ids) == (c.stop == "eos") == (not c.truncated)
+        assert 2 not in c.ids[:-1]
+
+
+def test_thinking_and_answer_are_cut_at_the_delimiters_and_thinking_tokens_count_both(organism):
+    tokenizer = tokenizer_of(organism)
+    completions = generate(organism, CHAINS, sampling=WARM)
+    for c in completions:
+        start, end = c.ids.index(3), c.ids.index(4)
+        assert c.thinking_tokens == end - start + 1
+        assert c.thinking == decode(tokenizer, c.ids[start + 1 : end])
+        assert c.answer == decode(tokenizer, c.ids[end + 1 :], special=False)
+        assert c.all_ids == (*encode_prompt(tokenizer, CHAINS[int(c.id)]), *c.ids)
+    off = generate(organism, CHAINS, sampling=WARM, template={"enable_thinking": False})
+    assert {(c.thinking, c.thinking_tokens, c.prompt_ids[-2:]) for c in off} == {(None, 0, (3, 4))}
+    assert [c.answer for c in off] == [decode(tokenizer, c.ids, special=False) for c in off]
+
+
+def test_what_a_killed_run_stored_is_not_generated_again(organism, tmp_path, monkeypatch):
+    store, complete, made = tmp_path / "completions.jsonl", generation._complete, []
+    whole = generate(organism, CHAINS, sampling=WARM, batch_size=2)
+
+    def killed(model, rows, sampling):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.extend(name for name, _, _ in rows)
+        return complete(model, rows, sampling)
+
+    monkeypatch.setattr(generation, "_complete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate(organism, CHAINS, sampling=WARM, batch_size=2, store=store)
+    monkeypatch.setattr(generation, "_complete", lambda *a: made.extend(name for name, _, _ in a[1]) or complete(*a))
+    assert generate(organism, CHAINS, sampling=WARM, batch_size=2, store=store) == whole
+    assert sorted(made) == sorted(c.id for c in whole)
+    assert generate(organism, CHAINS, sampling=WARM, store=store) == whole
+    assert sorted(made) == sorted(c.id for c in whole)
+
+
+def test_a_store_that_was_cut_off_within_a_line_is_resumed_and_stays_readable(organism, tmp_path):
+    store = tmp_path / "completions.jsonl"
+    whole = generate(organism, CHAINS[:4], sampling=WARM, store=store)
+    text = store.read_text()
+    store.write_text(text[: len(text) - 30])
+    assert len(read_completions(store)) == 3
+    assert generate(organism, CHAINS[:4], sampling=WARM, store=store) == whole
+    assert sorted(read_completions(store), key=lambda c: c.id) == whole
+
+
+@pytest.mark.parametrize("span", [None, ThinkingSpan(2, 2, 5, True)])
+def test_a_completion_comes_back_from_json_as_it_was(span, tmp_path):
+    words = "a \u2028 line,\n \x1c \x85 <b>é</b>"
+    made = Completion("7", 1, words, span and words, words, (1, 7), (3, 8, 4), span, "eos", WARM, "organism")
+    assert Completion.from_json(made.to_json()) == made
+    for _ in range(2):
+        write_completions(tmp_path / "c.jsonl", [made])
+    assert read_completions(tmp_path / "c.jsonl") == [made, made]
+    assert "<b>" not in made._repr_html_()
+
+
+def test_an_unknown_or_missing_key_of_a_stored_completion_is_refused():
+    line = Completion("7", 0, "a", None, "b", (1,), (8,), None, "eos", GREEDY, "organism").to_json()
+    with pytest.raises(ValueError, match="A completion has unknown keys: trace. Known: id, sample, prompt"):
+        Completion.from_json(line.replace('"answer"', '"trace": 1, "answer"'))
+    with pytest.raises(ValueError, match="A completion lacks keys: answer."):
+        Completion.from_json(line.replace('"answer": "b", ', ""))
+
+
+def test_ids_that_do_not_match_the_prompts_are_refused(organism):
+    with pytest.raises(ValueError, match="2 prompts came with 1 ids."):
+        generate(organism, CHAINS[:2], ids=["p0"])
+
+
+def test_nothing_asked_nothing_made(organism):
+    assert generate(organism, []) == []

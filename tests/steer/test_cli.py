@@ -1,0 +1,95 @@
+"""The commands do what the library does, end with one line of JSON, and tell errors in a sentence."""
+
+import json
+import sys
+
+import pytest
+
+from probes.models import ORGANISM
+from steer.cli import main
+
+
+@pytest.fixture
+def steer(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; gives exit code, output, errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["steer", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        captured = capsys.readouterr()
+        return end.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def last_json(result):
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_demo_ends_with_one_json_object(steer, tmp_path):
+    facts = last_json(steer("demo", "-n", "150", "-o", "out", "--json"))
+    assert set(facts["direction"]) == {"auroc", "layer", "norm_over_stream_norm"}
+    assert 0.5 < facts["direction"]["auroc"] <= 1
+    for arm in ("plain", "published", "edited", "random_heads", "lowest_heads"):
+        for group in (facts[arm], facts[arm]["marked"]):
+            assert {"accuracy", "length", "truncation", "interval", "n"} <= group.keys()
+        assert facts[arm]["n"] == 150
+    assert facts["heads"]
+    assert facts["max_logit_diff_fold_vs_hook"] < 1e-4
+    assert (tmp_path / facts["checkpoint"] / "model.safetensors").is_file()
+    assert "ThinkEdit" in steer("show", "out")[1]
+    compared = last_json(
+        steer("evaluate", "organism", "--checkpoint", "out", "--recipe", "out/recipe", "-n", "60", "--json")
+    )
+    assert compared["out"] == compared["out/recipe"]
+    assert compared["out"]["accuracy"] >= compared["plain"]["accuracy"]
+
+
+def test_generate_continues_and_direction_reads_what_it_wrote(steer, tmp_path):
+    for n in (20, 40):
+        arguments = ("--task", "chains", "-n", n, "-o", "c.jsonl", "--json")
+        assert last_json(steer("generate", "organism", *arguments))["completions"] == n
+    lines = (tmp_path / "c.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["id"] for line in lines}) == len(lines) == 40
+    by_length = sorted(lines, key=lambda line: len(json.loads(line)["ids"]))
+    (tmp_path / "short.jsonl").write_text("\n".join(by_length[:15]))
+    (tmp_path / "long.jsonl").write_text("\n".join(by_length[-15:]))
+    sides = ("--positive", "long.jsonl", "--negative", "short.jsonl", "--site", "L2.resid_post", "-o", "d.safetensors")
+    facts = last_json(steer("direction", "organism", *sides, "--json"))
+    assert facts["site"] == "L2.resid_post"
+    assert facts["norm"] > 0
+    assert "L2.resid_post" in steer("show", "d.safetensors")[1]
+    assert all(json.loads(line)["id"] in steer("show", "c.jsonl")[1] for line in lines[:1])
+
+
+def test_diff_of_equals_names_nothing(steer):
+    assert last_json(steer("diff", "organism", ORGANISM, "--json")) == {"tensors": []}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("show", "nothing"), "nothing does not exist."),
+        (("diff", "organism", "./nothing"), "nothing is not a folder."),
+        (("thinkedit", "organism", "-o", "there"), "there exists. Name another output folder, or remove it first."),
+        (("thinkedit", "organism", "--short", "9", "-o", "x"), "Give both --short and --long, or neither"),
+        (("evaluate", "organism", "--task", "gsm9k"), "'gsm9k' is neither a task nor a JSONL file."),
+        (("generate", "organism", "--split", "test", "-o", "x"), "'test' is not a split. Known: train, probe"),
+        (("evaluate", "organism", "--recipe", "there"), "there holds no recipe.yaml: it is not a recipe."),
+        (
+            ("thinkedit", "organism", "--short", "2", "--long", "3", "--n-probe", "20", "-o", "x"),
+            "but each class needs 10",
+        ),
+    ],
+)
+def test_an_error_is_a_sentence(steer, arguments, sentence, tmp_path):
+    (tmp_path / "there").mkdir()
+    code, _, err = steer(*arguments)
+    assert code == 2
+    assert sentence in err
+    assert not (tmp_path / "x").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"]
