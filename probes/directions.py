@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations import Span, span_means, text_span
-from probes.architectures import final_gain
+from probes.architectures import final_norm_of
 from probes.files import check_keys, read_tensors, write_tensors
 from probes.models import identity_of, tokenizer_of
 from probes.sites import Site
@@ -67,8 +67,7 @@ class Direction:
     def tokens(self, model: PreTrainedModel, k: int = 10) -> Table:
         """The vocabulary that the direction raises and lowers most, read through final norm and unembedding."""
         unembedding = model.get_output_embeddings().get_parameter("weight")
-        gain = final_gain(model)
-        logits = unembedding.float() @ (gain * self.unit.to(gain.device))
+        logits = unembedding.float() @ final_norm_of(model, self.unit).to(unembedding.device)
         up, down = logits.topk(k), logits.topk(k, largest=False)
         tokenizer = tokenizer_of(model)
         rows = [

@@ -1,5 +1,6 @@
 """Batched generation: prompts in, completions out, in the order of the prompts."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def generate(
     names = [str(i) for i in range(len(prompts))] if ids is None else list(ids)
     if len(names) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts came with {len(names)} ids.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"The id {Counter(names).most_common(1)[0][0]!r} names more than one prompt.")
     tokenizer = tokenizer_of(model)
+    delimiters_of(model)  # refused before any work where there are none
     encoded = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
     done: dict[tuple[str, int], Completion] = {}
     if store is not None and Path(store).exists():

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes.architectures import block_of, head_matrices, n_heads, tap_of
+from probes.architectures import block_of, head_matrices, multiplier_of, n_heads, tap_of
 from probes.sites import Site
 
 Edit = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
@@ -22,9 +22,15 @@ def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`.
     """
     module, tap = tap_of(model, site)
+    scale = multiplier_of(model) if site.name in ("attn_out", "mlp_out") else 1.0
 
     def edited(value: Tensor) -> Tensor | None:
-        return edit(value) if site.head is None else _edit_head(value, site.head, n_heads(model), edit)
+        if site.head is not None:
+            return _edit_head(value, site.head, n_heads(model), edit)
+        if scale == 1.0:
+            return edit(value)
+        new = edit(value * scale)  # what is added to the stream
+        return None if new is None else new / scale
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         new = edited(args[0] if args else kwargs["hidden_states"])
@@ -83,20 +89,37 @@ def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Ten
 
 @contextmanager
 def watched(model: nn.Module, see: See) -> Iterator[None]:
-    """While open, `see` gets each forward pass' new token ids, its attention mask, and the cached length."""
+    """While open, `see` gets each forward pass' new token ids, its attention mask, and the cached length.
+
+    Beam search is refused: it swaps the rows of a cache, and whoever follows them would not know.
+    """
 
     def before(_model: nn.Module, args: tuple, kwargs: dict) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("A scope reads token ids, but the model was called with inputs_embeds.")
         cache = kwargs.get("past_key_values")
-        see(ids, kwargs.get("attention_mask"), 0 if cache is None else int(cache.get_seq_length()))
+        if cache is not None:
+            cache.reorder_cache = _refuse_beams
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError(
+                f"A scope reads an attention mask [batch, pos], but this one has {mask.dim()} dimensions, as with a "
+                "static cache: use the default, dynamic one."
+            )
+        see(ids, mask, 0 if cache is None else int(cache.get_seq_length()))
 
     handle = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _refuse_beams(*_: Any) -> None:
+    raise ValueError(
+        "A scope cannot follow beam search, which swaps rows between steps: use sampling or greedy search."
+    )
 
 
 class _Reached(Exception):

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from probes.architectures import architecture_of, config_of, d_model, n_heads, n_layers
+from probes.architectures import ARCHITECTURES, config_of, d_model, n_heads, n_layers
+from probes.identities import adopt
 from probes.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
 
 ORGANISM = Path(__file__).parent / "organism"
@@ -46,10 +47,15 @@ def load(
 
     `source` is a hub id, a local folder, `"organism"` (the embedded model, 0.76 M parameters), or a model that you
     built yourself, with its `tokenizer`. `delimiters` override what opens and closes the thinking, which is
-    else found in the tokenizer. Raises ValueError for a family without a row in `probes.architectures`.
+    else found in the tokenizer. A family without a row in
+    `probes.architectures` is taken if a generic row holds (`probes.identities`), else refused with a ValueError.
     """
     if isinstance(source, PreTrainedModel):
         model, name = source, source.config._name_or_path or type(source).__name__
+        known: Origin | None = getattr(source, "_thinksteer", None)
+        if known is not None:  # loaded before: what is not given anew stays
+            name, revision, tokenizer = known.name, known.revision, tokenizer or known.tokenizer
+            delimiters = delimiters or known.given
     else:
         name = str(source)
         path = ORGANISM if name == "organism" else source
@@ -59,7 +65,8 @@ def load(
         if not source.config._name_or_path:  # type: ignore[union-attr]
             raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")
         tokenizer = AutoTokenizer.from_pretrained(source.config._name_or_path)  # type: ignore[union-attr]
-    architecture_of(model)
+    if config_of(model).model_type not in ARCHITECTURES:
+        adopt(model.eval())
     model._thinksteer = Origin(  # type: ignore[assignment]
         name, revision, tokenizer, delimiters
     )

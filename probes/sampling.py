@@ -75,7 +75,7 @@ class GumbelNoise(LogitsProcessor):
         step = input_ids.shape[1] - self.prompt_width
         tokens = torch.arange(scores.shape[1], device=scores.device)
         bits = _mix(_mix(self.keys + step)[:, None] + tokens)
-        uniform = (_shift(bits, 11).double() + 0.5) / 2**53
+        uniform = (_shift(bits, 12).double() + 0.5) / 2**52  # never 0, never 1
         return scores + (-torch.log(-torch.log(uniform))).to(scores.dtype)
 
 

@@ -1,8 +1,9 @@
 """The names of places on the forward pass.
 
-    resid_pre ─┬─ attn ── z ── o_proj ─→ attn_out ─┐
-               └──────────────────────────────────(+)─ resid_mid ─┬─ mlp_in ── mlp ─→ mlp_out ─┐
-                                                                  └───────────────────────────(+)─ resid_post
+    resid_pre ─┬─ norm ─ attn_in ─ attention ─ z ─ o_proj ─ attn_out ─┐
+               └─────────────────────────────────────────────────(+)─ resid_mid
+    resid_mid ─┬─ norm ─ mlp_in ─ MLP or experts ─ mlp_out ─┐
+               └───────────────────────────────────────(+)─ resid_post
 
 `attn_out` and `mlp_out` are what is added to the stream. `z` is the input of `o_proj`, head by head.
 `L5H7.result` is what head 7 contributes to the output of `o_proj`: its columns of the matrix times its `z`.
@@ -12,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_in", "mlp_out", "z", "result"]
+SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "z", "result"]
 SITE_NAMES: tuple[SiteName, ...] = get_args(SiteName)
 
 _OURS = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+))?\.(?P<name>\w+)")
@@ -21,6 +22,7 @@ _TRANSFORMER_LENS: dict[SiteName, str] = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "resid_post": "hook_resid_post",
+    "attn_in": "attn.hook_in",
     "attn_out": "hook_attn_out",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",

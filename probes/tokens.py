@@ -25,12 +25,15 @@ REFLECTION_MARKERS: tuple[str, ...] = ("Wait", "Alternatively", "Hmm", "But", "\
 class Delimiters:
     """Token ids that open the model's turn, open its thinking, and close it.
 
-    `turn` is what the chat template puts between the user's words and the model's; empty where unknown.
+    `turn` is what the chat template puts between the user's words and the model's, `user` what it puts before the
+    user's; empty where unknown, and then a clock cannot tell earlier turns from this one. A model may write `turn`
+    within its turn (gpt-oss does, between channels): only the first one after `user` opens a turn.
     """
 
     open: tuple[int, ...]
     close: tuple[int, ...]
     turn: tuple[int, ...] = ()
+    user: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,20 +93,29 @@ def find_delimiters(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str] | 
     opens, closes = (tuple(tokenizer.encode(text, add_special_tokens=False)) for text in pair)
     if not opens or not closes:
         raise ValueError(f"The tokenizer turns the delimiters {pair!r} into no tokens.")
-    return Delimiters(opens, closes, _turn(tokenizer, opens))
+    return Delimiters(opens, closes, *_headers(tokenizer, opens))
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, opens: tuple[int, ...]) -> tuple[int, ...]:
-    """What all prompts end with, up to an opening tag: the header of the model's turn."""
+def _headers(tokenizer: PreTrainedTokenizerBase, opens: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What stands between the user's words and the model's, up to an opening tag; and what stands before the user's.
+
+    Read off prompts that differ in the user's words alone.
+    """
     if not tokenizer.chat_template:
-        return ()
-    one, two = (encode_prompt(tokenizer, text) for text in ("a", "7 + b"))
-    length = 0
-    while length < min(len(one), len(two)) and one[-1 - length] == two[-1 - length]:
-        length += 1
-    suffix = tuple(one[len(one) - length :])
+        return (), ()
+    bare, said = (encode_prompt(tokenizer, text) for text in ("", "a"))
+    suffix = tuple(_common_prefix(bare[::-1], said[::-1])[::-1])
     at = find(suffix, opens)
-    return suffix if at is None else suffix[:at]
+    turn = suffix if at is None else suffix[:at]
+    earlier = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    later = (encode_prompt(tokenizer, [*earlier, {"role": "user", "content": text}]) for text in ("", "a"))
+    before, before_later = _common_prefix(bare, said), _common_prefix(*later)
+    return turn, tuple(_common_prefix(before[::-1], before_later[::-1])[::-1])
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> Sequence[int]:
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:same]
 
 
 def find(ids: Sequence[int], wanted: Sequence[int], start: int = 0) -> int | None:

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.architectures import architecture_of, block_of, config_of, n_heads, o_proj_of
+from probes.architectures import (
+    architecture_of,
+    block_of,
+    config_of,
+    multiplier_of,
+    n_heads,
+    o_proj_bias,
+    o_proj_of,
+    output_first,
+)
 from probes.models import origin_of
 from probes.sites import Site, SiteName
 from steer.interventions import Affine
@@ -84,7 +93,7 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
     setattr(config, key, True)
     twin = type(model)(config).to(dtype=model.dtype, device=model.device).eval()  # type: ignore[call-arg]
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
-    if unexpected or not all(name.endswith(".bias") for name in missing) or o_proj_of(twin, 0).bias is None:
+    if unexpected or not all(name.endswith(".bias") for name in missing) or o_proj_bias(twin, 0) is None:
         raise NotFoldable(f"{key} declares no bias for o_proj in {config_of(model).model_type}.")
     for name in missing:
         twin.get_parameter(name).zero_()
@@ -123,67 +132,89 @@ def _fold_step(model: PreTrainedModel, step: Step, draft: _Draft) -> None:
     affine = getattr(intervention, "affine", None)
     if affine is None:
         raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
-    device = o_proj_of(model, site.layer).weight.device
+    device = o_proj_of(model, site.layer).get_parameter("weight").device
     affine = Affine(*(tensor.float().to(device) for tensor in (affine.down, affine.up, affine.shift)))
-    row, block = architecture_of(model), block_of(model, site.layer)
+    row = architecture_of(model)
     match site.name:
         case "z":
-            _fold_input(o_proj_of(model, site.layer), affine, _columns(model, site), site, draft)
+            _fold_input(model, site, affine, draft)
         case "result":
-            _fold_head(o_proj_of(model, site.layer), affine, _columns(model, site), site, draft)
+            _fold_head(model, site, affine, draft)
         case "attn_out":
-            _fold_output([] if row.attn_norm else [o_proj_of(model, site.layer)], affine, site, draft)
+            _refuse_norm(row.attn_norm, site)
+            _fold_output(model, site, affine, draft, writers=(row.o_proj,))
         case "mlp_out":
-            _fold_output([] if row.mlp_norm else _present(block, row.mlp_writers), affine, site, draft)
+            _refuse_norm(row.mlp_norm, site)
+            _fold_output(model, site, affine, draft, writers=row.mlp_writers, loose=row.expert_biases)
         case _:
             raise NotFoldable(f"{site} is not written by one matrix, but by the whole stream before it.")
 
 
-def _fold_output(writers: list[nn.Module | nn.Parameter], affine: Affine, site: Site, draft: _Draft) -> None:
-    """y = x Wᵀ + b becomes y + (y down) up + shift."""
-    if not writers:
+def _refuse_norm(norm: str | None, site: Site) -> None:
+    if norm is not None:
         raise NotFoldable(f"{site} is behind a norm, so no matrix writes it.")
-    biases = [w.bias for w in writers if isinstance(w, nn.Linear) and w.bias is not None]
-    if affine.shift.any() and not len(writers) == len(biases) == 1:
+
+
+def _fold_output(
+    model: PreTrainedModel,
+    site: Site,
+    affine: Affine,
+    draft: _Draft,
+    *,
+    writers: tuple[str, ...],
+    loose: tuple[str, ...] = (),
+) -> None:
+    """y = x Wᵀ + b becomes y + (y down) up + shift, where the stream gets y times the family's multiplier.
+
+    `loose` names biases that are no part of a module.
+    """
+    named = dict(block_of(model, site.layer).named_parameters())
+    present = [path for path in writers if path in named or f"{path}.weight" in named]
+    if not present:
+        raise NotFoldable(f"{site} is written by matrices that no row names for {config_of(model).model_type}.")
+    biases = [named[name] for name in (*(f"{path}.bias" for path in present), *loose) if name in named]
+    holds_shift = len(present) == len(biases) == 1 and not loose
+    if affine.shift.any() and not holds_shift:
         raise NotFoldable(f"{site} has no one bias to hold a shift: keep it as a run-time intervention.")
-    for writer in writers:
-        weight = draft[writer if isinstance(writer, nn.Parameter) else writer.get_parameter("weight")]
+    for path in present:
+        stored = draft[named[path] if path in named else named[f"{path}.weight"]]
+        weight = output_first(model, path, stored)
         weight += affine.up.T @ (affine.down.T @ weight)  # [... d_model d_in]
     for bias in biases:
         value = draft[bias]
-        value += (value @ affine.down) @ affine.up + affine.shift
+        value += (value @ affine.down) @ affine.up + affine.shift / multiplier_of(model)
 
 
-def _fold_input(o_proj: nn.Linear, affine: Affine, columns: slice, site: Site, draft: _Draft) -> None:
+def _fold_input(model: PreTrainedModel, site: Site, affine: Affine, draft: _Draft) -> None:
     """y = x Wᵀ + b becomes (x + (x down) up + shift) Wᵀ + b."""
-    _need_bias(o_proj, affine, site)
-    weight = draft[o_proj.get_parameter("weight")][:, columns]  # [d_model width]
-    if affine.shift.any():
-        draft[o_proj.get_parameter("bias")].add_(weight @ affine.shift)
+    weight, bias = _columns(model, site, draft), _bias_for(model, site, affine)
+    if bias is not None:
+        draft[bias].add_(weight @ affine.shift)
     weight += (weight @ affine.up.T) @ affine.down.T
 
 
-def _fold_head(o_proj: nn.Linear, affine: Affine, columns: slice, site: Site, draft: _Draft) -> None:
+def _fold_head(model: PreTrainedModel, site: Site, affine: Affine, draft: _Draft) -> None:
     """A head's write w = W_h z becomes w + (w down) up + shift; the bias belongs to no head."""
-    _need_bias(o_proj, affine, site)
-    weight = draft[o_proj.get_parameter("weight")][:, columns]
+    weight, bias = _columns(model, site, draft), _bias_for(model, site, affine)
     weight += affine.up.T @ (affine.down.T @ weight)
-    if affine.shift.any():
-        draft[o_proj.get_parameter("bias")].add_(affine.shift)
+    if bias is not None:
+        draft[bias].add_(affine.shift)
 
 
-def _need_bias(o_proj: nn.Linear, affine: Affine, site: Site) -> None:
-    if affine.shift.any() and o_proj.bias is None:
+def _bias_for(model: PreTrainedModel, site: Site, affine: Affine) -> nn.Parameter | None:
+    """`o_proj`'s bias if there is a shift for it to hold."""
+    if not affine.shift.any():
+        return None
+    bias = o_proj_bias(model, site.layer)
+    if bias is None:
         raise NeedsBias(f"{site} has no bias to hold a shift: declare one, or keep it as a run-time intervention.")
+    return bias
 
 
-def _columns(model: PreTrainedModel, site: Site) -> slice:
+def _columns(model: PreTrainedModel, site: Site, draft: _Draft) -> Tensor:
+    """The part of `o_proj` that reads the site, `[d_model, width]`: a view of the draft."""
+    stored = draft[o_proj_of(model, site.layer).get_parameter("weight")]
+    weight = output_first(model, architecture_of(model).o_proj, stored)
     if site.head is None:
-        return slice(None)
-    d_head = o_proj_of(model, site.layer).in_features // n_heads(model)
-    return slice(site.head * d_head, (site.head + 1) * d_head)
-
-
-def _present(block: nn.Module, paths: tuple[str, ...]) -> list[nn.Module | nn.Parameter]:
-    named: dict[str, nn.Module | nn.Parameter] = dict(block.named_modules()) | dict(block.named_parameters())
-    return [named[path] for path in paths if path in named]
+        return weight
+    return weight.unflatten(1, (n_heads(model), -1))[:, site.head]

@@ -128,7 +128,7 @@ def applied(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
         if clock is not None:
             stack.enter_context(watched(model, clock.advance))
         for site, steps in groupby(sorted(recipe.steps, key=_place), key=_at):
-            device = o_proj_of(model, site.layer).weight.device
+            device = o_proj_of(model, site.layer).get_parameter("weight").device
             edits = [Step(placed(step.intervention, device), step.scope) for step in steps]
             stack.enter_context(attached(model, site, partial(_apply, steps=edits, clock=clock)))
         yield

@@ -20,42 +20,37 @@ _PAD = -1
 class Clock:
     """Says, for the tokens of the current forward pass, which phase of its turn each is in.
 
-    The phase of a token is the last delimiter up to it: the turn's header begins *prompt*, the opening delimiter
-    *thinking*, the closing one *answer*; so every token has one phase, and it is the phase that its prediction
-    belongs to. What stands before the last header of a pass is prompt: earlier turns do not count. A turn that
-    never opens its thinking is all prompt. Pads have no phase. State is constant: a phase and the last few ids of
-    each row, updated from the new tokens alone, on their device.
+    The phase of a token is the last delimiter up to it: the header of the model's turn begins *prompt*, the opening
+    delimiter *thinking*, the closing one *answer*; so every token has one phase, the one that its prediction belongs
+    to. A header opens a turn only if a user's header stands between it and the header before, where that is
+    known. What stands before the last opened turn of a pass is prompt: earlier turns do not count. A turn with
+    neither delimiter is all prompt. Pads have no phase. State is constant: a phase and the last few ids of each row,
+    updated from the new tokens alone, on their device.
     """
 
     delimiters: Delimiters
     phase: Int[Tensor, "batch new"] | None = field(default=None, repr=False)
     _seen: int = 0
-    _last: Int[Tensor, " batch"] | None = field(default=None, repr=False)
-    _tail: Int[Tensor, "batch tail"] | None = field(default=None, repr=False)
+    _state: "_State | None" = field(default=None, repr=False)
 
     def advance(
-        self,
-        input_ids: Int[Tensor, "batch new"],
-        attention_mask: Int[Tensor, "batch total"] | None,
-        n_past: int,
+        self, input_ids: Int[Tensor, "batch new"], attention_mask: Int[Tensor, "batch total"] | None, n_past: int
     ) -> None:
+        """Take in the new tokens of a pass whose cache holds `n_past`. Raises ValueError where it lost the thread."""
         batch, new = input_ids.shape
         if n_past == 0:
-            self._seen = 0
-            self._last = input_ids.new_zeros(batch)
-            self._tail = input_ids.new_full((batch, self._memory), _PAD)
-        last, tail = self._last, self._tail
-        if last is None or tail is None or n_past != self._seen or len(last) != batch:
+            self._seen, self._state = 0, _State.at_start(input_ids, self._memory)
+        state = self._state
+        if state is None or n_past != self._seen or len(state.phase) != batch:
             raise ValueError(
                 f"The cache holds {n_past} tokens of {batch} rows, but the clock saw {self._seen}: it cannot follow "
                 "beam search, assisted decoding, or a cache that began before the recipe was applied."
             )
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
-        ids = torch.where(real.bool(), input_ids, _PAD)
-        window = torch.cat([tail, ids], dim=1)
-        self.phase = torch.where(real.bool(), self._phases(window, last, new), _PAD)
-        self._last = torch.where(real[:, -1].bool(), self.phase[:, -1], last)
-        self._tail = window[:, window.shape[1] - self._memory :]
+        real = input_ids == input_ids if attention_mask is None else attention_mask[:, -new:].bool()
+        window = torch.cat([state.tail, input_ids.where(real, _PAD)], dim=1)
+        phase, armed = self._read(window, state, new)
+        self.phase = phase.where(real, _PAD)
+        self._state = _State(phase[:, -1], armed, window[:, window.shape[1] - self._memory :])
         self._seen += new
 
     def mask(self, scope: Scope) -> Bool[Tensor, "batch new"]:
@@ -67,24 +62,50 @@ class Clock:
     @property
     def _memory(self) -> int:
         d = self.delimiters
-        return max(len(d.open), len(d.close), len(d.turn)) - 1
+        return max(map(len, (d.open, d.close, d.turn, d.user))) - 1
 
-    def _phases(self, window: Tensor, last: Tensor, new: int) -> Tensor:
+    def _read(self, window: Tensor, state: "_State", new: int) -> tuple[Tensor, Tensor]:
+        """Phases of the last `new` tokens of the window, pads included, and whether the next header opens a turn."""
         d = self.delimiters
-        event = torch.full_like(window[:, -new:], _PAD)
-        for wanted, number in ((d.turn, 0), (d.open, 1), (d.close, 2)):
-            if wanted:
-                event = torch.where(_ends(window, wanted, new), number, event)
-        place = torch.arange(new, device=event.device).expand_as(event)
-        latest = torch.where(event != _PAD, place, -1).cummax(1).values
-        phase = torch.where(latest >= 0, event.gather(1, latest.clamp(min=0)), last[:, None])
-        turn = torch.where(event == 0, place, -1).amax(1, keepdim=True)
-        return torch.where(place <= turn, 0, phase)
+        place = torch.arange(new, device=window.device).expand(len(window), new)
+        header, user = (_latest(_ends(window, wanted, new), place) for wanted in (d.turn, d.user))
+        before = torch.cat([torch.full_like(header[:, :1], -1), header[:, :-1]], dim=1)  # the header before this token
+        opens = header == place
+        if d.user:
+            opens &= (user > before) | ((before < 0) & state.armed[:, None])
+        armed = (user[:, -1] > header[:, -1]) | ((header[:, -1] < 0) & state.armed)
+
+        event = torch.full_like(place, _PAD).masked_fill(opens, 0)
+        for number, wanted in ((1, d.open), (2, d.close)):
+            event = event.masked_fill(_ends(window, wanted, new), number)
+        latest = _latest(event != _PAD, place)
+        phase = event.gather(1, latest.clamp(min=0)).where(latest >= 0, state.phase[:, None])
+        turn = _latest(opens, place)[:, -1:]
+        return phase.masked_fill(place <= turn, 0), armed
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Of each row: the phase of its last token, whether a header would open a turn, and its last ids."""
+
+    phase: Int[Tensor, " batch"]
+    armed: Bool[Tensor, " batch"]
+    tail: Int[Tensor, "batch tail"]
+
+    @classmethod
+    def at_start(cls, ids: Tensor, memory: int) -> "_State":
+        batch = len(ids)
+        return cls(ids.new_zeros(batch), ids.new_ones(batch).bool(), ids.new_full((batch, memory), _PAD))
+
+
+def _latest(hit: Tensor, place: Tensor) -> Tensor:
+    """For each token the place of the latest hit up to it, -1 before the first."""
+    return place.where(hit, -1).cummax(1).values
 
 
 def _ends(window: Tensor, wanted: tuple[int, ...], new: int) -> Tensor:
     """Where, among the last `new` tokens, `wanted` ends."""
-    hit = torch.ones_like(window[:, -new:], dtype=torch.bool)
+    hit = torch.full_like(window[:, window.shape[1] - new :], bool(wanted), dtype=torch.bool)
     for back, token in enumerate(reversed(wanted)):
         hit &= window[:, window.shape[1] - new - back : window.shape[1] - back] == token
     return hit

@@ -26,6 +26,17 @@ FAMILIES = {
     "gemma2": {"head_dim": 16},
     "gemma3_text": {"head_dim": 16},
     "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite": {"residual_multiplier": 0.3, "attention_bias": True},
+    "cohere2": {"attention_bias": True},
+    "glm4": {"head_dim": 16, "attention_bias": True},
+    "gpt2": {},
+    "gpt_neox": {},
+    "gpt_neox+sequential": {"use_parallel_residual": False},
+    "gpt_oss": {
+        "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": SPARSE | {"shared_expert_intermediate_size": 24},
@@ -36,8 +47,9 @@ FAMILIES = {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
     },
 }  # fmt: skip
-POST_NORM = ("gemma2", "gemma3_text", "olmo2")
-MOE = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+POST_NORM = ("gemma2", "gemma3_text", "olmo2", "glm4")
+PARALLEL = ("cohere2", "gpt_neox")
+MOE = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<bos> {{ m['content'] }} "
     "{% else %}? {{ m['content'] }} <eos> {% endif %}{% endfor %}"

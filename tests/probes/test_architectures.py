@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import N_LAYERS, build_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from families import FAMILIES, N_LAYERS, PARALLEL, build
 
-from probes.architectures import architecture_of, block_of, o_proj_of
+from probes.architectures import architecture_of, block_of, is_parallel, o_proj_of, tap_of
 from probes.hooks import captured
-from probes.models import load
 from probes.sites import Site
 
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -18,13 +16,27 @@ STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 @torch.no_grad()
 def test_the_residual_stream_adds_up(model, tokens):
-    sites = [Site(layer, name) for layer in range(N_LAYERS) for name in STREAM]
-    with captured(model, sites) as cache:
+    parallel = is_parallel(model)
+    names = [name for name in STREAM if not (parallel and name == "resid_mid")]
+    with captured(model, [Site(layer, name) for layer in range(N_LAYERS) for name in names]) as cache:
         model(tokens)
     for layer in range(N_LAYERS):
-        x = {name: cache[Site(layer, name)] for name in STREAM}
-        torch.testing.assert_close(x["resid_mid"], x["resid_pre"] + x["attn_out"])
-        torch.testing.assert_close(x["resid_post"], x["resid_mid"] + x["mlp_out"])
+        x = {name: cache[Site(layer, name)] for name in names}
+        if parallel:
+            torch.testing.assert_close(x["resid_post"], x["resid_pre"] + x["attn_out"] + x["mlp_out"])
+        else:
+            torch.testing.assert_close(x["resid_mid"], x["resid_pre"] + x["attn_out"])
+            torch.testing.assert_close(x["resid_post"], x["resid_mid"] + x["mlp_out"])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_a_parallel_block_has_no_stream_between_and_says_so(family):
+    model = build(family)
+    if family in PARALLEL:
+        with pytest.raises(ValueError, match=f"{family} has no resid_mid: attention and MLP read the same stream"):
+            tap_of(model, Site(0, "resid_mid"))
+    else:
+        assert tap_of(model, Site(0, "resid_mid"))[1].side == "input"
 
 
 @torch.no_grad()
@@ -49,31 +61,30 @@ def test_the_heads_writes_add_up_to_the_output_of_o_proj(model, tokens):
             model(tokens)
     finally:
         handle.remove()
-    bias = 0 if o_proj.bias is None else o_proj.bias
+    bias = dict(o_proj.named_parameters()).get("bias", 0)
     torch.testing.assert_close(sum(cache[site] for site in writes) + bias, out["whole"], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
 def test_the_taps_give_what_the_mlp_reads_and_o_proj_reads(model, tokens):
-    with captured(model, [Site(1, "mlp_in"), Site(1, "z"), Site(1, "resid_mid"), Site(1, "z", 2)]) as cache:
+    """Attention and MLP read the normed stream before them (OLMo 2: the stream itself); a head's z is a slice."""
+    stream = Site(1, "resid_pre" if is_parallel(model) else "resid_mid")
+    with captured(
+        model, [Site(1, "attn_in"), Site(1, "resid_pre"), Site(1, "mlp_in"), Site(1, "z"), stream, Site(1, "z", 2)]
+    ) as cache:
         model(tokens)
-    block = block_of(model, 1)
-    before = cache[Site(1, "resid_mid")]
-    expected = before
-    for norm in ("pre_feedforward_layernorm", "post_attention_layernorm"):
-        if hasattr(block, norm) and model.config.model_type != "olmo2":
-            expected = getattr(block, norm)(before)
-            break
+    norm = {"olmo2": None, "gpt2": "ln_2", "cohere2": "input_layernorm"}
+    sandwich = model.config.model_type in ("gemma2", "gemma3_text")
+    name = norm.get(model.config.model_type, "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm")
+    expected = cache[stream] if name is None else block_of(model, 1).get_submodule(name)(cache[stream])
     torch.testing.assert_close(cache[Site(1, "mlp_in")], expected)
-    z = cache[Site(1, "z")]
-    width = o_proj_of(model, 1).in_features // 4
-    assert torch.equal(cache[Site(1, "z", 2)], z[..., 2 * width : 3 * width])
-
-
-def test_an_unknown_family_is_refused_by_name():
-    config = AutoConfig.for_model("gpt2", vocab_size=97, n_embd=32, n_layer=1, n_head=2)
-    with pytest.raises(ValueError, match="No architecture row for model_type 'gpt2'. Known: deepseek_v3, gemma2"):
-        load(AutoModelForCausalLM.from_config(config), tokenizer=build_tokenizer())
+    first = {"olmo2": None, "gpt2": "ln_1"}.get(model.config.model_type, "input_layernorm")
+    before = cache[Site(1, "resid_pre")]
+    torch.testing.assert_close(
+        cache[Site(1, "attn_in")], before if first is None else block_of(model, 1).get_submodule(first)(before)
+    )
+    width = cache[Site(1, "z")].shape[-1] // 4
+    assert torch.equal(cache[Site(1, "z", 2)], cache[Site(1, "z")][..., 2 * width : 3 * width])
 
 
 def test_hooks_are_registered_in_one_file_only():

@@ -19,7 +19,7 @@ from probes.tokens import (
     thinking_span,
 )
 
-ONE = Delimiters(open=(3,), close=(4,), turn=(5,))
+ONE = Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
 SEVERAL = Delimiters(open=(31, 32), close=(33, 34, 35), turn=(36, 37))
 PLAIN = ("<pad>", "<bos>", "<eos>", "?")  # a vocabulary that does not think
 NO_THINKING_TEMPLATE = "{% for m in messages %}<bos> {{ m['content'] }} {% endfor %}?"
@@ -46,7 +46,7 @@ def test_a_prompt_is_written_by_the_chat_template_up_to_where_the_model_speaks()
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused():
-    with pytest.raises(ValueError, match="has no chat template, so a prompt cannot be written as the model was"):
+    with pytest.raises(ValueError, match="has no chat template, so a prompt cannot be written"):
         encode_prompt(build_tokenizer(template=None), "w7")
 
 
@@ -96,11 +96,11 @@ def test_a_tokenizer_that_does_not_think_is_refused():
 
 
 def spans(d):
-    """Prompt, completion, and the span: its start, the last token of the opening tag, its end, and if it closed."""
+    """Prompt, completion, and the span: start, last token of the opening tag, end, and if it closed."""
     asked, thought = [1, 20, *d.turn], [*d.open, 21, 22, *d.close]
     opened, off = [*asked, *d.open], [*asked, *d.open, *d.close]
     earlier = [*asked, *thought, 23, 2, *asked]
-    n, o, c = len(asked), len(d.open), len(d.close)
+    n, o, c, m = len(asked), len(d.open), len(d.close), len(earlier)
     return [
         (asked, [*thought, 23], (n, n + o - 1, n + o + 2 + c, True)),
         (asked, [24, *thought, 23], (n + 1, n + o, n + o + 3 + c, True)),
@@ -108,8 +108,8 @@ def spans(d):
         (opened, [21, *d.close, 23], (n + o, n + o - 1, n + o + 1 + c, True)),
         (opened, [21, 22], (n + o, n + o - 1, n + o + 2, False)),
         (opened, [], (n + o, n + o - 1, n + o, False)),
-        (earlier, thought, (len(earlier), len(earlier) + o - 1, len(earlier) + len(thought), True)),
-        ([*earlier, *d.open], [21, *d.close], (len(earlier) + o, len(earlier) + o - 1, len(earlier) + o + 1 + c, True)),
+        (earlier, thought, (m, m + o - 1, m + o + 2 + c, True)),
+        ([*earlier, *d.open], [21, *d.close], (m + o, m + o - 1, m + o + 1 + c, True)),
         (off, [23], None),
         (asked, [23, 24], None),
         (asked, [], None),

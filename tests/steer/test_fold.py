@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import POST_NORM, build
 
-from probes.architectures import block_of, o_proj_of
+from probes.architectures import block_of, head_matrices, o_proj_of
 from probes.sites import Site
 from steer.fold import NotFoldable, declare_bias, fold, fold_error, folded
 from steer.interventions import Ablate, Add, Clamp
@@ -20,10 +20,16 @@ KINDS = {
 }
 
 
+MLP_BIAS = {"gpt2": "c_proj.bias", "gpt_neox": "dense_4h_to_h.bias"}  # gpt_oss has one for each expert
+
+
+def names_in(module):
+    return dict(module.named_parameters())
+
+
 def random_vector(model, site):
-    o_proj = o_proj_of(model, site.layer)
-    width = o_proj.in_features if site.name == "z" else o_proj.out_features
-    width = width // 4 if site.name == "z" and site.head is not None else width
+    d_model, n_heads, d_head = head_matrices(model, site.layer).shape
+    width = d_model if site.name != "z" else d_head if site.head is not None else n_heads * d_head
     return torch.randn(width, generator=torch.Generator().manual_seed(2))
 
 
@@ -36,9 +42,8 @@ def folds(model, kind, site):
     if kind == "ablate":
         return True
     if site.name == "mlp_out":
-        mlp = block_of(model, site.layer).mlp
-        return hasattr(mlp, "down_proj") and mlp.down_proj.bias is not None
-    return o_proj_of(model, site.layer).bias is not None
+        return f"mlp.{MLP_BIAS.get(model.config.model_type, 'down_proj.bias')}" in names_in(block_of(model, site.layer))
+    return "bias" in names_in(o_proj_of(model, site.layer))
 
 
 @torch.no_grad()
@@ -104,7 +109,7 @@ def test_edits_of_one_layer_fold_in_the_order_of_the_forward_pass(tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "olmoe", "qwen3_moe", "gemma2", "gemma3_text", "olmo2", "deepseek_v3"]
+    "family", ["llama", "qwen3", "smollm3", "olmoe", "qwen3_moe", "gemma2", "gemma3_text", "olmo2", "deepseek_v3"]
 )
 def test_a_declared_bias_changes_nothing_and_holds_a_shift(family, tokens):
     model = build(family)
@@ -118,7 +123,7 @@ def test_a_declared_bias_changes_nothing_and_holds_a_shift(family, tokens):
     assert o_proj_of(model, 1).bias is None
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "glm4", "mixtral", "qwen2_moe"])
 def test_a_family_that_cannot_declare_a_bias_says_so(family):
     model = build(family)
     with pytest.raises(NotFoldable, match=f"The config of {family} cannot declare a bias for o_proj"):

@@ -1,4 +1,4 @@
-"""A scope means the same tokens with and without a cache, in any batch, any chunks, and on either side of the pads."""
+"""A scope means the same tokens with or without a cache, in any batch and any chunks, beside any pads."""
 
 import random
 
@@ -16,6 +16,7 @@ from steer.recipes import Recipe, applied
 from steer.scopes import SCOPES, Clock
 
 THINK = Delimiters(open=(3,), close=(4,), turn=(5,))
+PHASES = ("prompt", "thinking", "answer")
 LONG = Delimiters(open=(7, 8), close=(9, 10, 11), turn=(5, 6))
 SITE = Site(1, "resid_post")
 ROWS = {
@@ -34,19 +35,14 @@ def thinker(model):
 
 
 def defined(ids, delimiters):
-    """The phases as the docstring of Clock defines them, read aloud."""
+    """The phases as the docstring of Clock defines them, read aloud, and the end of the last header."""
     phases, now, header = [], 0, 0
     for end in range(1, len(ids) + 1):
         for phase, wanted in enumerate((delimiters.turn, delimiters.open, delimiters.close)):
             if wanted and tuple(ids[max(0, end - len(wanted)) : end]) == wanted:
                 now, header = phase, end if phase == 0 else header
         phases.append(now)
-    return [0] * header + phases[header:]
-
-
-def last_header(ids, delimiters):
-    turn = delimiters.turn
-    return max((end for end in range(len(ids) + 1) if tuple(ids[:end][-len(turn) :]) == turn), default=0)
+    return [0] * header + phases[header:], header
 
 
 def padded(rows, side="left"):
@@ -77,7 +73,7 @@ def logits(model, ids, mask):
 
 
 def scripted(width):
-    """The delimiters come where SCRIPT has them; no other token below 6 does, so that no row begins a new turn."""
+    """Delimiters come where SCRIPT has them, and no other token below 6: no row begins a new turn."""
 
     def force(input_ids, scores):
         scores = scores.clone()
@@ -90,41 +86,43 @@ def scripted(width):
     return LogitsProcessorList([force])
 
 
+def run(model, scope, use_cache):
+    """What the model writes under a scoped recipe, and if the last token of each step was in the scope."""
+    ids, mask = padded(list(ROWS.values()))
+    clock, steps = Clock(THINK), []
+
+    def see(new, real, n_past):
+        clock.advance(new, real, n_past)
+        steps.append(clock.mask(scope)[:, -1])
+
+    with applied(model, recipe(model, scope)), watched(model, see):
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=7, do_sample=False, use_cache=use_cache,
+            logits_processor=scripted(ids.shape[1]), output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    return out.sequences, torch.stack(out.logits, dim=1), torch.stack(steps, dim=1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_scope_means_the_same_with_and_without_a_cache_and_by_definition(thinker, scope):
-    ids, mask = padded(list(ROWS.values()))
-    runs, touched = [], []
-    for use_cache in (True, False):
-        clock, steps = Clock(THINK), []
+    cached, whole = (run(thinker, scope, use_cache) for use_cache in (True, False))
+    assert torch.equal(cached[0], whole[0])
+    assert torch.equal(cached[2], whole[2])
 
-        def see(new, real, n_past, clock=clock, steps=steps):
-            clock.advance(new, real, n_past)
-            steps.append(clock.mask(scope)[:, -1])
-
-        with applied(thinker, recipe(thinker, scope)), watched(thinker, see):
-            out = thinker.generate(
-                ids, attention_mask=mask, max_new_tokens=7, do_sample=False, use_cache=use_cache,
-                logits_processor=scripted(ids.shape[1]), output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
-        runs.append(out)
-        touched.append(torch.stack(steps, dim=1))
-    cached, whole = runs
-    assert torch.equal(cached.sequences, whole.sequences)
-    assert torch.equal(*touched)
-
-    seen = cached.sequences[:, :-1]
-    real = torch.cat([mask, mask.new_ones(len(ids), seen.shape[1] - ids.shape[1])], dim=1)
+    mask = padded(list(ROWS.values()))[1]
+    seen, width = cached[0][:, :-1], mask.shape[1]
+    real = torch.cat([mask, mask.new_ones(len(mask), seen.shape[1] - width)], dim=1)
     phases = torch.full_like(seen, -1)
     for row, keep in enumerate(real.bool()):
-        phases[row, keep] = torch.tensor(defined(seen[row, keep].tolist(), THINK))
-    chosen = real.bool() if scope == "all" else phases == ("prompt", "thinking", "answer").index(scope)
-    assert torch.equal(touched[0], chosen[:, ids.shape[1] - 1 :])
+        phases[row, keep] = torch.tensor(defined(seen[row, keep].tolist(), THINK)[0])
+    inside = real.bool() if scope == "all" else phases == PHASES.index(scope)
+    assert torch.equal(cached[2], inside[:, width - 1 :])
     vector = recipe(thinker, scope).steps[0].intervention.vector
-    with attached(thinker, SITE, lambda x: torch.where(chosen[..., None], x + vector, x)):
-        expected = logits(thinker, seen, real)[:, ids.shape[1] - 1 :]
-    torch.testing.assert_close(torch.stack(cached.logits, dim=1), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.stack(whole.logits, dim=1), expected, atol=1e-4, rtol=1e-4)
+    with attached(thinker, SITE, lambda x: torch.where(inside[..., None], x + vector, x)):
+        expected = logits(thinker, seen, real)[:, width - 1 :]
+    for _, ours, _ in (cached, whole):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -154,35 +152,28 @@ def test_the_last_delimiter_of_the_turn_gives_the_phase(ids, phases):
     clock = Clock(THINK)
     clock.advance(torch.tensor([ids]), None, 0)
     assert "".join("pta"[phase] for phase in clock.phase[0].tolist()) == phases
-    assert defined(ids, THINK) == clock.phase[0].tolist()
+    assert clock.phase[0].tolist() == defined(ids, THINK)[0]
 
 
-@pytest.mark.parametrize("delimiters", [THINK, LONG], ids=["one token", "several tokens"])
-def test_in_any_chunks_a_pass_knows_what_was_said_so_far_and_from_the_last_header_on_chunks_change_nothing(
-    delimiters,
-):
+@pytest.mark.parametrize("d", [THINK, LONG], ids=["one token", "several tokens"])
+def test_a_pass_knows_what_was_said_so_far_and_chunks_change_nothing_after_the_last_header(d):
     rng = random.Random(0)
-    pieces = [
-        delimiters.turn,
-        *[delimiters.open, delimiters.close] * 2,
-        *((token,) for token in range(3, 13)),
-    ]
+    pieces = [d.turn, d.open, d.open, d.close, d.close, *((token,) for token in range(3, 13))]
     for _ in range(150):
         rows = [[t for piece in rng.choices(pieces, k=rng.randint(1, 14)) for t in piece] for _ in range(3)]
         ids, mask = padded(rows)
         width = ids.shape[1]
         one, steps = [width], list(range(1, width + 1))
-        for ends in (one, steps, sorted({*rng.choices(range(1, width + 1), k=3), width})):
-            got = follow(Clock(delimiters), ids, mask, ends)
-            for row, phases in zip(rows, got.tolist(), strict=True):
-                expected = [-1] * (pads := width - len(row))
-                for start, end in zip([0, *ends], ends, strict=False):
-                    start, end = max(start - pads, 0), max(end - pads, 0)
-                    expected += defined(row[:end], delimiters)[start:]
-                assert phases == expected, (row, ends)
-                whole = defined(row, delimiters)
-                since = last_header(row, delimiters)
-                assert phases[pads + since :] == whole[since:]
+        for ends in (one, steps, sorted({*rng.choices(steps, k=3), width})):
+            got = follow(Clock(d), ids, mask, ends)
+            for row, real, phases in zip(rows, mask.bool(), got, strict=True):
+                so_far, pads = [], width - len(row)
+                for end in (end - pads for end in ends if end > pads):
+                    so_far += defined(row[:end], d)[0][len(so_far) :]
+                assert phases[real].tolist() == so_far, (row, ends)
+                whole, header = defined(row, d)
+                assert phases[real].tolist()[header:] == whole[header:]
+                assert (phases[~real] == -1).all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -190,7 +181,7 @@ def test_pads_have_no_phase_and_the_phases_partition_the_other_tokens(side):
     ids, mask = padded(list(ROWS.values()), side)
     clock = Clock(THINK)
     clock.advance(ids, mask, 0)
-    counts = sum(clock.mask(scope).long() for scope in ("prompt", "thinking", "answer"))
+    counts = sum(clock.mask(scope).long() for scope in PHASES)
     assert torch.equal(counts, mask)
     assert torch.equal(clock.mask("all"), mask.bool())
 
@@ -199,12 +190,11 @@ def test_pads_have_no_phase_and_the_phases_partition_the_other_tokens(side):
 def test_a_token_after_the_pads_continues_the_phase_before_them(side):
     rows = list(ROWS.values())
     ids, mask = padded(rows, side)
-    ids, mask = (
-        torch.cat([ids, ids.new_full((len(rows), 1), 20)], 1),
-        torch.cat([mask, mask.new_ones(len(rows), 1)], 1),
-    )
+    ids[mask == 0] = 3  # a pad says nothing, even where its id is that of a delimiter
+    one = mask.new_ones(len(rows), 1)
+    ids, mask = torch.cat([ids, 20 * one], dim=1), torch.cat([mask, one], dim=1)
     phases = follow(Clock(THINK), ids, mask, [ids.shape[1] - 1, ids.shape[1]])
-    assert phases[:, -1].tolist() == [defined([*row, 20], THINK)[-1] for row in rows]
+    assert phases[:, -1].tolist() == [defined([*row, 20], THINK)[0][-1] for row in rows]
 
 
 @pytest.mark.parametrize("d", [THINK, LONG], ids=["one token", "several tokens"])
@@ -224,24 +214,48 @@ def test_the_clock_thinks_where_the_thinking_span_is(d):
 def test_a_cache_that_the_clock_did_not_see_from_its_start_is_refused():
     model = build("llama")
     cache = model(torch.tensor([[1, 7, 8, 5]]), use_cache=True).past_key_values
-    sentence = (
-        "The cache holds 4 tokens of 1 rows, but the clock saw 0: it cannot follow beam search, assisted decoding, "
-        "or a cache that began before the recipe was applied."
-    )
+    sentence = "The cache holds 4 tokens of 1 rows, but the clock saw 0: it cannot .* a cache that began"
     with applied(model, recipe(model, "thinking")), pytest.raises(ValueError, match=sentence):
         model(torch.tensor([[3]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize(("rows", "n_past"), [(1, 4), (1, 2), (2, 3)])
+def test_a_clock_follows_no_other_cache_than_its_own(rows, n_past):
+    clock = Clock(THINK)
+    clock.advance(torch.tensor([[1, 7, 5]]), None, 0)
+    sentence = f"The cache holds {n_past} tokens of {rows} rows, but the clock saw 3: it cannot follow"
+    with pytest.raises(ValueError, match=sentence):
+        clock.advance(torch.full((rows, 1), 3), None, n_past)
 
 
 def test_beam_search_with_a_cache_is_refused():
     model = build("llama")
     ids = torch.tensor([[1, 7, 8, 5, 3]])
-    with (
-        applied(model, recipe(model, "thinking")),
-        pytest.raises(ValueError, match="cannot follow beam search"),
-    ):
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, num_beams=2, do_sample=False
-        )
+    mask = torch.ones_like(ids)
+    with applied(model, recipe(model, "thinking")), pytest.raises(ValueError, match="follow beam search"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=20, num_beams=2, do_sample=False)
+
+
+def test_a_static_cache_is_refused():
+    model, ids = build("llama"), torch.tensor([[1, 7, 8, 5, 3]])
+    with applied(model, recipe(model, "thinking")), pytest.raises(ValueError, match="as with a static cache"):
+        model.generate(ids, max_new_tokens=3, cache_implementation="static", do_sample=False)
+
+
+def test_a_header_that_the_model_writes_within_its_turn_opens_none():
+    """As gpt-oss between its channels: user 8, header 5, thinking 3 .. 4, header again, answer; then the next turn."""
+    delimiters = Delimiters(open=(3,), close=(4,), turn=(5,), user=(8,))
+    ids = torch.tensor([[8, 20, 5, 3, 21, 4, 5, 22, 8, 23, 5, 3, 24, 4, 5, 25]])
+    expected = [[0] * 11 + [1, 1, 2, 2, 2]]
+    whole = Clock(delimiters)
+    whole.advance(ids, None, 0)
+    assert whole.phase.tolist() == expected
+    steps, phases = Clock(delimiters), []
+    for at in range(ids.shape[1]):
+        steps.advance(ids[:, at : at + 1], None, at)
+        phases += steps.phase[0].tolist()
+    assert phases[-5:] == [1, 1, 2, 2, 2]
+    assert phases[3:8] == [1, 1, 2, 2, 2]  # the first turn, while it was the current one
 
 
 def test_inputs_embeds_are_refused():
