@@ -1,4 +1,4 @@
-"""Load a model: by hub id, from a folder, as an object, or the embedded one by the name `organism`."""
+"""Load a model: by hub id, from a folder or a GGUF file, as an object, or the embedded one, `organism`."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.architectures import ARCHITECTURES, config_of, d_model, n_heads, n_layers
+from probes.gguf import converted, smollm2_file
 from probes.identities import adopt
 from probes.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
 
@@ -45,9 +46,9 @@ def load(
 ) -> PreTrainedModel:
     """A plain Hugging Face causal LM in eval mode, ready for every function here.
 
-    `source` is a hub id, a local folder, `"organism"` (the embedded model, 0.76 M parameters), or a model that you
-    built yourself, with its `tokenizer`. `delimiters` override what opens and closes the thinking, which is
-    else found in the tokenizer. A family without a row in
+    `source` is a hub id, a local folder, a GGUF file, `"organism"` (the embedded model, 0.76 M parameters), `"smollm2"`
+    (SmolLM2-135M-Instruct out of a package), or a model that you built yourself, with its `tokenizer`. `delimiters`
+    override what opens and closes the thinking, which is else found in the tokenizer. A family without a row in
     `probes.architectures` is taken if a generic row holds (`probes.identities`), else refused with a ValueError.
     """
     if isinstance(source, PreTrainedModel):
@@ -58,7 +59,7 @@ def load(
             delimiters = delimiters or known.given
     else:
         name = str(source)
-        path = ORGANISM if name == "organism" else source
+        path = _place_of(source)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, revision=revision)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer is None:
@@ -71,6 +72,15 @@ def load(
         name, revision, tokenizer, delimiters
     )
     return model.eval()
+
+
+def _place_of(source: str | Path) -> str | Path:
+    """What transformers can read: a hub id, or a folder; a GGUF file is converted first."""
+    if source == "organism":
+        return ORGANISM
+    if source == "smollm2":
+        return converted(smollm2_file())
+    return converted(Path(source)) if str(source).endswith(".gguf") else source
 
 
 def origin_of(model: PreTrainedModel) -> Origin:
@@ -97,8 +107,7 @@ def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
 
 def folder_of(model: PreTrainedModel) -> Path | None:
     """The local folder the weights were read from, if they were."""
-    name = origin_of(model).name
-    folder = ORGANISM if name == "organism" else Path(name)
+    folder = Path(_place_of(origin_of(model).name))
     return folder if folder.is_dir() else None
 
 

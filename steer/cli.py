@@ -21,16 +21,17 @@ from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tables import Table
 from steer.differences import diff as compare_checkpoints
+from steer.methods.thinkedit import Kind
 from steer.organism import train
 from steer.recipes import Recipe
-from steer.runs import ThinkEditRun, thinkedit
+from steer.runs import HEADS, KINDS, ThinkEditRun, grid, thinkedit
 from steer.scores import Arm, evaluate, solve
 from steer.tasks import SPLITS, Split, task_named
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(width=None if sys.stdout.isatty() else 140)
 
-Model = Annotated[str, typer.Argument(help="A hub id, a folder, or `organism`.")]
+Model = Annotated[str, typer.Argument(help="A hub id, a folder, a GGUF file, `organism`, or `smollm2`.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 Count = Annotated[int, typer.Option("--n", "-n", help="Problems to solve, or to report on.")]
@@ -38,6 +39,10 @@ BatchSize = Annotated[int, typer.Option(help="Rows generated at once.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write; must not exist.")]
 MaxNewTokens = Annotated[int | None, typer.Option(help="The task's own, if left out.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Delimit = Annotated[
+    tuple[str, str] | None,
+    typer.Option("--delimiters", help="What opens and what closes the thinking, where the tokenizer does not tell."),
+]
 DeviceMap = Annotated[str | None, typer.Option(help="Where layers go, e.g. auto (accelerate).")]
 
 
@@ -63,6 +68,9 @@ def thinkedit_(
     short: Annotated[float | None, typer.Option(help="Short is below this many tokens (paper: 100).")] = None,
     long: Annotated[float | None, typer.Option(help="Long is above this many tokens (paper: 1000).")] = None,
     share: Annotated[float, typer.Option(help="Without cut-offs: the share on each side.")] = 0.25,
+    heads: Annotated[list[float] | None, typer.Option(help="Numbers or shares of heads to choose from.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="project, replace, one_sided: edits to choose from.")] = None,
+    control_draws: int = 5,
     n_probe: int = 1000,
     n_select: int = 400,
     n_report: int = 1000,
@@ -71,6 +79,7 @@ def thinkedit_(
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    delimiters: Delimit = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -79,12 +88,14 @@ def thinkedit_(
         raise ValueError("Give both --short and --long, or neither (then --share cuts at quantiles).")
     if output.exists():
         raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
-    loaded, source = load(model, dtype=dtype, device_map=device_map), task_named(task)
+    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
     run = thinkedit(
         loaded,
         source,
         cutoffs=None if short is None or long is None else (short, long),
         share=share,
+        settings=grid(heads or HEADS, [_kind(name) for name in kind] if kind else KINDS),
+        control_draws=control_draws,
         n_probe=n_probe,
         n_select=n_select,
         n_report=n_report,
@@ -109,11 +120,12 @@ def generate(
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    delimiters: Delimit = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
     """Completions of a task's problems, as a JSONL file."""
-    loaded, source = load(model, dtype=dtype, device_map=device_map), task_named(task)
+    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
     sampling = _sampling(loaded, source.max_new_tokens, max_new_tokens, temperature, seed)
     problems = source.sample(n, _split(split), seed=seed)
     done = solve(loaded, problems, sampling=sampling, samples=samples, batch_size=batch_size, store=output)
@@ -133,10 +145,11 @@ def direction(
     last: Annotated[bool, typer.Option("--last", help="Read texts at their last token, not their mean.")] = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    delimiters: Delimit = None,
     as_json: Json = False,
 ) -> None:
     """The direction from one class of texts or completions to another, at a site (difference in means)."""
-    loaded, where = load(model, dtype=dtype, device_map=device_map), Site.parse(site)
+    loaded, where = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), Site.parse(site)
     above, below = (text_spans(loaded, path, last=last) for path in (positive, negative))
     found = difference_in_means(loaded, above, below, [where])[where]
     found.save(output)
@@ -159,13 +172,16 @@ def evaluate_(
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
+    delimiters: Delimit = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
     """Accuracy, thinking length and truncation of a model, of recipes on it, and of other checkpoints, in pairs."""
-    loaded, source = load(model, dtype=dtype, device_map=device_map), task_named(task)
+    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
     arms: dict[str, Arm] = {str(path): Recipe.load(path) for path in recipe or []}
-    arms |= {str(path): load(path, dtype=dtype, device_map=device_map) for path in checkpoint or []}
+    arms |= {
+        str(path): load(path, dtype=dtype, device_map=device_map, delimiters=delimiters) for path in checkpoint or []
+    }
     result = evaluate(
         loaded,
         source,
@@ -231,6 +247,12 @@ def _sampling(model: Any, own: int, wanted: int | None, temperature: float | Non
     return sampling if temperature is None else replace(sampling, temperature=temperature)
 
 
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        raise ValueError(f"{name!r} is not a kind of edit. Known: {', '.join(KINDS)}.")
+    return name
+
+
 def _split(name: str) -> Split:
     if name not in SPLITS:
         raise ValueError(f"{name!r} is not a split. Known: {', '.join(SPLITS)}.")
@@ -241,3 +263,7 @@ def _end(table: Table, facts: Mapping[str, Any], as_json: bool) -> None:
     console.print(table)
     if as_json:
         console.file.write(json.dumps(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,10 @@ POSITIONS: tuple[Position, ...] = ("thinking", "first")
 RANKINGS: tuple[Ranking, ...] = ("raw", "centred")
 
 
-def grid(heads: Iterable[float] = (0.03, 0.06, 0.125), kinds: Iterable[Kind] = KINDS) -> tuple[Setting, ...]:
+HEADS = (0.03, 0.06, 0.125)
+
+
+def grid(heads: Iterable[float] = HEADS, kinds: Iterable[Kind] = KINDS) -> tuple[Setting, ...]:
     """Every kind, position, ranking and head count: what the selection split chooses from."""
     return tuple(
         Setting(kind, position, ranking, k) for k, kind, position, ranking in product(heads, kinds, POSITIONS, RANKINGS)
