@@ -24,7 +24,7 @@ from probes.completions import Completion
 from probes.directions import Direction, difference_in_means, random_direction
 from probes.heads import Head, HeadScores, head_writes, written_unit
 from probes.sites import Site, SiteName
-from steer.interventions import Ablate, Clamp, Intervention
+from steer.interventions import Ablate, Add, Clamp, Intervention
 from steer.recipes import Recipe
 
 Position = Literal["thinking", "first"]
@@ -163,6 +163,18 @@ class LengthReading:
                 return Ablate(site, unit, weight, target=float(self.long_writes[head]))
             case "one_sided":
                 return Clamp(site, unit, weight, low=0.0)
+
+    def steering(self, strength: float, *, layers: Sequence[int] | None = None) -> Recipe:
+        """The paper's first experiment: strength * v_l added at every token to what attention (or the MLP) adds in
+        layer l, raw and unnormalised, in all layers or in some. Positive is longer; the paper goes to ±0.08 in all
+        layers, and to ±1 in one.
+
+        A reading of `resid_mid` steers `attn_out`; one of `resid_post` steers `mlp_out`.
+        """
+        into: SiteName = "mlp_out" if self.directions[0].site.name == "resid_post" else "attn_out"
+        chosen = [d for d in self.directions if layers is None or d.site.layer in layers]
+        adds = [Add(Site(d.site.layer, into), d.vector, strength) for d in chosen]
+        return Recipe.of(self.model, adds, method=f"{METHOD}, steering")
 
     def recipe(self, setting: Setting) -> Recipe:
         return self.edit(self.heads(setting), kind=setting.kind, weight=setting.weight)

@@ -14,6 +14,7 @@ from probes.sites import Site
 from probes.tokens import thinking_span
 from steer.fold import folded
 from steer.methods.thinkedit import PUBLISHED, LengthReading, LengthSplit
+from steer.recipes import applied
 
 THINK, END, TURN = 3, 4, 5
 
@@ -220,3 +221,19 @@ def test_a_split_leaves_out_what_never_closed_and_refuses_one_class():
         LengthSplit.by_quantile([never])
     quantiles = LengthSplit.by_quantile(closed, share=0.5, minimum=3)
     assert (quantiles.short, quantiles.long) == (split.short, split.long)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("site", "into"), [("resid_mid", "attn_out"), ("resid_post", "mlp_out")])
+def test_steering_adds_the_raw_direction_of_each_layer_to_what_it_adds_to_the_stream(site, into):
+    model = build("qwen3")
+    short, long = sample(model, 11, 4, seed=1), sample(model, 10, 12, seed=2)
+    reading = LengthReading.of(model, LengthSplit.at([*short, *long], below=9, above=12), site=site)
+    first = Site(0, into)
+    with captured(model, [first]) as plain:
+        model(torch.tensor([short[0].all_ids]))
+    with applied(model, reading.steering(0.5)), captured(model, [first]) as steered:
+        model(torch.tensor([short[0].all_ids]))
+    added = (steered[first] - plain[first]).flatten(0, 1)
+    torch.testing.assert_close(added, 0.5 * reading.directions[0].vector.expand_as(added), atol=1e-5, rtol=0)
+    assert [step.intervention.site for step in reading.steering(1.0, layers=[1]).steps] == [Site(1, into)]
