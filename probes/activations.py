@@ -4,8 +4,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 
 import torch
@@ -109,14 +107,27 @@ def span_means(
             bar.update(len(rows))
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Moments over spans of a span's mean activation, and of its mean norm: each span counts once."""
+
+    activation: Moments
+    norm: Moments
+
+    def __add__(self, other: "Recorded") -> "Recorded":
+        return Recorded(self.activation + other.activation, self.norm + other.norm)
+
+
 def record(
     model: PreTrainedModel, spans: Sequence[Span], sites: Sequence[Site], *, label: str = "reading"
-) -> dict[Site, Moments]:
-    """Per site, the moments of the spans' means: each span counts once, however long it is."""
-    parts = [
-        {s: Moments.of(x) for s, x in means.items()} for _, means, _ in span_means(model, spans, sites, label=label)
-    ]
-    return {site: reduce(add, (part[site] for part in parts)) for site in sites}
+) -> dict[Site, Recorded]:
+    """Per site, the moments over all spans, merged batch by batch: memory is O(sites x d_model)."""
+    total: dict[Site, Recorded] = {}
+    for _, means, norms in span_means(model, spans, sites, label=label):
+        for site in sites:
+            new = Recorded(Moments.of(means[site]), Moments.of(norms[site][:, None]))
+            total[site] = total[site] + new if site in total else new
+    return total
 
 
 def _reducer(site: Site, weights: Tensor, means: dict[Site, Tensor], norms: dict[Site, Tensor]):

@@ -12,12 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations import Span, span_means, text_span
+from probes.activations import Span, record, text_span
 from probes.architectures import final_norm_of
 from probes.files import check_keys, read_tensors, write_tensors
 from probes.models import identity_of, tokenizer_of
 from probes.sites import Site
-from probes.statistics import Moments
 from probes.tables import Table
 from probes.tokens import decode
 
@@ -122,19 +121,16 @@ def difference_in_means(
         raise ValueError(
             f"A direction needs both classes, but got {len(positive)} positive and {len(negative)} negative."
         )
-    sides, norms = [], dict.fromkeys(sites, 0.0)
-    for label, spans in (("reading positive", positive), ("reading negative", negative)):
-        moments: dict[Site, Moments] = {}
-        for _, means, batch_norms in span_means(model, spans, sites, label=label):
-            for site in sites:
-                new = Moments.of(means[site])
-                moments[site] = moments[site] + new if site in moments else new
-                norms[site] += float(batch_norms[site].sum())
-        sides.append(moments)
+    above = record(model, positive, sites, label="reading positive")
+    below = record(model, negative, sites, label="reading negative")
     provenance = Provenance.now(model, "difference in means", positive, negative)
-    n = len(positive) + len(negative)
     return {
-        site: Direction(site, (sides[0][site].mean - sides[1][site].mean).float().cpu(), norms[site] / n, provenance)
+        site: Direction(
+            site,
+            (above[site].activation.mean - below[site].activation.mean).float().cpu(),
+            float((above[site].norm + below[site].norm).mean),
+            provenance,
+        )
         for site in sites
     }
 

@@ -71,7 +71,7 @@ def head_writes(
     moments = record(model, spans, [Site(layer, "z") for layer in vectors], label="reading heads")
     for layer, vector in vectors.items():
         matrices = head_matrices(model, layer).double()
-        z = moments[Site(layer, "z")].mean.to(matrices.device).unflatten(0, (n_heads(model), -1))
+        z = moments[Site(layer, "z")].activation.mean.to(matrices.device).unflatten(0, (n_heads(model), -1))
         u = torch.einsum("dhk,d->hk", matrices, vector.double().to(matrices.device))
         out[layer] = (z * u).sum(-1).cpu()
     return out

@@ -61,7 +61,7 @@ def broken_identity(model: PreTrainedModel) -> str | None:
         if _missing(model, path):
             return f"the model has no {path}"
     for block in model.get_submodule(row.layers).children():
-        for path in {row.o_proj, *(tap.path for tap in row.taps.values())}:
+        for path in dict.fromkeys((row.o_proj, *(tap.path for tap in row.taps.values()))):
             if path and _missing(block, path) and not (is_parallel(model) and path == row.taps["resid_mid"].path):
                 return f"a block has no {path}"
     width = o_proj_of(model, 0).get_parameter("weight").shape[1]

@@ -65,7 +65,10 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
     where no change of weights is equal.
     """
     recipe.check(model)
-    return _fold(model, recipe)
+    draft = _drafted(model, recipe)
+    draft.write()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return FoldReport(tuple(sorted(names[id(parameter)] for parameter in draft.copies)))
 
 
 def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
@@ -73,11 +76,21 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     recipe.check(model)
     twin = copy.deepcopy(model)
     try:
-        _fold(twin, recipe)
+        draft = _drafted(twin, recipe)
     except NeedsBias:
         twin = declare_bias(model)
-        _fold(twin, recipe)
+        draft = _drafted(twin, recipe)
+    draft.write()
     return twin
+
+
+def check_folds(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise `NotFoldable` where `folded` would, without copying the model."""
+    recipe.check(model)
+    try:
+        _drafted(model, recipe)
+    except NeedsBias:
+        _bias_key(model)
 
 
 @torch.no_grad()
@@ -86,9 +99,7 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises `NotFoldable` where the family's config cannot declare one.
     """
-    key = architecture_of(model).declares_bias
-    if key is None:
-        raise NotFoldable(f"The config of {config_of(model).model_type} cannot declare a bias for o_proj.")
+    key = _bias_key(model)
     config = copy.deepcopy(model.config)
     setattr(config, key, True)
     twin = type(model)(config).to(dtype=model.dtype, device=model.device).eval()  # type: ignore[call-arg]
@@ -112,13 +123,19 @@ def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, id
 
 
 @torch.no_grad()
-def _fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
+def _drafted(model: PreTrainedModel, recipe: Recipe) -> _Draft:
+    """What the recipe makes of the weights; the model is not touched."""
     draft = _Draft()
     for step in sorted(recipe.steps, key=lambda s: (s.intervention.site.layer, _rank(s.intervention.site))):
         _fold_step(model, step, draft)
-    draft.write()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return FoldReport(tuple(sorted(names[id(parameter)] for parameter in draft.copies)))
+    return draft
+
+
+def _bias_key(model: PreTrainedModel) -> str:
+    key = architecture_of(model).declares_bias
+    if key is None:
+        raise NotFoldable(f"The config of {config_of(model).model_type} cannot declare a bias for o_proj.")
+    return key
 
 
 def _rank(site: Site) -> int:

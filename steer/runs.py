@@ -21,7 +21,7 @@ from probes.tables import Table
 from steer.cards import Section
 from steer.checkpoints import export
 from steer.differences import Difference
-from steer.fold import NotFoldable, fold_error, folded
+from steer.fold import NotFoldable, check_folds, fold_error, folded
 from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
 from steer.recipes import Recipe
 from steer.scores import Arm, Evaluation, Outcomes, evaluate, solve
@@ -154,7 +154,7 @@ def thinkedit(
     problems = task.sample(n_select, "select", seed=seed)
     selection = compare(problems, {str(setting): recipe for setting, recipe in recipes.items()})
     best = sorted(recipes, key=lambda setting: -selection.score(str(setting)).accuracy)
-    chosen, twin = _first_that_folds(model, best, recipes)
+    chosen = _first_that_folds(model, best, recipes)
     one_sided = next((setting for setting in best if setting.kind == "one_sided"), None)
 
     problems = task.sample(n_report, "report", seed=seed)
@@ -162,8 +162,8 @@ def thinkedit(
     reading = readings[chosen.position]
     arms: dict[str, Arm] = {
         "plain": plain,
-        "published": folded(model, readings[PUBLISHED.position].recipe(PUBLISHED)),
-        "edited": twin,
+        "published": readings[PUBLISHED.position].recipe(PUBLISHED),
+        "edited": recipes[chosen],
         **({} if one_sided is None else {"one_sided": recipes[one_sided]}),
         "lowest_heads": _edit(reading, reading.scores(chosen.ranking).bottom(len(reading.heads(chosen))), chosen),
     }
@@ -187,14 +187,13 @@ def _held_out(completions: Sequence[Completion], split: LengthSplit) -> LengthSp
     return LengthSplit.at(completions, below=split.below, above=split.above, minimum=2)
 
 
-def _first_that_folds(
-    model: PreTrainedModel, best: Sequence[Setting], recipes: Mapping[Setting, Recipe]
-) -> tuple[Setting, PreTrainedModel]:
+def _first_that_folds(model: PreTrainedModel, best: Sequence[Setting], recipes: Mapping[Setting, Recipe]) -> Setting:
     for setting in best:
         try:
-            return setting, folded(model, recipes[setting])
+            check_folds(model, recipes[setting])
         except NotFoldable:
             continue
+        return setting
     raise NotFoldable("None of the settings folds into weights: add one of kind 'project'.")
 
 
