@@ -46,9 +46,9 @@ def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 
     def after_head(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         z = args[0].unflatten(-1, (n_heads(model), -1))[..., site.head, :]
-        write = z @ head_matrices(model, site.layer)[:, site.head].T
+        write = z.float() @ head_matrices(model, site.layer)[:, site.head].float().T
         new = edit(write)
-        return None if new is None else output + (new - write)
+        return None if new is None else output + (new - write).to(output.dtype)
 
     if tap.side == "input":
         handle = module.register_forward_pre_hook(before, with_kwargs=True)

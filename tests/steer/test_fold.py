@@ -7,6 +7,7 @@ import torch
 from families import POST_NORM, build
 
 from probes.architectures import block_of, head_matrices, o_proj_of
+from probes.hooks import captured
 from probes.sites import Site
 from steer.fold import NotFoldable, declare_bias, fold, fold_error, folded
 from steer.interventions import Ablate, Add, Clamp
@@ -141,3 +142,17 @@ def test_a_bfloat16_model_is_edited_in_float32_and_rounded_once():
         unit = w / w.norm()
         exact[:, 8:16] -= torch.outer(unit, unit @ exact[:, 8:16])
     assert torch.equal(o_proj_of(twin, 1).weight, exact.to(torch.bfloat16))
+
+
+@torch.no_grad()
+def test_a_heads_write_is_read_and_edited_in_float32_in_a_bfloat16_model(tokens):
+    """What an edit changes is small beside the write: in bfloat16 their difference would be lost."""
+    model = build("llama", dtype=torch.bfloat16)
+    sites = [Site(1, "result", 1), Site(1, "z", 1)]
+    with captured(model, sites) as cache:
+        model(tokens)
+    exact = cache[sites[1]].float() @ head_matrices(model, 1)[:, 1].float().T
+    assert cache[sites[0]].dtype is torch.float32
+    torch.testing.assert_close(cache[sites[0]], exact)
+    with applied(model, Recipe.of(model, [Ablate(sites[0], torch.ones(32))])):
+        assert model(tokens).logits.dtype is torch.bfloat16
