@@ -1,13 +1,14 @@
 """A prompt with what the model made of it, and the JSONL file that keeps many."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from probes.files import check_keys
+from probes.files import check_keys, staged_file
 from probes.sampling import Sampling
 from probes.tokens import ThinkingSpan
 
@@ -71,15 +72,32 @@ class Completion:
 
 
 def write_completions(path: Path, completions: Iterable[Completion]) -> None:
-    """Append, one line each, and flush: what is written stays, whatever happens next."""
-    with Path(path).open("a") as file:
-        file.writelines(completion.to_json() + "\n" for completion in completions)
+    """Append, one line each: what is written stays, whatever happens next. A line that a kill cut off goes first."""
+    with Path(path).open("a+b") as file:
+        if file.tell() and not _ends_a_line(file):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.writelines(completion.to_json().encode() + b"\n" for completion in completions)
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read() == b"\n"
 
 
 def read_completions(path: Path) -> list[Completion]:
-    """All whole lines; a last line that was cut off by a kill is left out, and cut off the file by nobody."""
+    """All whole lines; a last line that was cut off by a kill is left out."""
     lines = Path(path).read_text().splitlines(keepends=True)
     return [Completion.from_json(line) for line in lines if line.endswith("\n")]
+
+
+def order_completions(path: Path, completions: Iterable[Completion]) -> None:
+    """Put these first, in their order, and what else the file holds after them. Nothing is lost on the way."""
+    held = {(c.id, c.sample): c for c in read_completions(path)}
+    wanted = {(c.id, c.sample): c for c in completions}
+    if list(held)[: len(wanted)] != list(wanted):
+        with staged_file(path) as stage:
+            write_completions(stage, {**wanted, **held}.values())
 
 
 def by_problem(completions: Sequence[Completion]) -> dict[str, list[Completion]]:

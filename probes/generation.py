@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from probes.completions import Completion, read_completions, write_completions
+from probes.completions import Completion, order_completions, read_completions, write_completions
 from probes.models import delimiters_of, origin_of, tokenizer_of
 from probes.sampling import Sampling, row_key
 from probes.tokens import Prompt, decode, encode_prompt, thinking_span
@@ -30,8 +30,9 @@ def generate(
     """`samples` completions of each prompt, prompt by prompt.
 
     `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template. With
-    `store`, each batch is appended to that JSONL file, and what it already holds is not generated again. Randomness
-    belongs to prompt and sample number, so batch size and order change nothing but speed.
+    `store`, each batch is appended to that JSONL file, what it already holds is not generated again, and in the end it
+    is in the order of the prompts: a run that was killed and started again ends with the same bytes. Randomness belongs
+    to prompt and sample number, so batch size and order change nothing but speed.
     """
     sampling = sampling or Sampling.of(model)
     names = [str(i) for i in range(len(prompts))] if ids is None else list(ids)
@@ -42,20 +43,36 @@ def generate(
     tokenizer = tokenizer_of(model)
     delimiters_of(model)  # refused before any work where there are none
     encoded = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
-    done: dict[tuple[str, int], Completion] = {}
-    if store is not None and Path(store).exists():
-        done = {(c.id, c.sample): c for c in read_completions(store)}
-    todo = [(n, s) for n in range(len(prompts)) for s in range(samples) if (names[n], s) not in done]
-    todo.sort(key=lambda row: -len(encoded[row[0]]))
-    with tqdm(total=len(todo), desc=label, unit="completion", delay=2, leave=False) as bar:
-        for start in range(0, len(todo), batch_size):
-            rows = todo[start : start + batch_size]
-            batch = _complete(model, [(names[n], encoded[n], s) for n, s in rows], sampling)
+    rows = sorted(
+        ((n, sample) for n in range(len(prompts)) for sample in range(samples)), key=lambda row: -len(encoded[row[0]])
+    )
+    done = {} if store is None else _held(Path(store), dict(zip(names, encoded, strict=True)), sampling)
+    missing = sum((names[n], sample) not in done for n, sample in rows)
+    with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
+        for start in range(0, len(rows), batch_size):  # the same batches, whatever is done already
+            batch = [(names[n], encoded[n], sample) for n, sample in rows[start : start + batch_size]]
+            if all((name, sample) in done for name, _, sample in batch):
+                continue
+            new = [c for c in _complete(model, batch, sampling) if (c.id, c.sample) not in done]
             if store is not None:
-                write_completions(store, batch)
-            done.update({(c.id, c.sample): c for c in batch})
-            bar.update(len(batch))
-    return [done[name, sample] for name in names for sample in range(samples)]
+                write_completions(store, new)
+            done.update({(c.id, c.sample): c for c in new})
+            bar.update(len(new))
+    completions = [done[name, sample] for name in names for sample in range(samples)]
+    if store is not None and completions:
+        order_completions(store, completions)
+    return completions
+
+
+def _held(store: Path, prompts: Mapping[str, list[int]], sampling: Sampling) -> dict[tuple[str, int], Completion]:
+    """What the store holds already. Raises ValueError where it was made from other prompts or otherwise sampled."""
+    held = read_completions(store) if store.exists() else []
+    for c in held:
+        if c.sampling != sampling:
+            raise ValueError(f"{store} was sampled as {c.sampling}, not as {sampling}. Name another file.")
+        if c.id in prompts and list(c.prompt_ids) != prompts[c.id]:
+            raise ValueError(f"{store} holds another prompt under the id {c.id!r}. Name another file, or other ids.")
+    return {(c.id, c.sample): c for c in held}
 
 
 @torch.no_grad()

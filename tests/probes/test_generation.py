@@ -1,16 +1,19 @@
-"""What a model writes belongs to the prompt, the sample and the seed: not to the batch, the order, or the day."""
+"""What a model writes belongs to the prompt, the sample and the seed: not to the batch or the order."""
 
 import random
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from families import build
+from families import build, build_tokenizer
 from scipy.stats import chisquare
 
 from probes import generation
 from probes.completions import Completion, by_problem, read_completions, write_completions
 from probes.generation import generate
+from probes.hooks import watched
 from probes.models import load, tokenizer_of
 from probes.sampling import GumbelNoise, Sampling, row_key
 from probes.tokens import ThinkingSpan, decode, encode_prompt
@@ -37,17 +40,22 @@ def draws(sampling, n, step=0, logits=LOGITS):
     return torch.bincount(rows.argmax(1), minlength=len(logits))
 
 
-@pytest.mark.parametrize("sampling", [WARM, Sampling(temperature=0, max_new_tokens=48)], ids=["warm", "greedy"])
+def fits(counts, shares):
+    """Whether draws with these shares are as far off as the counts more than once in a thousand times."""
+    expected = counts.sum() * shares.double()
+    return chisquare(counts, expected, sum_check=False).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("sampling", [WARM, replace(WARM, temperature=0)], ids=["warm", "greedy"])
 def test_batch_size_and_order_change_nothing(organism, sampling):
     names = [f"p{i}" for i in range(len(CHAINS))]
-    whole = generate(organism, CHAINS, ids=names, sampling=sampling, samples=2)
+    write = partial(generate, organism, sampling=sampling, samples=2)
+    whole = write(CHAINS, ids=names)
     assert [(c.id, c.sample) for c in whole] == [(name, sample) for name in names for sample in (0, 1)]
     for size in (1, 3):
-        assert generate(organism, CHAINS, ids=names, sampling=sampling, samples=2, batch_size=size) == whole
+        assert write(CHAINS, ids=names, batch_size=size) == whole
     order = random.Random(0).sample(range(len(CHAINS)), len(CHAINS))
-    mixed = generate(
-        organism, [CHAINS[i] for i in order], ids=[names[i] for i in order], sampling=sampling, samples=2, batch_size=3
-    )
+    mixed = write([CHAINS[i] for i in order], ids=[names[i] for i in order], batch_size=3)
     assert by_problem(mixed) == by_problem(whole)
 
 
@@ -66,7 +74,8 @@ def test_greedy_is_the_greedy_search_of_hugging_face(organism):
     for model, prompts in ((organism, CHAINS), (build("gemma2"), ["w7 w8", "w9"])):
         for ours in generate(model, prompts, sampling=GREEDY):
             ids = torch.tensor([ours.prompt_ids])
-            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+            mask = torch.ones_like(ids)
+            theirs = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)
             assert list(ours.ids) == theirs[0, ids.shape[1] :].tolist()
 
 
@@ -77,7 +86,7 @@ def test_draws_follow_the_softmax_and_never_take_what_is_impossible(temperature,
     expected = (LOGITS / temperature).softmax(0)
     assert not counts[expected == 0].any()
     possible = expected > 0
-    assert chisquare(counts[possible], 20_000 * expected[possible].double().numpy(), sum_check=False).pvalue > 1e-3
+    assert fits(counts[possible], expected[possible])
 
 
 def test_two_steps_of_one_row_are_independent_draws():
@@ -88,7 +97,7 @@ def test_two_steps_of_one_row_are_independent_draws():
     observed = [pairs[pair] for pair in common]
     expected = [n / 2 * share[a] * share[b] for a, b in common]
     rest = n / 2 - sum(observed), n / 2 - sum(expected)
-    assert chisquare([*observed, rest[0]], [*expected, rest[1]]).pvalue > 1e-3
+    assert fits(torch.tensor([*observed, rest[0]]), torch.tensor([*expected, rest[1]]) / (n / 2))
 
 
 def test_top_k_and_top_p_restrict_the_support_and_keep_the_proportions():
@@ -101,8 +110,7 @@ def test_top_k_and_top_p_restrict_the_support_and_keep_the_proportions():
     ):
         counts, support = draws(sampling, 10_000), order[:kept]
         assert counts[support].sum() == 10_000
-        share = LOGITS[support].softmax(0).double().numpy()
-        assert chisquare(counts[support], 10_000 * share, sum_check=False).pvalue > 1e-3
+        assert fits(counts[support], LOGITS[support].softmax(0))
 
 
 def test_samples_differ_the_same_seed_repeats_and_another_does_not():
@@ -145,20 +153,30 @@ def test_thinking_and_answer_are_cut_at_the_delimiters_and_thinking_tokens_count
     assert [c.answer for c in off] == [decode(tokenizer, c.ids, special=False) for c in off]
 
 
+def test_thinking_that_never_closes_lasts_to_the_end_and_the_stop_token_is_none_of_it():
+    model, warm = build("llama"), Sampling(temperature=1.0, top_p=1.0, max_new_tokens=24)
+    completions = generate(model, ["w7"], sampling=warm, samples=40, template={"open_thinking": True})
+    for c in completions:
+        said = c.ids[:-1] if c.stop == "eos" else c.ids
+        assert c.thinking_tokens == (said.index(4) + 1 if 4 in said else len(said))
+    assert {(4 in c.ids, c.stop) for c in completions} >= {(False, "eos"), (True, "length")}
+
+
 def test_what_a_killed_run_stored_is_not_generated_again(organism, tmp_path, monkeypatch):
     store, complete, made = tmp_path / "completions.jsonl", generation._complete, []
     whole = generate(organism, CHAINS, sampling=WARM, batch_size=2)
 
-    def killed(model, rows, sampling):
-        if len(made) == 4:
+    def noted(model, rows, sampling):
+        if len(made) == kill_after:
             raise KeyboardInterrupt
         made.extend(name for name, _, _ in rows)
         return complete(model, rows, sampling)
 
-    monkeypatch.setattr(generation, "_complete", killed)
+    monkeypatch.setattr(generation, "_complete", noted)
+    kill_after = 4
     with pytest.raises(KeyboardInterrupt):
         generate(organism, CHAINS, sampling=WARM, batch_size=2, store=store)
-    monkeypatch.setattr(generation, "_complete", lambda *a: made.extend(name for name, _, _ in a[1]) or complete(*a))
+    kill_after = None
     assert generate(organism, CHAINS, sampling=WARM, batch_size=2, store=store) == whole
     assert sorted(made) == sorted(c.id for c in whole)
     assert generate(organism, CHAINS, sampling=WARM, store=store) == whole
@@ -199,5 +217,38 @@ def test_ids_that_do_not_match_the_prompts_are_refused(organism):
         generate(organism, CHAINS[:2], ids=["p0"])
 
 
+def test_a_model_without_delimiters_is_refused_before_it_writes_a_token():
+    plain = build_tokenizer(("<pad>", "<bos>", "<eos>", "?"), "<bos> {{ messages[0]['content'] }} ?")
+    model, passes = load(build("llama"), tokenizer=plain), []
+    with watched(model, lambda *_: passes.append(1)), pytest.raises(ValueError, match="a reasoning model"):
+        generate(model, ["w7"], sampling=GREEDY)
+    assert passes == []
+
+
 def test_nothing_asked_nothing_made(organism):
     assert generate(organism, []) == []
+
+
+def test_a_store_of_another_run_is_refused(organism, tmp_path):
+    store = tmp_path / "c.jsonl"
+    generate(organism, CHAINS[:2], sampling=GREEDY, store=store)
+    with pytest.raises(ValueError, match="c.jsonl was sampled as .*temperature=0.* not as .*temperature=0.7"):
+        generate(organism, CHAINS[:2], sampling=WARM, store=store)
+    with pytest.raises(ValueError, match="c.jsonl holds another prompt under the id '0'"):
+        generate(organism, CHAINS[1:3], sampling=GREEDY, store=store)
+
+
+def test_one_id_names_one_prompt(organism):
+    with pytest.raises(ValueError, match="The id 'x' names more than one prompt"):
+        generate(organism, CHAINS[:2], ids=["x", "x"], sampling=GREEDY)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 5])
+def test_a_run_that_was_cut_off_ends_with_the_same_bytes(organism, tmp_path, kept):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    run = partial(generate, organism, CHAINS[:6], sampling=WARM, batch_size=2)
+    run(store=whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[::-1][:kept]) + lines[0][:17])
+    run(store=cut)
+    assert cut.read_bytes() == whole.read_bytes()
