@@ -4,7 +4,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check organism
+.PHONY: demo test check slow organism
 
 demo: .venv/.installed
 	$(BIN)/steer demo
@@ -16,6 +16,9 @@ check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+slow: .venv/.installed
+	$(BIN)/python -m pytest -q -m slow
 
 organism: .venv/.installed
 	$(BIN)/steer organism --output runs/organism
