@@ -197,10 +197,6 @@ def n_heads(model: nn.Module) -> int:
     return config_of(model).num_attention_heads
 
 
-def d_model(model: nn.Module) -> int:
-    return model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-
-
 def block_of(model: nn.Module, layer: int) -> nn.Module:
     """Decoder block `layer`. Raises IndexError, naming the layers there are, where it is out of range."""
     blocks = model.get_submodule(architecture_of(model).layers)
@@ -285,7 +281,7 @@ def site_of(model: nn.Module, text: str) -> Site:
     row = architecture_of(model)
     if not text.startswith(row.layers + "."):
         return Site.parse(text)
-    layer, _, path = text.removeprefix(row.layers + ".").partition(".")
+    layer, _, path = text[len(row.layers) + 1 :].partition(".")
     names = [name for name, tap in row.taps.items() if tap == Tap(path, "output") and name != "result"]
     if not layer.isdigit() or not names:
         known = ", ".join(sorted({tap.path or "(block)" for tap in row.taps.values() if tap.side == "output"}))

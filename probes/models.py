@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from probes.architectures import ARCHITECTURES, config_of, d_model, n_heads, n_layers
+from probes.architectures import ARCHITECTURES, config_of, head_matrices, n_heads, n_layers
 from probes.gguf import converted, smollm2_file
 from probes.identities import adopt
 from probes.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
@@ -120,7 +120,7 @@ def identity_of(model: PreTrainedModel) -> dict[str, Any]:
         "model_type": config_of(model).model_type,
         "n_layers": n_layers(model),
         "n_heads": n_heads(model),
-        "d_model": d_model(model),
+        "d_model": head_matrices(model, 0).shape[0],
         "fingerprint": fingerprint(model),
     }
 
