@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from probes.completions import Completion
 from probes.files import check_keys
-from probes.hooks import attached, forward_through
+from probes.hooks import forward_through, observed
 from probes.models import tokenizer_of
 from probes.sites import Site
 from probes.statistics import Moments
@@ -101,7 +101,7 @@ def span_means(
             norms: dict[Site, Tensor] = {}
             with ExitStack() as stack:
                 for site in sites:
-                    stack.enter_context(attached(model, site, _reducer(site, weights, means, norms)))
+                    stack.enter_context(observed(model, site, _reducer(site, weights, means, norms)))
                 forward_through(model, top, ids, real.long().to(ids.device))
             yield rows, means, norms
             bar.update(len(rows))

@@ -12,7 +12,7 @@ Number = float | int | None
 Range = Sequence[Number]
 
 BLUE, ORANGE, GREEN, PINK, VIOLET, GREY = "#3d85c6", "#d98324", "#2f9e6e", "#d6456f", "#9a6ad6", "#868686"
-DIVERGING = ((0.0, "#b8620c"), (0.25, "#e0a866"), (0.5, "rgba(134,134,134,0.16)"), (0.75, "#7fb0df"), (1.0, "#1f66ad"))
+DIVERGING = ((0.0, "#1f66ad"), (0.25, "#7fb0df"), (0.5, "rgba(134,134,134,0.16)"), (0.75, "#e0a866"), (1.0, "#b8620c"))
 _CYCLE = (BLUE, ORANGE, GREEN, PINK, VIOLET, "#b59b1e", "#20a0a8", GREY)
 _SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "x", "star", "hexagon")
 _DASHES = ("dot", "dash", "dashdot", "longdash", "longdashdot")
@@ -68,7 +68,7 @@ def evidence_figure(
 def heads_figure(
     scores: Sequence[Sequence[Number]], *, edited: Sequence[Sequence[int]] = (), title: str = ""
 ) -> go.Figure:
-    """One cell a head, layers downwards; blue is positive, orange negative, and the edited heads are outlined."""
+    """One cell a head, layers downwards; orange is positive, blue negative, and the edited heads are outlined."""
     largest = max((abs(score) for row in scores for score in row if score is not None), default=0.0) or 1.0
     figure = _figure("head", "layer", title=title)
     figure.add_heatmap(
@@ -86,33 +86,33 @@ def heads_figure(
         figure.add_shape(type="rect", line={"color": PINK, "width": 3}, **box)
     ticks = {"dtick": max(1, len(scores) // 16), "showgrid": False, "zeroline": False, "autorange": "reversed"}
     across = {"dtick": max(1, len(scores[0]) // 16) if scores else 1, "showgrid": False, "zeroline": False}
-    figure.update_layout(yaxis=ticks, xaxis=across, height=min(900, 160 + 34 * len(scores)), showlegend=False)
+    figure.update_layout(yaxis=ticks, xaxis=across, height=min(900, 130 + 34 * len(scores)), showlegend=False)
+    figure.update_layout(margin={"t": 48 if title else 16})
     return figure
 
 
 def arms_figure(points: Sequence[Point]) -> go.Figure:
     """Accuracy against thinking length, with the accuracy's interval: a colour an arm, filled for the first group."""
-    figure = _figure("mean thinking tokens", "accuracy")
     names, groups = (list(dict.fromkeys(getattr(p, field) for p in points)) for field in ("name", "group"))
+    marks = ", ".join(f"{kind}: {_text(group)}" for kind, group in zip(("filled", "open"), groups, strict=False))
+    figure = _figure(f"mean thinking tokens ({marks})", "accuracy")
     for group in groups:
-        for name in names:
+        for i, name in enumerate(names):
             chosen = [p for p in points if (p.name, p.group) == (name, group)]
-            if not chosen:
-                continue
-            i, first = names.index(name), group == groups[0]
-            symbol = _SYMBOLS[i % len(_SYMBOLS)] + ("" if first else "-open")
+            symbol = _SYMBOLS[i % len(_SYMBOLS)] + ("" if group == groups[0] else "-open")
             figure.add_scatter(
                 x=[p.length for p in chosen],
                 y=[p.accuracy for p in chosen],
                 error_y=_errors([p.accuracy for p in chosen], [p.interval for p in chosen]),
                 name=_text(name),
-                legendgroup=_text(group),
-                legendgrouptitle={"text": _text(group)},
+                legendgroup=_text(name),
+                showlegend=group == groups[0],
                 mode="markers",
-                marker={"color": _CYCLE[i % len(_CYCLE)], "symbol": symbol, "size": 18 - 1.4 * (i % 8)},
+                marker={"color": _CYCLE[i % len(_CYCLE)], "symbol": symbol, "size": 20 - 1.6 * (i % 8)},
                 opacity=0.85,
+                hovertemplate="%{y:.3f} at %{x:.2f} tokens",
             )
-    figure.update_layout(legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"})
+    figure.update_layout(height=430)
     return figure
 
 

@@ -19,8 +19,40 @@ See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int
 def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     """While open, `edit` sees the activation at `site`, and replaces it if it returns a tensor.
 
-    At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`.
+    At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`. A stream that is
+    edited stays edited: at `resid_mid`, where a hook on the norm would reach the MLP alone, the change is made to what
+    attention adds.
     """
+    with (_on_resid_mid if site.name == "resid_mid" else _on_tap)(model, site, edit):
+        yield
+
+
+@contextmanager
+def observed(model: nn.Module, site: Site, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """While open, `see` gets the activation `[batch pos width]` at `site`, where the family's row says it is."""
+    with _on_tap(model, site, see):
+        yield
+
+
+@contextmanager
+def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
+    tap_of(model, site)  # refused where attention and MLP run in parallel
+    before: list[Tensor] = []
+
+    def edit_added(added: Tensor) -> Tensor | None:
+        mid = before.pop() + added
+        new = edit(mid)
+        return None if new is None else added + (new - mid)
+
+    with (
+        _on_tap(model, Site(site.layer, "resid_pre"), before.append),
+        _on_tap(model, Site(site.layer, "attn_out"), edit_added),
+    ):
+        yield
+
+
+@contextmanager
+def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     module, tap = tap_of(model, site)
     scale = multiplier_of(model) if site.name in ("attn_out", "mlp_out") else 1.0
 
@@ -75,15 +107,12 @@ def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Ten
     """While open, keeps the latest activation `[batch pos width]` at each site."""
     cache: dict[Site, Tensor] = {}
 
-    def keep(site: Site) -> Edit:
-        def edit(x: Tensor) -> None:
-            cache[site] = x.detach()
-
-        return edit
+    def keep(site: Site) -> Callable[[Tensor], None]:
+        return lambda x: cache.update({site: x.detach()})
 
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(attached(model, site, keep(site)))
+            stack.enter_context(observed(model, site, keep(site)))
         yield cache
 
 

@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table as RichTable
+from rich.text import Text
 
 if TYPE_CHECKING:
     import pandas
@@ -23,12 +24,12 @@ class Table:
         return pandas.DataFrame(list(self.rows), columns=list(self.columns))
 
     def __rich__(self) -> RichTable:
-        table = RichTable(title=self.title or None)
+        table = RichTable(title=Text(self.title) if self.title else None)
         for i, column in enumerate(self.columns):
             numeric = all(isinstance(row[i], int | float) for row in self.rows)
-            table.add_column(column, justify="right" if numeric else "left")
+            table.add_column(Text(column), justify="right" if numeric else "left")
         for row in self.rows:
-            table.add_row(*map(text_of, row))
+            table.add_row(*(Text(text_of(cell)) for cell in row))
         return table
 
     def _repr_html_(self) -> str:

@@ -35,6 +35,11 @@ def _markdown(table: Table) -> str:
     lines = [
         list(table.columns),
         ["---"] * len(table.columns),
-        *[[text_of(cell) for cell in row] for row in table.rows],
+        *[[_cell(cell) for cell in row] for row in table.rows],
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Pipes part cells in Markdown, and a line is a row."""
+    return " ".join(text_of(value).replace("|", "\\|").splitlines())

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from probes.architectures import head_matrices
@@ -19,14 +21,22 @@ from steer.recipes import Recipe
 
 
 def export(
-    model: PreTrainedModel, recipe: Recipe, folder: str | Path, *, sections: Sequence[Section] = ()
+    model: PreTrainedModel,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    sections: Sequence[Section] = (),
+    push_to: str | None = None,
+    private: bool = True,
 ) -> Difference:
     """Write the model with the recipe folded in to a new folder that plain transformers loads.
 
     Beside weights, config and tokenizer it holds the recipe (`recipe/`) and a card (`README.md`) with the recipe, the
-    tensors that changed, and `sections`. The folder appears under its name only when it is whole. Raises NotFoldable
-    for a recipe that no weights equal, FileExistsError where the folder exists, ValueError for another model's recipe.
+    tensors that changed, and `sections`. The folder appears under its name only when it is whole; `push_to` names a
+    repository of the Hugging Face hub that it is then uploaded to. Raises NotFoldable for a recipe that no weights
+    equal, FileExistsError where the folder exists, ValueError for another model's recipe.
     """
+    check_repository(push_to)
     with staged_folder(Path(folder)) as stage:
         twin = folded(model, recipe)
         twin.save_pretrained(stage)
@@ -40,7 +50,28 @@ def export(
             Section("Projection of the edited heads", _PROJECTION, projections(model, twin, recipe)),
         ]
         write_card(stage / "README.md", origin_of(model).name, recipe.method, [*sections, *own])
+    if push_to is not None:
+        push(folder, push_to, private=private)
     return changes
+
+
+def push(folder: str | Path, repository: str, *, private: bool = True) -> None:
+    """Upload a folder to the Hugging Face hub in one commit; a repository that is not there is made, `private` or not.
+
+    The account is the one that `hf auth login` left, or the variable HF_TOKEN.
+    """
+    check_repository(repository)
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder, so there is nothing to push.")
+    hub = HfApi(library_name="thinksteer")
+    place = hub.create_repo(repository, private=private, exist_ok=True).repo_id  # with the account's name before it
+    hub.upload_folder(repo_id=place, folder_path=folder, commit_message=f"Export of {Path(folder).name}")
+
+
+def check_repository(name: str | None) -> None:
+    """Raise ValueError where `name` cannot name a repository: before any work, not after it."""
+    if name is not None:
+        validate_repo_id(name)
 
 
 _PROJECTION = (
@@ -71,6 +102,6 @@ def _changes(model: PreTrainedModel, stage: Path) -> Difference:
     source = folder_of(model)
     if source is not None and any(source.glob("*.safetensors")):
         return diff(source, stage)
-    with tempfile.TemporaryDirectory(dir=stage.parent, prefix=".plain.") as plain:
+    with tempfile.TemporaryDirectory(dir=stage, prefix=".plain.") as plain:  # goes with the stage, whatever happens
         model.save_pretrained(plain)
         return diff(plain, stage)

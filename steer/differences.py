@@ -110,17 +110,25 @@ def _compare(name: str, x: Tensor | None, y: Tensor | None) -> TensorDifference 
         return TensorDifference(name, tuple(there.shape), status, float("nan"), 0)
     if x.shape != y.shape:
         return TensorDifference(name, tuple(x.shape), f"shape {list(y.shape)} in B", float("nan"), 0)
-    if x.dtype == y.dtype and torch.equal(x, y):
+    wide_x, wide_y = x.double(), y.double()
+    if x.dtype == y.dtype and torch.equal(wide_x.nan_to_num(), wide_y.nan_to_num()) and _same_odd(wide_x, wide_y):
         return None
-    delta = y.double() - x.double()
+    delta = wide_y - wide_x
     status = "changed" if x.dtype == y.dtype else f"{str(x.dtype)[6:]} to {str(y.dtype)[6:]}"
-    relative = float(delta.norm() / x.double().norm().clamp(min=1e-300))
+    size, change = float(wide_x.norm()), float(delta.norm())
+    relative = change / size if size else (float("inf") if change else 0.0)
     return TensorDifference(name, tuple(x.shape), status, relative, _rank(delta, y))
+
+
+def _same_odd(x: Tensor, y: Tensor) -> bool:
+    """Not a number, and infinite, in the same places."""
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.isinf(), y.isinf())
 
 
 def _rank(delta: Tensor, stored: Tensor) -> int:
     """Singular values above what rounding can make: its error is at most eps/2 of each entry."""
-    if delta.dim() < 2:
+    if delta.dim() < 2 or not bool(delta.isfinite().all()):
         return int(delta.any())
-    rounding = torch.finfo(stored.dtype).eps * float(stored.double().norm())
+    eps = torch.finfo(stored.dtype if stored.is_floating_point() else torch.float64).eps
+    rounding = eps * float(stored.double().norm())
     return int((torch.linalg.svdvals(delta.flatten(0, -2)) > rounding).sum())

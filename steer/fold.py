@@ -65,7 +65,7 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
     where no change of weights is equal.
     """
     recipe.check(model)
-    draft = _drafted(model, recipe)
+    draft = drafted(model, recipe)
     draft.write()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return FoldReport(tuple(sorted(names[id(parameter)] for parameter in draft.copies)))
@@ -76,10 +76,10 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     recipe.check(model)
     twin = copy.deepcopy(model)
     try:
-        draft = _drafted(twin, recipe)
+        draft = drafted(twin, recipe)
     except NeedsBias:
         twin = declare_bias(model)
-        draft = _drafted(twin, recipe)
+        draft = drafted(twin, recipe)
     draft.write()
     return twin
 
@@ -88,7 +88,7 @@ def check_folds(model: PreTrainedModel, recipe: Recipe) -> None:
     """Raise `NotFoldable` where `folded` would, without copying the model."""
     recipe.check(model)
     try:
-        _drafted(model, recipe)
+        drafted(model, recipe)
     except NeedsBias:
         _bias_key(model)
 
@@ -123,11 +123,15 @@ def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, id
 
 
 @torch.no_grad()
-def _drafted(model: PreTrainedModel, recipe: Recipe) -> _Draft:
+def drafted(model: PreTrainedModel, recipe: Recipe) -> _Draft:
     """What the recipe makes of the weights; the model is not touched."""
     draft = _Draft()
-    for step in sorted(recipe.steps, key=lambda s: (s.intervention.site.layer, _rank(s.intervention.site))):
-        _fold_step(model, step, draft)
+    affines: dict[Site, Affine] = {}
+    for step in recipe.steps:
+        site, affine = step.intervention.site, _affine_of(model, step)
+        affines[site] = affines[site].then(affine) if site in affines else affine
+    for site in sorted(affines, key=_rank):
+        _fold_affine(model, site, affines[site], draft)
     return draft
 
 
@@ -138,19 +142,23 @@ def _bias_key(model: PreTrainedModel) -> str:
     return key
 
 
-def _rank(site: Site) -> int:
-    return _ORDER.index(site.name) if site.name in _ORDER else len(_ORDER)
+def _rank(site: Site) -> tuple[int, int, bool]:
+    """Where in the order of folding; the whole of z is edited before its heads, so it is folded after them."""
+    return site.layer, _ORDER.index(site.name) if site.name in _ORDER else len(_ORDER), site.head is None
 
 
-def _fold_step(model: PreTrainedModel, step: Step, draft: _Draft) -> None:
+def _affine_of(model: PreTrainedModel, step: Step) -> Affine:
     intervention, site = step.intervention, step.intervention.site
     if step.scope != "all":
         raise NotFoldable(f"{site} is changed in scope {step.scope!r}, but weights act on every token.")
-    affine = getattr(intervention, "affine", None)
+    affine: Affine | None = getattr(intervention, "affine", None)
     if affine is None:
         raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
     device = o_proj_of(model, site.layer).get_parameter("weight").device
-    affine = Affine(*(tensor.float().to(device) for tensor in (affine.down, affine.up, affine.shift)))
+    return Affine(*(tensor.float().to(device) for tensor in (affine.down, affine.up, affine.shift)))
+
+
+def _fold_affine(model: PreTrainedModel, site: Site, affine: Affine, draft: _Draft) -> None:
     row = architecture_of(model)
     match site.name:
         case "z":

@@ -22,6 +22,12 @@ class Affine:
         wide = x.float()
         return (wide + (wide @ self.down) @ self.up + self.shift).to(x.dtype)
 
+    def then(self, other: "Affine") -> "Affine":
+        """This change and then the other, as one."""
+        down = torch.cat([self.down, other.down + self.down @ (self.up @ other.down)], dim=1)
+        shift = self.shift + (self.shift @ other.down) @ other.up + other.shift
+        return Affine(down, torch.cat([self.up, other.up]), shift)
+
 
 @runtime_checkable
 class Intervention(Protocol):

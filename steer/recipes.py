@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import o_proj_of
+from probes.architectures import head_matrices, o_proj_of, tap_of
 from probes.files import check_keys, read_tensors, read_yaml, staged_folder, write_tensors
 from probes.hooks import attached, watched
 from probes.models import delimiters_of, identity_of
@@ -54,7 +54,7 @@ class Recipe:
         return cls(tuple(Step(x, scope) for x in interventions), identity_of(model), method)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError where the recipe was made on another model."""
+        """Raise ValueError where the recipe was made on another model, or a vector does not fit its site."""
         here = identity_of(model)
         different = [key for key in _IDENTITY[2:] if self.model[key] != here[key]]
         if different:
@@ -63,6 +63,8 @@ class Recipe:
                 f"This recipe was made for the model {self.model['name']!r}, not for {here['name']!r}: {facts}. "
                 "Derive it again on this model."
             )
+        for step in self.steps:
+            _check_vector(model, step.intervention)
 
     def save(self, folder: Path) -> None:
         """`recipe.yaml` (words) and `recipe.safetensors` (tensors), in a new folder."""
@@ -159,13 +161,32 @@ def _numbers(intervention: Intervention) -> dict[str, Any]:
 
 def _read_step(i: int, words: dict[str, Any], vector: Tensor, path: Path) -> Step:
     where = f"Step {i} in {path}"
-    kind = KINDS.get(words.get("kind", ""))
+    kind = KINDS.get(str(words.get("kind")))
     if kind is None:
         raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
     names = [f.name for f in fields(kind) if f.name != "vector"]
     check_keys(words, ("kind", "scope", *names), where)
     if words["scope"] not in SCOPES:
         raise ValueError(f"{where} has scope {words['scope']!r}. Known: {', '.join(SCOPES)}.")
-    values = {name: words[name] for name in names if words[name] is not None}
-    values["site"] = Site.parse(values["site"])
+    if not isinstance(words["site"], str):
+        raise ValueError(f"{where} has site {words['site']!r}, which is no text.")
+    values: dict[str, Any] = {"site": Site.parse(words["site"])}
+    for name in names[1:]:
+        if words[name] is None and name in ("low", "high"):
+            continue  # infinite
+        if isinstance(words[name], bool) or not isinstance(words[name], int | float):
+            raise ValueError(f"{where} has {name} {words[name]!r}, which is no number.")
+        values[name] = float(words[name])
     return Step(kind(vector=vector, **values), words["scope"])
+
+
+def _check_vector(model: PreTrainedModel, intervention: Intervention) -> None:
+    """A vector of another width would be stretched without a word; one of zeros has no direction."""
+    site, vector = intervention.site, intervention.vector
+    tap_of(model, site)
+    d_model, heads, d_head = head_matrices(model, site.layer).shape
+    width = d_model if site.name != "z" else d_head if site.head is not None else heads * d_head
+    if len(vector) != width:
+        raise ValueError(f"The vector for {site} has {len(vector)} entries, but the activation there has {width}.")
+    if intervention.kind != "add" and not vector.any():
+        raise ValueError(f"The vector for {site} is zero, so there is no direction to project on.")

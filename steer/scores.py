@@ -85,12 +85,12 @@ class Score:
             "n": self.n,
             "samples": self.samples,
             "accuracy": self.accuracy,
-            "interval": list(self.interval),
+            "interval": _strict(self.interval),
             "difference": self.difference,
-            "difference_interval": list(self.difference_interval),
+            "difference_interval": _strict(self.difference_interval),
             "length": self.length,
             "truncation": self.truncation,
-            "shortest": {share: list(pair) for share, pair in self.shortest.items()},
+            "shortest": {share: _strict(pair) for share, pair in self.shortest.items()},
         }
 
 
@@ -215,3 +215,8 @@ def interval_of_mean(per_problem: Float[np.ndarray, " problems"]) -> tuple[float
     rng = np.random.default_rng(0)
     result = bootstrap((per_problem,), np.mean, n_resamples=2_000, method="percentile", rng=rng)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _strict(numbers: Sequence[float]) -> list[float | None]:
+    """JSON has no NaN: what cannot be told is null."""
+    return [None if np.isnan(x) else x for x in numbers]

@@ -119,7 +119,12 @@ def task_named(name: str) -> Task:
 def _task_from_file(path: Path) -> Task:
     problems = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        words = json.loads(line)
+        if not line.strip():
+            continue
+        try:
+            words = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
         check_keys(words, ("question", "answer"), f"Line {number} of {path}")
         problems.append(Problem(words["question"], words["question"], str(words["answer"])))
 

@@ -1,148 +1,236 @@
-"""A direction is the difference of means that a loop over texts would give, and carries its birth in its file."""
+"""A direction is its formula written out in a loop, however it is batched; it travels with its birth."""
+
+import random as chance
+import re
+from dataclasses import asdict
 
 import pytest
 import torch
-from families import build
-from safetensors.torch import save_file
+from families import D_VOCAB, SPECIAL, build
+from rich.console import Console
 
-from probes.activations import Span, record, span_means
-from probes.directions import Direction, difference_in_means, direction_between, random_direction
-from probes.evidence import auroc, project
-from probes.models import load, tokenizer_of
+from probes.activations import span_means, text_span
+from probes.completions import Completion
+from probes.directions import Direction, direction_between, random_direction
+from probes.evidence import auroc
+from probes.files import read_tensors, write_tensors
+from probes.models import identity_of, tokenizer_of
+from probes.sampling import Sampling
 from probes.sites import Site
 from probes.statistics import Moments
+from probes.tables import Table
+from probes.tokens import ThinkingSpan
 
-A = ["w7 w8 w9 w10", "w11", "w12 w13 w14 w15 w16 w17 w18"]
-B = ["w20 w21", "w22 w23 w24 w25 w26"]
+A = ["w7 w8 w9 w10 w11 w12", "w20", "w13 w14"]
+B = ["w15 w16 <think> w17", "w18 w19 w18 w19 w18"]
 SITE = Site(0, "resid_post")
 
 
-def by_a_loop(model, texts, *, last):
-    total = torch.zeros(32, dtype=torch.float64)
-    for text in texts:
-        hidden = model(torch.tensor([tokenizer_of(model).encode(text)]), output_hidden_states=True).hidden_states[1]
-        total += (hidden[0, -1] if last else hidden[0].double().mean(0)).double() / len(texts)
-    return total
+def streams(model, text):
+    """The residual stream after block 0, by transformers alone."""
+    ids = torch.tensor([tokenizer_of(model).encode(text)])
+    return model(ids, output_hidden_states=True).hidden_states[1][0].double()
+
+
+def mean_over_texts(model, texts, read):
+    return sum(read(streams(model, text)) for text in texts) / len(texts)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def direction(llama):
+    return direction_between(llama, A, B, SITE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("position", ["mean", "last"])
-def test_it_is_the_difference_of_the_means_of_texts(model, position):
-    ours = direction_between(model, A, B, SITE, position=position)
-    expected = by_a_loop(model, A, last=position == "last") - by_a_loop(model, B, last=position == "last")
-    torch.testing.assert_close(ours.vector.double(), expected, atol=1e-5, rtol=0)
-    swapped = direction_between(model, B, A, "L0.resid_post", position=position)
-    torch.testing.assert_close(swapped.vector, -ours.vector, atol=1e-6, rtol=0)
+def test_a_direction_is_the_difference_of_the_means_over_texts(model, position):
+    read = {"mean": lambda x: x.mean(0), "last": lambda x: x[-1]}[position]
+    norm = {"mean": lambda x: x.norm(dim=-1).mean(), "last": lambda x: x[-1].norm()}[position]
+    ours = direction_between(model, A, B, str(SITE), position=position)
+    theirs = mean_over_texts(model, A, read) - mean_over_texts(model, B, read)
+    torch.testing.assert_close(ours.vector.double(), theirs, atol=1e-5, rtol=0)
+    assert ours.stream_norm == pytest.approx(float(mean_over_texts(model, A + B, norm)), rel=1e-5)
+    assert ours.site == SITE
 
 
 @torch.no_grad()
-def test_the_stream_norm_is_the_mean_norm_of_tokens_then_of_texts():
-    model = build("llama")
-    norms = []
-    for text in A + B:
-        ids = torch.tensor([tokenizer_of(model).encode(text)])
-        norms.append(float(model(ids, output_hidden_states=True).hidden_states[1][0].norm(dim=-1).mean()))
-    assert direction_between(model, A, B, SITE).stream_norm == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+def test_swapping_the_classes_turns_a_direction_round(llama, direction):
+    back = direction_between(llama, B, A, SITE)
+    assert torch.equal(back.vector, -direction.vector)
+    assert back.stream_norm == pytest.approx(direction.stream_norm)
 
 
 @torch.no_grad()
-def test_batches_of_any_size_read_the_same():
-    model, rng = build("qwen3_moe"), torch.Generator().manual_seed(0)
-    ids = [torch.randint(6, 97, (4 + 3 * i,), generator=rng).tolist() for i in range(6)]
-    spans = [Span(tuple(row), i % 3, len(row) - i % 2) for i, row in enumerate(ids)]
-    sites = [Site(0, "resid_mid"), Site(2, "z"), Site(1, "result", 1)]
-    whole = {}
-    for budget in (1, 40, 10_000):
-        for rows, means, _ in span_means(model, spans, sites, batch_tokens=budget):
+def test_each_text_counts_once_however_long_it_is(llama):
+    long, short = (direction_between(llama, [text], B, SITE).vector for text in ("w9 " * 40, "w20"))
+    both = direction_between(llama, ["w9 " * 40, "w20"], B, SITE).vector
+    torch.testing.assert_close(both, (long + short) / 2, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("batch_tokens", [1, 7, 12, 16_384])
+def test_batches_of_any_size_read_each_text_once_and_alike(family, batch_tokens):
+    model, sites = build(family), [SITE, Site(1, "z", 2), Site(2, "mlp_out")]
+    spans = [text_span(model, text, last=last) for text in A + B for last in (False, True)]
+    alone = [next(span_means(model, [span], sites)) for span in spans]
+    seen, sizes = [], []
+    for rows, means, norms in span_means(model, spans, sites, batch_tokens=batch_tokens):
+        sizes.append(len(rows) * max(len(spans[row].ids) for row in rows))
+        for i, row in enumerate(rows):
+            seen.append(row)
             for site in sites:
-                for row, mean in zip(rows, means[site], strict=True):
-                    torch.testing.assert_close(mean, whole.setdefault((site, row), mean), atol=1e-5, rtol=0)
-    assert len(whole) == len(sites) * len(spans)
-    with pytest.raises(ValueError, match="Positions 3 to 9 are not in a sequence of 5 tokens"):
-        Span((1, 2, 3, 4, 5), 3, 9)
+                torch.testing.assert_close(means[site][i], alone[row][1][site][0], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(norms[site][i], alone[row][2][site][0], atol=1e-5, rtol=1e-5)
+    assert sorted(seen) == list(range(len(spans)))
+    assert all(size <= max(batch_tokens, 6) for size in sizes)
 
 
-def test_moments_merge_in_any_grouping():
-    rows = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
-    a, b, c = (Moments.of(part) for part in rows.split([5, 17, 8]))
-    for merged in ((a + b) + c, a + (b + c), c + a + b):
+def test_moments_merge_in_any_order_and_grouping():
+    rows = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    whole = Moments.of(rows)
+    a, b, c = (Moments.of(part) for part in rows.split([3, 20, 7]))
+    for merged in (
+        (a + b) + c,
+        a + (b + c),
+        c + a + b,
+        sum((Moments.of(row[None]) for row in rows[1:]), Moments.of(rows[:1])),
+    ):
         assert merged.count == 30
         torch.testing.assert_close(merged.mean, rows.double().mean(0), atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="The mean of no rows"):
+        torch.testing.assert_close(merged.total, whole.total, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="The mean of no rows is asked for"):
         _ = Moments.of(rows[:0]).mean
 
 
-@torch.no_grad()
-def test_layers_above_the_highest_site_are_not_computed(monkeypatch):
-    model = build("llama")
-    monkeypatch.setattr(model.model.layers[2], "forward", lambda *_, **__: pytest.fail("layer 2 ran"))
-    record(model, [Span((7, 8, 9), 0, 3)], [Site(1, "resid_post")])
+def test_a_direction_carries_its_birth(llama, direction):
+    birth = direction.provenance
+    assert (birth.estimator, birth.n_positive, birth.n_negative) == ("difference in means", 3, 2)
+    assert birth.model == identity_of(llama)
+    data = [direction_between(llama, *texts, SITE).provenance.data for texts in ((A[::-1], B), (B, A), (A, [*B, "w7"]))]
+    assert data[0] == birth.data
+    assert len({birth.data, *data}) == 3
 
 
-def test_it_is_the_same_in_a_file(tmp_path):
-    model = build("llama")
-    direction = direction_between(model, A, B, SITE)
+def test_what_is_saved_is_what_is_loaded_to_the_bit(direction, tmp_path):
     direction.save(tmp_path / "d.safetensors")
     again = Direction.load(tmp_path / "d.safetensors")
     assert torch.equal(again.vector, direction.vector)
-    assert (again.site, again.stream_norm, again.provenance) == (SITE, direction.stream_norm, direction.provenance)
-    assert (again.provenance.n_positive, again.provenance.n_negative) == (3, 2)
-    assert "L0.resid_post" in again._repr_html_()
-    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "d.safetensors").read_bytes()[:-4])
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
-        Direction.load(tmp_path / "cut.safetensors")
-    save_file({"vector": direction.vector}, tmp_path / "x.safetensors", {"thinksteer": '{"kind": "direction", "x": 1}'})
-    with pytest.raises(ValueError, match="x.safetensors has unknown keys: x"):
-        Direction.load(tmp_path / "x.safetensors")
+    assert (again.site, again.stream_norm) == (direction.site, direction.stream_norm)
+    assert again.provenance == direction.provenance
 
 
-def test_a_contrast_without_one_side_or_without_difference_is_refused():
-    model = build("llama")
-    with pytest.raises(ValueError, match="needs both classes, but got 3 positive and 0 negative"):
-        direction_between(model, A, [], SITE)
-    with pytest.raises(ValueError, match="The direction at L0.resid_post is zero: both classes have the same mean"):
-        _ = direction_between(model, A, A, SITE).unit
+def test_a_file_that_is_not_a_whole_direction_is_refused(direction, tmp_path):
+    path = tmp_path / "d.safetensors"
+    direction.save(path)
+    whole, (tensors, words) = path.read_bytes(), read_tensors(path)
+    birth = asdict(direction.provenance)
+    for cut in (0, 5, 30, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="d.safetensors is not a whole safetensors file .* truncated"):
+            Direction.load(path)
+    for changed, sentence in (
+        ((tensors, words | {"unit": 1}), "d.safetensors has unknown keys: unit. Known: kind, site, stream_norm, prov"),
+        ((tensors, {}), "d.safetensors lacks keys: kind, site, stream_norm, provenance."),
+        ((tensors | {"bias": torch.ones(1)}, words), "d.safetensors has unknown keys: bias. Known: vector."),
+        (({"v": torch.ones(1)}, words), "d.safetensors has unknown keys: v."),
+        ((tensors, words | {"provenance": birth | {"who": 1}}), "The provenance in .* has unknown keys: who."),
+        ((tensors, words | {"provenance": {}}), "The provenance in .* lacks keys: model, estimator"),
+    ):
+        write_tensors(path, *changed)
+        with pytest.raises(ValueError, match=sentence):
+            Direction.load(path)
+
+
+def test_an_empty_class_is_refused_and_an_empty_text(llama):
+    with pytest.raises(ValueError, match="A direction needs both classes, but got 3 positive and 0 negative."):
+        direction_between(llama, A, [], SITE)
+    with pytest.raises(ValueError, match="A direction needs both classes, but got 0 positive and 2 negative."):
+        direction_between(llama, [], B, SITE)
+    for position in ("mean", "last"):
+        with pytest.raises(ValueError, match="are not in a sequence of 0 tokens."):
+            direction_between(llama, [""], B, SITE, position=position)
+
+
+def test_classes_of_the_same_texts_give_a_zero_vector_that_has_no_unit(llama):
+    nothing = direction_between(llama, A, A, SITE)
+    assert nothing.norm == 0
+    with pytest.raises(ValueError, match="The direction at L0.resid_post is zero: both classes have the same mean."):
+        _ = nothing.unit
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere2"])
-def test_its_tokens_are_what_it_moves_in_the_logits(family):
-    """To first order: the logits of a stream pushed far along the direction are ranked as the table ranks them."""
+@pytest.mark.parametrize(
+    ("family", "norm", "centred"),
+    [
+        ("llama", "model.norm", False),
+        ("gemma2", "model.norm", False),
+        ("gpt2", "transformer.ln_f", True),
+        ("cohere2", "model.norm", True),
+    ],
+)
+def test_the_tokens_of_a_direction_are_those_that_the_model_itself_reads_in_it(family, norm, centred):
+    """The final norm of c v̂, less that of 0, is the direction over its root mean square: c only drowns epsilon."""
     model = build(family)
-    direction = direction_between(model, A, B, Site(2, "resid_post"))
-    far = model.get_submodule("transformer.ln_f" if family == "gpt2" else "model.norm")(1e6 * direction.unit)
-    base = model.get_submodule("transformer.ln_f" if family == "gpt2" else "model.norm")(torch.zeros(32))
-    moved = (far - base) @ model.get_output_embeddings().weight.T
-    table = direction.tokens(model, 5)
-    names = [tokenizer_of(model).decode([i]) for i in range(97)]
-    assert [row[0] for row in table.rows] == [names[i] for i in moved.topk(5).indices]
-    assert [row[2] for row in table.rows] == [names[i] for i in moved.topk(5, largest=False).indices]
-    assert table.to_frame().columns.tolist() == ["raises", "by", "lowers", "by "]
-
-
-def test_a_random_direction_has_the_same_norm_and_another_way():
-    model = build("llama")
     direction = direction_between(model, A, B, SITE)
+    unit, final = direction.unit, model.get_submodule(norm)
+    scale = (unit - centred * unit.mean()).square().mean().sqrt()
+    read = model.get_output_embeddings().weight @ (final(1000 * unit) - final(torch.zeros(32))) * scale
+    names = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), D_VOCAB))]
+    table = direction.tokens(model, D_VOCAB)
+    for column, largest in ((0, True), (2, False)):
+        values, ids = read.sort(descending=largest)
+        shown = torch.tensor([row[column + 1] for row in table.rows])
+        torch.testing.assert_close(shown, values, atol=1e-4, rtol=1e-4)
+        assert [row[column] for row in table.rows][:3] == [names[i] for i in ids[:3]]
+        assert sorted(row[column] for row in table.rows) == sorted(names)
+    assert direction.tokens(model, 4).rows == table.rows[:4]
+    frame = direction.tokens(model, 4).to_frame()
+    assert (tuple(frame.columns), frame.shape) == (table.columns, (4, 4))
+    assert [tuple(row) for row in frame.itertuples(index=False)] == list(table.rows[:4])
+
+
+def test_a_random_direction_has_the_same_norm_and_another_way(direction):
     drawn = [random_direction(direction, seed=seed) for seed in (0, 0, 1)]
+    assert [d.norm for d in drawn] == pytest.approx([direction.norm] * 3, rel=1e-5)
     assert torch.equal(drawn[0].vector, drawn[1].vector)
-    assert not torch.equal(drawn[0].vector, drawn[2].vector)
-    assert all(d.norm == pytest.approx(direction.norm, rel=1e-6) for d in drawn)
+    assert not torch.allclose(drawn[0].vector, drawn[2].vector)
 
 
-def test_auroc_is_the_share_of_pairs_in_order():
-    rng = torch.Generator().manual_seed(0)
-    a, b = torch.randint(0, 6, (40,), generator=rng).double(), torch.randint(0, 5, (30,), generator=rng).double()
-    pairs = [(x > y) + 0.5 * (x == y) for x in a.tolist() for y in b.tolist()]
-    assert auroc(a, b) == pytest.approx(sum(pairs) / len(pairs))
-    assert auroc(b, a) == pytest.approx(1 - auroc(a, b))
-    assert auroc(a + 10, b) == 1.0
+def test_in_a_notebook_a_direction_and_a_completion_show_themselves_and_escape_tags(llama, direction):
+    page = direction._repr_html_()
+    assert "L0.resid_post" in page
+    assert direction.provenance.model["fingerprint"] in page
+    tokens = direction.tokens(llama, D_VOCAB)._repr_html_()
+    span, thought = ThinkingSpan(start=2, first=2, end=5, closed=True), "<think> is 1 < 2 & 3?"
+    told = Completion("0", 0, "<bos> ask ?", thought, "<b>", (1, 5), (3, 9, 4, 2), span, "eos", Sampling(), "m")
+    page = told._repr_html_()
+    assert "&lt;think&gt; is 1 &lt; 2 &amp; 3?" in page
+    assert "3 thinking tokens" in page
+    for text in (page, tokens):
+        assert "&lt;bos&gt;" in text
+        assert not re.search("<(think|bos|b)>", text)
 
 
-def test_projections_come_in_the_order_of_the_spans():
-    model = load("organism")
-    texts = ["a 3 b +4", "a 1", "a 2 b +1 c -2"]
-    spans = [Span(tuple(tokenizer_of(model).encode(t)), 0, len(t.split())) for t in texts]
-    direction = difference_in_means(model, spans[:1], spans[1:], [Site(1, "resid_post")])[Site(1, "resid_post")]
-    together = project(model, spans, [direction])[0]
-    alone = torch.cat([project(model, [span], [direction])[0] for span in spans])
-    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+def test_in_a_terminal_a_table_shows_tokens_that_look_like_markup():
+    console = Console(width=60)
+    with console.capture() as shown:
+        console.print(Table(("token [x]",), (("[bold]",), ("[/THINK]",)), "after [INST]"))
+    for text in ("token [x]", "[bold]", "[/THINK]", "after [INST]"):
+        assert text in shown.get()
+
+
+def test_auroc_is_the_share_of_pairs_in_order_and_ties_count_half():
+    rng = chance.Random(0)
+    for _ in range(20):
+        a, b = ([float(rng.randrange(8)) for _ in range(rng.randint(1, 12))] for _ in range(2))
+        pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for x in a for y in b]
+        assert auroc(torch.tensor(a), torch.tensor(b)) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+        assert auroc(torch.tensor(b), torch.tensor(a)) == pytest.approx(1 - sum(pairs) / len(pairs), abs=1e-12)
+    assert auroc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0, 2.5])) == 1
+    assert auroc(torch.ones(5), torch.ones(3)) == 0.5

@@ -1,168 +1,296 @@
-"""A recipe is the same in a file as in memory, does what its formulas say, and leaves the model as it was."""
+"""A recipe is the same in memory, on disk and at work; it refuses what it does not know, and leaves nothing behind."""
 
-import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import yaml
 from families import build
 
-from probes.hooks import captured
+from probes.files import read_tensors, write_tensors
+from probes.hooks import attached, captured
+from probes.models import identity_of
 from probes.sites import Site
 from steer.interventions import Ablate, Add, Clamp
 from steer.recipes import Recipe, Step, applied
 
-V, U = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
-STEPS = [
-    Add(Site(0, "resid_post"), V, 0.3),
-    Ablate(Site(1, "result", 2), U, 0.9, target=-0.4),
-    Clamp(Site(2, "attn_out"), V, low=-0.1),
-    Clamp(Site(2, "mlp_out"), U, 0.5, low=-1.0, high=0.0),
+SITES = [
+    Site.parse(t)
+    for t in ("L0.resid_pre", "L1.attn_in", "L1.attn_out", "L1.mlp_out", "L1.z", "L1H2.z", "L2.resid_post")
 ]
+WRITE = Site(1, "result", 2)
+KINDS = {
+    "add": lambda site, v: Add(site, v, 0.7),
+    "ablate": lambda site, v: Ablate(site, v, 0.7, target=0.4),
+    "clamp": lambda site, v: Clamp(site, v, 0.7, low=-0.1, high=0.2),
+}
+# beside the tiny models' delimiters <think> = 3, </think> = 4 and header ? = 5
+THOUGHT = torch.tensor([[1, 7, 5, 3, 8, 9, 4, 10], [1, 12, 13, 5, 3, 14, 15, 16]])
+
+
+def random_vector(width=32, seed=2):
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, tokens, sites, recipe=None):
+    """Logits, and the activations at the sites after the recipe's edits."""
+    with applied(model, recipe or Recipe.of(model, [])), captured(model, sites) as cache:
+        return model(tokens).logits, cache
+
+
+def two_steps(model):
+    return Recipe.of(model, [Add(SITES[0], random_vector()), Clamp(SITES[-1], random_vector(), high=1.0)], method="m")
 
 
 @pytest.fixture
 def saved(tmp_path):
-    model = build("qwen3")
-    recipe = Recipe(Recipe.of(model, STEPS).steps[:3] + (Step(STEPS[3], "thinking"),), Recipe.of(model, []).model, "m")
-    recipe.save(tmp_path / "r")
-    return model, recipe, tmp_path / "r"
+    two_steps(build("llama")).save(tmp_path / "recipe")
+    return tmp_path / "recipe"
 
 
 @torch.no_grad()
-def test_a_file_holds_the_whole_recipe(saved, tokens):
-    model, recipe, folder = saved
-    again = Recipe.load(folder)
-    assert (again.model, again.method) == (recipe.model, "m")
+def test_what_is_saved_is_what_is_loaded_to_the_bit(tmp_path):
+    model, sites = build("llama"), (Site(0, "attn_out"), Site(1, "mlp_out"), WRITE)
+    steps = [
+        Step(Add(sites[0], random_vector(), -0.3), "thinking"),
+        Step(Ablate(sites[1], random_vector(seed=3).bfloat16(), 0.9, target=-1.25), "answer"),
+        Step(Clamp(sites[2], random_vector(seed=4), 1 / 3, low=0.1), "prompt"),
+        Step(Clamp(sites[0], random_vector(seed=5), high=-0.1)),
+        Step(Clamp(sites[0], random_vector(seed=6))),
+    ]
+    recipe = Recipe(tuple(steps), identity_of(model), "by hand: <b> ünïcode")
+    recipe.save(tmp_path / "recipe")
+    again = Recipe.load(tmp_path / "recipe")
+    assert (again.model, again.method) == (recipe.model, recipe.method)
     for ours, theirs in zip(recipe.steps, again.steps, strict=True):
-        assert ours.scope == theirs.scope
         assert type(ours.intervention) is type(theirs.intervention)
-        for name, value in vars(ours.intervention).items():
-            other = getattr(theirs.intervention, name)
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-    assert again.steps[2].intervention.high == math.inf
-    with applied(model, recipe):
-        first = model(tokens).logits
-    with applied(model, again):
-        assert torch.equal(model(tokens).logits, first)
-    assert again.to_frame()["site"].tolist() == ["L0.resid_post", "L1H2.result", "L2.attn_out", "L2.mlp_out"]
-    assert "L1H2.result" in again._repr_html_()
+        a, b = asdict(ours), asdict(theirs)
+        vectors = [step["intervention"].pop("vector") for step in (a, b)]
+        assert a == b
+        assert vectors[0].dtype is vectors[1].dtype
+        assert torch.equal(*vectors)
+    plain, steered, reread = (run(model, THOUGHT, [], r)[0] for r in (None, recipe, again))
+    assert torch.equal(reread, steered)
+    assert not torch.allclose(steered, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda w: w.update(note=1), "has unknown keys: note. Known: format, method, model, steps"),
-        (lambda w: w.pop("method"), "lacks keys: method"),
-        (lambda w: w.update(format="thinksteer recipe 9"), "has format 'thinksteer recipe 9', and this version reads"),
-        (lambda w: w["model"].update(x=1), "model in .* has unknown keys: x"),
-        (lambda w: w["steps"][0].update(colour=1), "Step 0 in .* has unknown keys: colour"),
-        (lambda w: w["steps"][1].update(kind="boost"), "Step 1 in .* has kind 'boost'. Known: add, ablate, clamp"),
-        (lambda w: w["steps"][1].update(scope="later"), "Step 1 in .* has scope 'later'. Known: all, prompt"),
-        (lambda w: w["steps"][1].update(site="L1"), "'L1' is not a site"),
-        (lambda w: w["steps"].pop(), "recipe.safetensors has unknown keys: 3.vector"),
-        (lambda w: w["steps"].append(w["steps"][0]), "recipe.safetensors lacks keys: 4.vector"),
+        (lambda w: w.update(note=1), "recipe.yaml has unknown keys: note. Known: format, method, model, steps."),
+        (lambda w: w.pop("method"), "recipe.yaml lacks keys: method."),
+        (lambda w: w["model"].update(sha="0"), "model in .*recipe.yaml has unknown keys: sha."),
+        (lambda w: w["model"].pop("fingerprint"), "model in .*recipe.yaml lacks keys: fingerprint."),
+        (lambda w: w["steps"][0].update(strenght=1.0), "Step 0 in .* has unknown keys: strenght. Known: kind, scope"),
+        (lambda w: w["steps"][0].update(target=1.0), "Step 0 in .* has unknown keys: target."),
+        (lambda w: w["steps"][1].pop("strength"), "Step 1 in .* lacks keys: strength."),
+        (lambda w: w["steps"][1].pop("kind"), "Step 1 in .* has kind None. Known: add, ablate, clamp."),
+        (lambda w: w["steps"][1].update(kind="mul"), "Step 1 in .* has kind 'mul'. Known: add, ablate, clamp."),
+        (lambda w: w["steps"][0].update(scope="late"), "Step 0 in .* has scope 'late'. Known: all, prompt"),
+        (lambda w: w["steps"][0].update(site="L0.stream"), "'L0.stream' is not a site. Write L<layer>.<name>"),
+        (lambda w: w.update(format="recipe 2"), "has format 'recipe 2', and this version reads 'thinksteer recipe 1'"),
+        (lambda w: w["steps"].append(w["steps"][0]), "recipe.safetensors lacks keys: 2.vector."),
+        (lambda w: w["steps"].pop(), "recipe.safetensors has unknown keys: 1.vector."),
     ],
 )
-def test_what_the_file_should_not_hold_is_refused_by_name(saved, change, sentence):
-    _, _, folder = saved
-    words = yaml.safe_load((folder / "recipe.yaml").read_text())
+def test_what_is_unknown_or_missing_is_refused_by_name(saved, change, sentence):
+    path = saved / "recipe.yaml"
+    words = yaml.safe_load(path.read_text())
     change(words)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(words))
+    path.write_text(yaml.safe_dump(words))
     with pytest.raises(ValueError, match=sentence):
-        Recipe.load(folder)
+        Recipe.load(saved)
 
 
-def test_a_file_runs_no_code_and_a_truncated_one_is_refused(saved, tmp_path):
-    _, _, folder = saved
-    whole = (folder / "recipe.safetensors").read_bytes()
-    (folder / "recipe.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="recipe.safetensors is not a whole safetensors file .* It may be truncated"):
-        Recipe.load(folder)
-    (folder / "recipe.yaml").write_text(f"!!python/object/apply:os.mkdir ['{tmp_path}/made']")
-    with pytest.raises(ValueError, match="recipe.yaml is not YAML"):
-        Recipe.load(folder)
+@pytest.mark.parametrize(("key", "value"), [("strength", None), ("strength", "big"), ("site", None), ("kind", ["add"])])
+def test_a_value_that_is_none_of_its_key_is_refused_by_step_and_key(saved, key, value):
+    """Null stands for an infinite bound, and for nothing else: a strength that is not given is not 1."""
+    words = yaml.safe_load((saved / "recipe.yaml").read_text())
+    words["steps"][1][key] = value
+    (saved / "recipe.yaml").write_text(yaml.safe_dump(words))
+    with pytest.raises(ValueError, match=f"Step 1 in .*{key}"):
+        Recipe.load(saved)
+
+
+def test_tensors_that_are_missing_truncated_or_too_many_are_refused(saved):
+    path = saved / "recipe.safetensors"
+    whole, (tensors, _) = path.read_bytes(), read_tensors(path)
+    for cut in (0, 5, 30, len(whole) - 1):  # the length of the header, the header, the tensors
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="recipe.safetensors is not a whole safetensors file .* truncated"):
+            Recipe.load(saved)
+    write_tensors(path, {"0.vector": tensors["0.vector"]})
+    with pytest.raises(ValueError, match="recipe.safetensors lacks keys: 1.vector."):
+        Recipe.load(saved)
+    write_tensors(path, tensors | {"more": torch.ones(1)})
+    with pytest.raises(ValueError, match="recipe.safetensors has unknown keys: more."):
+        Recipe.load(saved)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="recipe.safetensors"):
+        Recipe.load(saved)
+
+
+def test_a_recipe_runs_no_code(saved, tmp_path):
+    path = saved / "recipe.yaml"
+    path.write_text(f"!!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
+    with pytest.raises(ValueError, match="recipe.yaml is not YAML: could not determine a constructor for the tag"):
+        Recipe.load(saved)
     assert not (tmp_path / "made").exists()
+    path.write_text("")
+    with pytest.raises(ValueError, match="recipe.yaml holds no keys: it is not a file of ours"):
+        Recipe.load(saved)
     with pytest.raises(FileNotFoundError, match="holds no recipe.yaml: it is not a recipe"):
         Recipe.load(tmp_path)
-    with pytest.raises(FileExistsError, match="exists. Name another output folder"):
-        saved[1].save(folder)
 
 
-def test_a_recipe_made_for_another_model_is_refused(saved, tokens):
-    _, recipe, _ = saved
-    other, family = build("qwen3", seed=1), build("llama")
-    sentence = "was made for the model 'Qwen3ForCausalLM', not for .*: fingerprint"
-    with pytest.raises(ValueError, match=sentence), applied(other, recipe):
-        other(tokens)
-    with pytest.raises(ValueError, match="model_type qwen3 there, llama here"):
-        recipe.check(family)
-    same = build("qwen3", dtype=torch.bfloat16)
-    recipe.check(same)  # another dtype is the same model
+def test_an_existing_folder_is_refused_and_kept(saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(FileExistsError, match="recipe exists. Name another output folder, or remove it first."):
+        Recipe.of(build("gpt2"), []).save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["recipe"]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(tokens, fails):
-    model = build("gemma2")
-    plain = model(tokens).logits
-    steps = [Add(Site(1, "resid_post"), torch.ones(5 if fails else 32)), Ablate(Site(0, "mlp_out"), U)]
-    try:
-        with applied(model, Recipe.of(model, steps)):
-            assert not torch.equal(model(tokens).logits, plain)
-        assert not fails
-    except Exception:
-        assert fails
-    assert torch.equal(model(tokens).logits, plain)
+def test_a_recipe_of_another_model_is_refused(saved):
+    recipe, here = Recipe.load(saved), identity_of(build("llama"))["fingerprint"]
+    other = identity_of(build("llama", seed=1))["fingerprint"]
+    sentence = f"for the model 'LlamaForCausalLM', not for .*: fingerprint {here} there, {other} here. Derive it again"
+    with pytest.raises(ValueError, match=sentence):
+        run(build("llama", seed=1), THOUGHT, [], recipe)
+    with pytest.raises(ValueError, match="model_type llama there, gpt2 here"):
+        run(build("gpt2"), THOUGHT, [], recipe)
+    recipe.check(build("llama", dtype=torch.bfloat16))  # the same weights, rounded
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [Add, Ablate, Clamp])
-def test_strength_zero_changes_nothing(model, tokens, kind):
-    bounds = {"low": 5.0} if kind is Clamp else {}
-    plain = model(tokens).logits
-    with applied(model, Recipe.of(model, [kind(Site(1, "resid_post"), V, 0.0, **bounds)])):
-        torch.testing.assert_close(model(tokens).logits, plain, atol=1e-6, rtol=0)
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_edits_of_one_site_compose_in_their_order(site, tokens):
+    model = build("llama")
+    width = run(model, tokens, [site])[1][site].shape[-1]
+    first, second = (Ablate(site, random_vector(width, seed), target=seed) for seed in (3, 4))
+    elsewhere = Ablate(Site(0, "mlp_out"), random_vector())
+    both = run(model, tokens, [], Recipe.of(model, [first, elsewhere, second]))[0]
+    with applied(model, Recipe.of(model, [elsewhere])), attached(model, site, lambda x: second(first(x))):
+        torch.testing.assert_close(both, model(tokens).logits, atol=1e-5, rtol=0)
+    swapped = run(model, tokens, [], Recipe.of(model, [second, elsewhere, first]))[0]
+    assert (both - swapped).abs().max() > 1e-3
 
 
 @torch.no_grad()
-def test_each_does_to_the_projection_what_its_formula_says(tokens):
-    model, site, unit = build("llama"), Site(1, "resid_mid"), V / V.norm()
+@pytest.mark.parametrize("name", ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_edit_of_the_stream_stays_in_the_stream(family, name, tokens):
+    """Where nothing is edited, a stream is still the one before plus what is added."""
+    model, names = build(family), ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    recipe = Recipe.of(model, [Add(Site(1, name), random_vector())])
+    cache = run(model, tokens, [Site(1, n) for n in names] + [Site(2, "resid_pre")], recipe)[1]
+    pre, attn, mid, mlp, post = (cache[Site(1, n)] for n in names)
+    if name != "resid_mid":
+        torch.testing.assert_close(pre + attn, mid, atol=1e-5, rtol=1e-4)
+    if name != "resid_post":
+        torch.testing.assert_close(mid + mlp, post, atol=1e-5, rtol=1e-4)
+    assert torch.equal(post, cache[Site(2, "resid_pre")])
 
-    def along(*steps):
-        with applied(model, Recipe.of(model, steps)), captured(model, [site]) as cache:
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["all", "thinking"])
+def test_after_the_block_and_after_an_error_in_it_the_model_is_plain(scope):
+    model = build("llama")
+    plain = model(THOUGHT).logits
+    recipe = Recipe.of(model, [KINDS["clamp"](site, random_vector()) for site in (SITES[0], WRITE)], scope=scope)
+    with applied(model, recipe):
+        assert not torch.equal(model(THOUGHT).logits, plain)
+    assert torch.equal(model(THOUGHT).logits, plain)
+    with pytest.raises(KeyboardInterrupt), applied(model, recipe):
+        raise KeyboardInterrupt
+    too_wide = Recipe.of(model, [*(s.intervention for s in recipe.steps), Add(SITES[-1], torch.ones(33))], scope=scope)
+    with pytest.raises((ValueError, RuntimeError)), applied(model, too_wide):
+        model(THOUGHT)
+    too_high = Recipe.of(model, [Add(SITES[0], torch.ones(32)), Add(Site(9, "z"), torch.ones(32))], scope=scope)
+    with (
+        pytest.raises(IndexError, match="Layer 9 is out of range: the model has layers 0 to 2"),
+        applied(model, too_high),
+    ):
+        pass
+    assert torch.equal(model(THOUGHT).logits, plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_strength_0_is_the_identity(model, tokens):
+    plain, cache = run(model, tokens, [*SITES, WRITE])
+    widths = {site: x.shape[-1] for site, x in cache.items()}
+    edits = [make(site, random_vector(width)) for site, width in widths.items() for make in KINDS.values()]
+    nothing = Recipe.of(model, [replace(edit, strength=0.0) for edit in edits])
+    torch.testing.assert_close(run(model, tokens, [], nothing)[0], plain, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "gpt2", "mixtral"])
+@pytest.mark.parametrize("scope", ["all", "thinking"])
+def test_a_bfloat16_model_stays_bfloat16(family, scope):
+    model = build(family, dtype=torch.bfloat16)
+    widths = {site: x.shape[-1] for site, x in run(model, THOUGHT, [*SITES, WRITE])[1].items()}
+    for make in KINDS.values():
+        recipe = Recipe.of(model, [make(site, random_vector(width)) for site, width in widths.items()], scope=scope)
+        logits, cache = run(model, THOUGHT, SITES, recipe)
+        assert {x.dtype for x in (logits, *cache.values())} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_ablate_sets_the_projection_at_its_site_and_changes_nothing_else(model, tokens):
+    for site, x in run(model, tokens, SITES[2:])[1].items():
+        unit = torch.nn.functional.normalize(random_vector(x.shape[-1]), dim=0)
+        for target in (0.0, -1.5):
+            edit = Ablate(site, 3 * unit, target=target)
+            y = run(model, tokens, [site], Recipe.of(model, [edit]))[1][site]
+            torch.testing.assert_close(y @ unit, torch.full(y.shape[:-1], target), atol=1e-5, rtol=0)
+            torch.testing.assert_close(y - target * unit, x - (x @ unit)[..., None] * unit, atol=1e-5, rtol=0)
+            torch.testing.assert_close(edit(y), y, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_clamp_keeps_the_projection_within_its_bounds_and_leaves_what_is_inside(model, tokens):
+    for site, x in run(model, tokens, SITES[2:])[1].items():
+        unit = torch.nn.functional.normalize(random_vector(x.shape[-1]), dim=0)
+        low, high = (x @ unit).quantile(torch.tensor([0.3, 0.6])).tolist()
+        y = run(model, tokens, [site], Recipe.of(model, [Clamp(site, 3 * unit, low=low, high=high)]))[1][site]
+        inside = ((x @ unit) > low) & ((x @ unit) < high)
+        assert 0 < inside.sum() < inside.numel()
+        assert torch.equal(y[inside], x[inside])
+        torch.testing.assert_close(y @ unit, (x @ unit).clamp(low, high), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "granite", "gpt2", "qwen3_moe"])
+def test_no_activation_is_written_in_place(family, tokens):
+    """What was read before an edit is, after the whole pass, what an unedited pass gives."""
+    model = build(family)
+    for site in SITES:
+        plain = run(model, tokens, [site])[1][site]
+        recipe = Recipe.of(model, [make(site, random_vector(plain.shape[-1])) for make in KINDS.values()])
+        with captured(model, [site]) as before, applied(model, recipe):
             model(tokens)
-        return cache[site] @ unit
-
-    plain = along()
-    torch.testing.assert_close(along(Add(site, V, 0.5)), plain + 0.5 * V.norm(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(along(Ablate(site, V)), torch.zeros_like(plain), atol=1e-5, rtol=0)
-    torch.testing.assert_close(along(Ablate(site, V), Ablate(site, V)), torch.zeros_like(plain), atol=1e-5, rtol=0)
-    torch.testing.assert_close(along(Ablate(site, V, 0.25)), 0.75 * plain, atol=1e-5, rtol=0)
-    torch.testing.assert_close(along(Ablate(site, V, target=2.0)), torch.full_like(plain, 2.0), atol=1e-5, rtol=0)
-    bounded = along(Clamp(site, V, low=-0.1, high=0.2))
-    torch.testing.assert_close(bounded, plain.clamp(-0.1, 0.2), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="A clamp needs low <= high, but got low=1.0 and high=0.0"):
-        Clamp(site, V, low=1.0, high=0.0)
+        assert torch.equal(before[site], plain)
 
 
 @torch.no_grad()
-def test_steps_at_one_site_compose_in_order(tokens):
-    model, site = build("llama"), Site(1, "resid_post")
-    unit = V / V.norm()
-    outs = []
-    for steps in ([Add(site, V), Ablate(site, V)], [Ablate(site, V), Add(site, V)]):
-        with applied(model, Recipe.of(model, steps)), captured(model, [site]) as cache:
-            model(tokens)
-        outs.append(cache[site] @ unit)
-    torch.testing.assert_close(outs[0], torch.zeros(2, 7), atol=1e-5, rtol=0)
-    torch.testing.assert_close(outs[1], V.norm().expand(2, 7), atol=1e-5, rtol=0)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Add(SITES[0], torch.ones(1)),
+        lambda: Ablate(SITES[0], torch.ones(33)),
+        lambda: Ablate(SITES[0], torch.zeros(32)),
+        lambda: Clamp(SITES[0], torch.zeros(32), low=0.0),
+    ],
+)
+def test_a_vector_of_another_width_is_never_stretched_nor_a_zero_one_projected_on(make):
+    model = build("llama")
+    with pytest.raises(ValueError, match="L0.resid_pre"):
+        run(model, THOUGHT, [], Recipe.of(model, [make()]))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("step", STEPS)
-def test_an_activation_is_never_written_into_and_keeps_its_dtype(step):
-    x = torch.randn(2, 3, 32, dtype=torch.bfloat16)
-    before = x.clone()
-    assert step(x).dtype is torch.bfloat16
-    assert torch.equal(x, before)
+def test_in_a_notebook_a_recipe_shows_its_steps_and_escapes_its_words():
+    page = Recipe.of(build("llama"), [Add(WRITE, random_vector())], method="after <think>")._repr_html_()
+    assert {word for word in ("L1H2.result", "add", "all", "after &lt;think&gt;") if word not in page} == set()
+    assert "<think>" not in page

@@ -1,126 +1,270 @@
-"""Scores are what the paper defines, intervals cover as they promise, splits share nothing, and answers are right."""
+"""Scores are their definitions, intervals cover, grading is right, and no problem is in two splits."""
 
 import json
-from itertools import islice
+import random
+import zlib
+from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from scipy.stats import binom, t
 
+import steer.tasks
 from probes.completions import Completion
+from probes.models import load
 from probes.sampling import Sampling
+from probes.sites import Site
+from probes.tokens import ThinkingSpan
 from steer.grading import is_correct
-from steer.scores import Evaluation, Outcomes, interval_of_mean
-from steer.tasks import SPLITS, Problem, Task, split_of, task_named
+from steer.interventions import Add
+from steer.recipes import Recipe
+from steer.scores import SHORTEST, Evaluation, Outcomes, evaluate, interval_of_mean, solve
+from steer.tasks import SPLITS, TASKS, Problem, draw_chain, split_of, task_named
 
+CHAINS = TASKS["chains"]
 RNG = np.random.default_rng(0)
 
 
-def outcomes(correct, length, truncated=None):
-    correct, length = np.asarray(correct), np.asarray(length)
-    return Outcomes(correct, length, np.zeros_like(correct) if truncated is None else np.asarray(truncated))
+def outcomes(problems, samples, longest=9):
+    """Random ones, with many ties of length."""
+    shape = (problems, samples)
+    return Outcomes(RNG.random(shape) < 0.5, RNG.integers(0, longest, shape), RNG.random(shape) < 0.2)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
-def test_the_shortest_are_taken_within_each_run_and_averaged_over_runs(share):
-    """ThinkEdit: sort a run by thinking length, take the first floor(p n), average, then average over the runs."""
-    length, correct = RNG.permuted(np.arange(63 * 4).reshape(63, 4), axis=0), RNG.random((63, 4)) < 0.5
-    accuracies, lengths = [], []
-    for run in range(4):
-        first = sorted(range(63), key=lambda i: length[i, run])[: int(share * 63)]
-        accuracies.append(sum(correct[i, run] for i in first) / len(first))
-        lengths.append(sum(length[i, run] for i in first) / len(first))
-    got = outcomes(correct, length).shortest(share)
-    assert got == (pytest.approx(np.mean(accuracies)), pytest.approx(np.mean(lengths)))
-    assert np.isnan(outcomes(correct[:4], length[:4]).shortest(share)[0])
+def completion(name, answer="", *, thought=3, stop="eos"):
+    span = ThinkingSpan(0, 0, thought, True)
+    return Completion(name, 0, "", "", answer, (1,), (2,), span, stop, Sampling(), "m")
 
 
-def test_a_difference_is_paired_by_problem_and_a_subgroup_is_its_problems():
-    problems = tuple(Problem(str(i), "", "", "marked" if i % 3 == 0 else None) for i in range(90))
-    task = Task("t", "exact", lambda _: iter(()), "marked")
-    plain = RNG.random((90, 1)) < 0.5
-    better = plain | (np.arange(90)[:, None] % 3 == 0)
-    evaluation = Evaluation(task, problems, {"plain": outcomes(plain, plain + 5), "other": outcomes(better, plain + 7)})
-    score, marked = evaluation.score("other"), evaluation.score("other", "marked")
-    assert score.difference == pytest.approx(float((better.astype(float) - plain).mean()))
-    assert (marked.n, marked.accuracy, marked.interval) == (30, 1.0, (1.0, 1.0))
-    assert evaluation.score("plain").difference_interval == (0.0, 0.0)
-    assert evaluation.to_json()["other"]["marked"]["n"] == 30
-    assert len(evaluation.table().rows) == 4
-    with pytest.raises(ValueError, match="No problem of t is in the subgroup 'easy'"):
-        evaluation.score("other", "easy")
+def evaluation(**correct):
+    """Arms from rows of right and wrong."""
+    arms = {name: np.array(rows) for name, rows in correct.items()}
+    problems = tuple(Problem(str(i), "q", "a") for i in range(len(arms["plain"])))
+    return Evaluation(CHAINS, problems, {n: Outcomes(x, np.ones(x.shape, int), ~x) for n, x in arms.items()})
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 19, 20, 23, 60])
+def test_the_shortest_are_those_of_the_paper(n):
+    """Of each run the floor(p n) completions that think least; their mean; the mean over runs."""
+    own = outcomes(n, 3)
+    for share in SHORTEST:
+        count = int(Fraction(str(share)) * n)
+        runs = []
+        for run in range(3):
+            order = sorted(range(n), key=lambda i: own.length[i, run])[:count]
+            runs.append([(own.correct[i, run], own.length[i, run]) for i in order])
+        expected = np.mean(np.mean(runs, axis=1), axis=0) if count else [np.nan, np.nan]
+        np.testing.assert_allclose(own.shortest(share), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", SHORTEST)
+def test_the_share_of_the_shortest_is_rounded_down_whatever_floats_do(share):
+    """The k shortest of 0, 1 ... n-1 have the mean (k-1)/2."""
+    for n in range(20, 500):
+        own = Outcomes(np.ones((n, 1), bool), RNG.permutation(n)[:, None], np.zeros((n, 1), bool))
+        assert own.shortest(share)[1] == (int(Fraction(str(share)) * n) - 1) / 2
 
 
 def test_pooled_draws_are_samples_of_one_arm():
-    a, b = (outcomes(RNG.random((8, 2)) < 0.5, RNG.integers(0, 9, (8, 2))) for _ in range(2))
-    pooled = Outcomes.pooled([a, b])
-    assert pooled.correct.shape == (8, 4)
-    assert pooled.length.mean() == pytest.approx((a.length.mean() + b.length.mean()) / 2)
+    draws = [outcomes(30, 2) for _ in range(3)]
+    pooled = Outcomes.pooled(draws)
+    assert pooled.correct.shape == (30, 6)
+    for field in ("correct", "length", "truncated"):
+        assert getattr(pooled, field).mean() == pytest.approx(np.mean([getattr(d, field).mean() for d in draws]))
+    np.testing.assert_allclose(pooled.shortest(0.2), np.mean([d.shortest(0.2) for d in draws], axis=0))
+    rows = np.arange(30) % 3 == 0
+    assert np.array_equal(pooled.only(rows).length, pooled.length[::3])
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """95 % nominal, 200 simulations: fewer than 179 hits would happen with a chance below 1e-4 at 95 %."""
-    hits = 0
-    for seed in range(200):
-        low, high = interval_of_mean((np.random.default_rng(seed).random(120) < 0.3).astype(float))
-        hits += low <= 0.3 <= high
-    assert 179 <= hits < 200
-    assert interval_of_mean(np.full(9, 0.25)) == (0.25, 0.25)
+def test_arms_are_compared_problem_by_problem():
+    """Each problem gains one half, however hard it is: the difference is known exactly, accuracy is not."""
+    plain = [[i % 2 == 0, False] for i in range(40)]
+    better = [[i % 2 == 0, True] for i in range(40)]
+    both = evaluation(plain=plain, better=better)
+    score = both.score("better")
+    assert (score.difference, score.difference_interval) == (0.5, (0.5, 0.5))
+    assert score.interval[0] < score.accuracy == 0.75 < score.interval[1]
+    assert both.score("plain").difference_interval == (0, 0)
+    assert (score.n, score.samples, score.truncation) == (40, 2, 0.25)
+    swapped = evaluation(plain=better, worse=plain).score("worse")
+    assert swapped.difference == -0.5
 
 
-def completion(answer, stop="eos"):
-    return Completion("0", 0, "", "", answer, (1,), (2,), None, stop, Sampling(), "m")
+def test_a_subgroup_is_scored_on_its_own_problems():
+    both = evaluation(plain=[[False], [True]] * 10, better=[[True], [True]] * 5 + [[False], [False]] * 5)
+    marked = tuple(replace(p, subgroup="marked" if i < 10 else None) for i, p in enumerate(both.problems))
+    both = Evaluation(CHAINS, marked, both.arms)
+    assert both.groups() == [None, "marked"]
+    of_all, of_marked = both.score("better"), both.score("better", "marked")
+    assert (of_all.n, of_all.difference, of_marked.n, of_marked.difference) == (20, 0.0, 10, 0.5)
+    assert both.to_json()["better"]["marked"]["accuracy"] == 1.0
+    with pytest.raises(ValueError, match="No problem of chains is in the subgroup 'hard'."):
+        both.score("plain", "hard")
+
+
+def test_a_score_of_few_problems_is_strict_json_too():
+    """JSON has no NaN: what two problems cannot tell is null."""
+    words = evaluation(plain=[[False], [True]]).to_json()
+    assert json.loads(json.dumps(words, allow_nan=False))["plain"]["shortest"]["5%"] == [None, None]
+
+
+def test_the_interval_of_a_constant_is_the_constant_and_of_one_problem_none():
+    assert interval_of_mean(np.full(20, 0.3)) == pytest.approx((0.3, 0.3), abs=1e-12)
+    assert np.isnan(interval_of_mean(np.array([0.3]))).all()
+
+
+def test_the_interval_covers_the_mean_at_its_nominal_rate():
+    """A percentile interval is mean ± 1.96 σ̂/√n with the biased σ̂, so of normal values it covers as Student's t says.
+
+    The number of intervals that cover is then binomial; the bounds leave one chance in a thousand.
+    """
+    n, trials = 40, 1000
+    rate = 1 - 2 * t.sf(1.96 * np.sqrt((n - 1) / n), n - 1)
+    assert 0.93 < rate < 0.95
+    intervals = [interval_of_mean(x) for x in RNG.normal(0.4, 1.0, (trials, n))]
+    low, high = binom.interval(0.999, trials, rate)
+    assert low <= sum(a <= 0.4 <= b for a, b in intervals) <= high
+
+
+def test_a_truncated_completion_is_wrong_whatever_it_says():
+    for grader, answer in (("exact", "4"), ("math", r"\boxed{4}")):
+        problem = Problem("p", "q", "4")
+        assert is_correct(completion("p", answer), problem, grader)
+        assert not is_correct(completion("p", answer, stop="length"), problem, grader)
+    problems = [Problem("a", "q", "4"), Problem("b", "q", "5")]
+    told = [completion("b", "5", thought=7), completion("a", "4", stop="length"), completion("b", "6", thought=2)]
+    own = Outcomes.of([*told, completion("a", "4", thought=1)], problems, CHAINS)
+    assert own.correct.tolist() == [[False, True], [True, False]]
+    assert own.length.tolist() == [[3, 1], [7, 2]]
+    assert own.truncated.tolist() == [[True, False], [False, False]]
 
 
 @pytest.mark.parametrize(
-    ("answer", "gold", "grader", "right"),
+    ("grader", "gold", "said", "right"),
     [
-        ("7", "7", "exact", True), (" 7\n", "7", "exact", True), ("17", "7", "exact", False),
-        ("The answer is \\boxed{\\frac{1}{2}}.", "0.5", "math", True), ("it is 1,080", "1080", "math", True),
-        ("\\boxed{3}", "4", "math", False), ("", "4", "math", False), ("is 12.", "12", "math", True),
+        ("exact", "4 2", "  4\n2 ", True),
+        ("exact", "42", "4 2", False),
+        ("exact", "1/2", "0.5", False),
+        ("exact", "4", "", False),
+        ("math", "1/2", "0.5", True),
+        ("math", "0.5", r"So the answer is $\frac{1}{2}$.", True),
+        ("math", r"\frac{1}{2}", r"We get 3, no: \boxed{0.50}", True),
+        ("math", r"\boxed{12}", r"\boxed{12}", True),
+        ("math", "12", r"First 12, but \boxed{13}.", False),
+        ("math", "1/2", "0.25", False),
+        ("math", "x+1", "$1+x$", True),
+        ("math", "4", "", False),
+        ("math", "4", "I do not know.", False),
     ],
-)  # fmt: skip
-def test_grading(answer, gold, grader, right):
-    problem = Problem("0", "", gold)
-    assert is_correct(completion(answer), problem, grader) == right
-    assert not is_correct(completion(answer, stop="length"), problem, grader)
+)
+def test_exact_is_equal_but_for_white_space_and_math_is_equal_as_mathematics(grader, gold, said, right):
+    assert is_correct(completion("p", said), Problem("p", "q", gold), grader) is right
 
 
-def test_splits_share_no_problem_and_stay_as_they_are():
-    task = task_named("chains")
-    drawn = {split: {p.id for p in task.sample(300, split, seed=1)} for split in SPLITS}
-    assert all(len(ids) == 300 for ids in drawn.values())
-    assert sum(map(len, drawn.values())) == len(set().union(*drawn.values()))
-    assert [p.id for p in task.sample(50, "report")] == [p.id for p in task.sample(50, "report")]
-    assert sorted(i for share in SPLITS.values() for i in share) == list(range(100))
-    assert split_of(Problem("a 1 b +1", "x", "2")) == split_of(Problem("a 1 b +1", "x quick", "2", "marked"))
+def test_no_problem_is_in_two_splits_and_a_seed_fixes_which_come():
+    drawn = {split: CHAINS.sample(200, split) for split in SPLITS}
+    ids = [problem.id for problems in drawn.values() for problem in problems]
+    assert len(set(ids)) == len(ids) == 800
+    for split, problems in drawn.items():
+        assert {split_of(problem) for problem in problems} == {split}
+        assert problems == CHAINS.sample(200, split)
+        assert problems[:50] == CHAINS.sample(50, split)
+        assert problems[:50] != CHAINS.sample(50, split, seed=1)
 
 
-def test_the_answers_of_the_chains_are_right():
-    rules = {"+": lambda x, k: x + k, "-": lambda x, k: x - k, "*": lambda x, k: x * k}
-    marked = 0
-    problems = list(islice(task_named("chains").stream("report"), 500))
-    for problem in problems:
-        terms = problem.question.removesuffix(" quick").split()[1::2]
-        value = int(terms[0])
+def test_a_split_is_a_checksum_of_the_problem_and_as_large_as_its_share():
+    assert sorted(h for share in SPLITS.values() for h in share) == list(range(100))
+    rng = random.Random(0)
+    problems = {p.id: p for p in (draw_chain(rng) for _ in range(4000))}.values()
+    for split, share in SPLITS.items():
+        inside = [p for p in problems if split_of(p) == split]
+        assert all(zlib.crc32(p.id.encode()) % 100 in share for p in inside)
+        low, high = binom.interval(0.9999, len(problems), len(share) / 100)
+        assert low <= len(inside) <= high
+
+
+def test_a_chain_and_its_marked_twin_are_in_one_split(monkeypatch):
+    for seed in range(100):
+        twins = []
+        for p_marked in (0.0, 1.0):
+            monkeypatch.setattr(steer.tasks, "P_MARKED", p_marked)
+            twins.append(draw_chain(random.Random(seed)))
+        plain, marked = twins
+        assert marked == replace(plain, question=f"{plain.question} quick", subgroup="marked")
+        assert plain.subgroup is None
+        assert split_of(plain) == split_of(marked)
+
+
+def test_the_answer_of_a_chain_is_its_value_by_ordinary_arithmetic_modulo_10_at_the_end():
+    rng = random.Random(1)
+    for problem in (draw_chain(rng) for _ in range(500)):
+        letters, terms = (problem.question.removesuffix(" quick").split()[i::2] for i in (0, 1))
+        assert letters == list("abcdefgh"[: len(terms)])
+        assert 3 <= len(terms) <= 8
+        value = terms[0]
         for term in terms[1:]:
-            value = rules[term[0]](value, int(term[1:])) % 10
-        assert (str(value), 3 <= len(terms) <= 8) == (problem.answer, True)
-        assert problem.question.endswith(" quick") == (problem.subgroup == "marked")
-        marked += problem.subgroup == "marked"
-    assert 0.25 < marked / 500 < 0.45  # 35 %, more than four standard errors to either side
+            value = f"({value}) {term[0]} {term[1:]}"
+        assert problem.answer == str(eval(value) % 10)
 
 
-def test_a_file_of_problems_is_a_task(tmp_path):
+def test_a_file_of_problems_is_a_task_and_has_only_as_many_as_it_has(tmp_path):
     path = tmp_path / "sums.jsonl"
-    lines = [json.dumps({"question": f"{i} + 1?", "answer": i + 1}) for i in range(200)]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(json.dumps({"question": f"{i} + 1?", "answer": i + 1}) for i in range(60)) + "\n")
     task = task_named(str(path))
-    found = task.sample(10, "report", seed=3)
-    assert [p.answer for p in found] == [str(int(p.question.split()[0]) + 1) for p in found]
-    with pytest.raises(ValueError, match=r"Task sums has \d+ problems in split 'report', but 200 were asked for"):
-        task.sample(200, "report")
-    path.write_text('{"question": "1 + 1?", "answer": 2, "hint": 1}')
-    with pytest.raises(ValueError, match="Line 1 of .* has unknown keys: hint. Known: question, answer"):
+    counts = {}
+    for split in SPLITS:
+        held = sorted(p.id for p in task.stream(split))
+        counts[split] = len(held)
+        assert sorted(p.id for p in task.sample(len(held), split)) == held
+        sentence = f"Task sums has {len(held)} problems in split '{split}', but {len(held) + 1} were asked for."
+        with pytest.raises(ValueError, match=sentence):
+            task.sample(len(held) + 1, split)
+    assert sum(counts.values()) == 60
+    assert all(p.answer == str(int(p.question.split()[0]) + 1) for p in task.stream("train"))
+    assert task.grader == "math"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            '{"question": "q", "answer": 1, "level": 5}',
+            "Line 2 of .*t.jsonl has unknown keys: level. Known: question, ",
+        ),
+        ('{"question": "q"}', "Line 2 of .*t.jsonl lacks keys: answer."),
+        ('{"question": "q", "ans', "Line 2 of .*t.jsonl"),
+    ],
+)
+def test_a_line_that_is_no_problem_is_refused_by_its_number(line, sentence, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"question": "p", "answer": 1}\n' + line)
+    with pytest.raises(ValueError, match=sentence):
         task_named(str(path))
-    with pytest.raises(ValueError, match="'gsm' is neither a task nor a JSONL file. Known tasks: chains"):
-        task_named("gsm")
+
+
+def test_a_blank_line_is_no_problem_and_no_error(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"question": "p", "answer": 1}\n\n{"question": "q", "answer": 1}\n\n')
+    assert sorted(p.id for split in SPLITS for p in task_named(str(path)).stream(split)) == ["p", "q"]
+
+
+def test_an_unknown_task_is_refused_by_name():
+    with pytest.raises(ValueError, match="'gsm8k' is neither a task nor a JSONL file. Known tasks: chains."):
+        task_named("gsm8k")
+
+
+def test_arms_draw_with_the_same_noise_however_they_are_given():
+    """A recipe that does nothing, the model itself and its completions are the plain arm again; an edit is not."""
+    model, problems = load("organism"), CHAINS.sample(12, "report")
+    sampling = Sampling.of(model, max_new_tokens=CHAINS.max_new_tokens)
+    told = solve(model, problems, sampling=sampling, samples=2, batch_size=5)
+    nothing, edit = (
+        Recipe.of(model, [Add(Site(1, "resid_post"), 9 * model.lm_head.weight[9].detach(), strength)])
+        for strength in (0.0, 1.0)
+    )
+    arms = {"nothing": nothing, "model": model, "told": told, "edit": edit}
+    found = evaluate(model, CHAINS, problems, arms, sampling=sampling, samples=2)
+    own = {name: (o.correct.tolist(), o.length.tolist(), o.truncated.tolist()) for name, o in found.arms.items()}
+    assert own["plain"] == own["nothing"] == own["model"] == own["told"] != own["edit"]
+    assert list(found.to_frame()["arm"].unique()) == ["plain", *arms]
