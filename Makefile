@@ -4,18 +4,23 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check slow organism
+.PHONY: demo test check slow organism browser
 
 demo: .venv/.installed
 	$(BIN)/steer demo
 
 test: check
 
-check: .venv/.installed
+check: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+browser:  # the tests of the report draw it in one
+	@command -v chromium chromium-browser google-chrome google-chrome-stable chrome >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
+	echo "No browser, and not root: the tests of the report will fail. Install chromium."
 
 slow: .venv/.installed
 	$(BIN)/python -m pytest -q -m slow

@@ -59,7 +59,7 @@ def load(
             delimiters = delimiters or known.given
     else:
         name = str(source)
-        path = _place_of(source)
+        path = place_of(source)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, revision=revision)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer is None:
@@ -74,7 +74,7 @@ def load(
     return model.eval()
 
 
-def _place_of(source: str | Path) -> str | Path:
+def place_of(source: str | Path) -> str | Path:
     """What transformers can read: a hub id, or a folder; a GGUF file is converted first."""
     if source == "organism":
         return ORGANISM
@@ -107,7 +107,7 @@ def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
 
 def folder_of(model: PreTrainedModel) -> Path | None:
     """The local folder the weights were read from, if they were."""
-    folder = Path(_place_of(origin_of(model).name))
+    folder = Path(place_of(origin_of(model).name))
     return folder if folder.is_dir() else None
 
 

@@ -1,7 +1,7 @@
 """Export an edited model as an ordinary checkpoint, with a card that says what was done to it."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,13 +26,15 @@ def export(
     folder: str | Path,
     *,
     sections: Sequence[Section] = (),
+    extras: Mapping[str, str] | None = None,
     push_to: str | None = None,
     private: bool = True,
 ) -> Difference:
     """Write the model with the recipe folded in to a new folder that plain transformers loads.
 
     Beside weights, config and tokenizer it holds the recipe (`recipe/`) and a card (`README.md`) with the recipe, the
-    tensors that changed, and `sections`. The folder appears under its name only when it is whole; `push_to` names a
+    tensors that changed, and `sections`. `extras` are further text files, by name.
+    The folder appears under its name only when it is whole; `push_to` names a
     repository of the Hugging Face hub that it is then uploaded to. Raises NotFoldable for a recipe that no weights
     equal, FileExistsError where the folder exists, ValueError for another model's recipe.
     """
@@ -50,6 +52,8 @@ def export(
             Section("Projection of the edited heads", _PROJECTION, projections(model, twin, recipe)),
         ]
         write_card(stage / "README.md", origin_of(model).name, recipe.method, [*sections, *own])
+        for name, text in (extras or {}).items():
+            (stage / name).write_text(text)
     if push_to is not None:
         push(folder, push_to, private=private)
     return changes

@@ -1,6 +1,7 @@
 """The command `steer`: every job of the library from a shell, each a thin call."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,6 +25,8 @@ from steer.differences import diff as compare_checkpoints
 from steer.methods.thinkedit import Kind
 from steer.organism import train
 from steer.recipes import Recipe
+from steer.records import record
+from steer.report import write_report
 from steer.runs import HEADS, KINDS, ThinkEditRun, grid, thinkedit
 from steer.scores import Arm, evaluate, solve
 from steer.tasks import SPLITS, Split, task_named
@@ -57,7 +60,7 @@ def demo(
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     transformers.utils.logging.disable_progress_bar()
     folder = output or next(p for i in range(1, 1_000_000) if not (p := Path(f"runs/demo-{i}")).exists())
-    _finish_thinkedit(thinkedit("organism", n_report=n, batch_size=256, seed=seed), folder, as_json)
+    _finish_thinkedit(thinkedit("organism", n_report=n, batch_size=256, seed=seed), folder, 200, 256, as_json)
 
 
 @app.command("thinkedit")
@@ -80,6 +83,7 @@ def thinkedit_(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     delimiters: Delimit = None,
+    sweep: Annotated[int, typer.Option(help="Problems for the report's sweeps of strength.")] = 0,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -104,7 +108,7 @@ def thinkedit_(
         batch_size=batch_size,
         seed=seed,
     )
-    _finish_thinkedit(run, output, as_json)
+    _finish_thinkedit(run, output, sweep, batch_size, as_json)
 
 
 @app.command()
@@ -218,6 +222,17 @@ def show(path: Path, as_json: Json = False) -> None:
     _end(table, {"rows": [list(row) for row in table.rows]}, as_json)
 
 
+@app.command("report")
+def report_(
+    run: Annotated[Path, typer.Argument(help="A folder that `steer demo` or `steer thinkedit` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="An HTML file.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """What a run measured, as one HTML file that needs no network."""
+    path = write_report(run, output)
+    _end(Table(("Report", ""), (("file", str(path)),)), {"report": str(path)}, as_json)
+
+
 @app.command("organism")
 def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
     """Train the embedded model from scratch, as the shipped one was. About 5 minutes on one core."""
@@ -234,11 +249,13 @@ def main() -> None:
         sys.exit(2)
 
 
-def _finish_thinkedit(run: ThinkEditRun, folder: Path, as_json: bool) -> None:
-    changes = run.export(folder)
+def _finish_thinkedit(run: ThinkEditRun, folder: Path, sweep: int, batch_size: int, as_json: bool) -> None:
+    command = shlex.join(["steer", *sys.argv[1:]])
+    changes = run.export(folder, found=record(run, n=sweep, batch_size=batch_size, command=command))
+    write_report(folder, folder / "report.html")
     console.print(run.recipe.table())
     console.print(changes.table())
-    console.print(f"Chosen on the selection split: {run.chosen}. Checkpoint: {folder}")
+    console.print(f"Chosen on the selection split: {run.chosen}. Checkpoint and report.html: {folder}")
     _end(run.table(), {**run.to_json(), "checkpoint": str(folder)}, as_json)
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probes.models import ORGANISM
+from probes.models import place_of
 from probes.tables import Table
 
 
@@ -51,7 +51,7 @@ class Difference:
 def diff(a: str | Path, b: str | Path) -> Difference:
     """Compare two checkpoints tensor by tensor, holding one pair at a time.
 
-    Each is a folder, a hub id, or `organism`. Raises ValueError where a file is not whole.
+    Each is a folder, a hub id, or a name that `probes.load` knows. Raises ValueError where a file is not whole.
     """
     files_a, files_b = tensor_files(a), tensor_files(b)
     names = sorted(files_a.keys() | files_b.keys())
@@ -85,10 +85,9 @@ def tensor_files(source: str | Path) -> dict[str, Path]:
 
 
 def _folder(source: str | Path) -> Path:
-    if str(source) == "organism":
-        return ORGANISM
-    if Path(source).is_dir():
-        return Path(source)
+    folder = Path(place_of(source))
+    if folder.is_dir():
+        return folder
     if Path(source).is_absolute() or str(source).startswith("."):
         raise FileNotFoundError(f"{source} is not a folder.")
     return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))

@@ -1,5 +1,6 @@
 """The main job: probe a model, derive edits, choose one, and report it beside its controls, on three splits."""
 
+import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from steer.differences import Difference
 from steer.fold import NotFoldable, check_folds, fold_error, folded
 from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
 from steer.recipes import Recipe
+from steer.records import record
 from steer.scores import Arm, Evaluation, Outcomes, evaluate, solve
 from steer.tasks import Task, task_named
 
@@ -62,8 +64,11 @@ class ThinkEditRun:
         """The length direction in the layer of the head that scores highest."""
         return self.readings[self.chosen.position].directions[self.heads[0][0]]
 
-    def export(self, folder: str | Path) -> Difference:
-        """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.checkpoints`."""
+    def export(self, folder: str | Path, *, found: Mapping[str, Any] | None = None) -> Difference:
+        """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.checkpoints`.
+
+        `found` is this run's `steer.records.record`, kept as `run.json`; if left out, one without sweeps is made.
+        """
         d, p = self.direction, self.direction.provenance
         birth = (
             f"Length direction at {d.site}: {p.estimator}, {p.n_positive} long less {p.n_negative} short completions, "
@@ -80,7 +85,8 @@ class ThinkEditRun:
             Section("Provenance", birth),
             Section("Selection", "All settings, on the selection split.", self.selection.table()),
         ]
-        return export(self.model, self.recipe, folder, sections=sections)
+        words = json.dumps(found or record(self, n=0), allow_nan=False)
+        return export(self.model, self.recipe, folder, sections=sections, extras={"run.json": words + "\n"})
 
     def fold_error(self) -> float:
         """The largest difference of a logit between the folded and the steered model, over 64 completions."""
