@@ -1,0 +1,92 @@
+"""The notebooks run from top to bottom, use public names only, and what they claim in the end holds."""
+
+import ast
+import importlib
+import json
+from pathlib import Path
+
+import plotly.io
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PUBLIC_MODULES = ("probes.figures", "steer.methods.thinkedit")
+
+
+def code_of(path: Path) -> list[str]:
+    cells = json.loads(path.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def run(code: str, names: dict) -> None:
+    """As Jupyter does: run the statements, and show the value of a last expression."""
+    tree = ast.parse(code)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    if last is not None:
+        value = eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+        if hasattr(value, "_repr_mimebundle_"):
+            value._repr_mimebundle_(None, None)
+        elif hasattr(value, "_repr_html_"):
+            assert value._repr_html_()
+
+
+def private_imports(code: str) -> list[str]:
+    """What is imported from our packages without being in an `__all__` or in a public module."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.partition(".")[0] in ("probes", "steer") and "." in a.name]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("probes", "steer"):
+            public = getattr(importlib.import_module(node.module), "__all__", ())
+            if node.module not in PUBLIC_MODULES:
+                found += [f"{node.module}.{a.name}" for a in node.names if a.name not in public]
+    return found
+
+
+@pytest.fixture(scope="module")
+def thinkedit_names():
+    """What 01_thinkedit leaves behind when it has run."""
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plotly.io.renderers, "default", "json")
+        for code in code_of(FOLDER / "01_thinkedit.ipynb"):
+            run(code, names)
+    return names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_uses_public_names_only(path):
+    assert [name for code in code_of(path) for name in private_imports(code)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "private"),
+    [
+        ("from probes import load", []),
+        ("from probes.hooks import forward_through", ["probes.hooks.forward_through"]),
+        ("import steer.runs", ["steer.runs"]),
+    ],
+)
+def test_a_private_import_is_seen(code, private):
+    assert private_imports(code) == private
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_kept_without_its_outputs(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+def test_the_edit_helps_on_marked_problems_and_its_control_does_not(thinkedit_names, capsys):
+    run(code_of(FOLDER / "01_thinkedit.ipynb")[-1], thinkedit_names)
+    evaluation = thinkedit_names["evaluation"]
+    plain, edited = (evaluation.score(arm, "marked") for arm in ("plain", "edited"))
+    assert f"{edited.accuracy:.0%}, the plain one in {plain.accuracy:.0%}" in capsys.readouterr().out
+    assert edited.difference_interval[0] > 0.2
+    assert abs(evaluation.score("lowest heads", "marked").difference) < 0.1
+
+
+def test_the_folded_model_says_what_the_recipe_said(thinkedit_names):
+    said = [[completion.ids for completion in thinkedit_names[name]] for name in ("before", "after", "again")]
+    assert said[2] == said[1] != said[0]
