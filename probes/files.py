@@ -1,11 +1,12 @@
 """Outputs that appear under their name whole or not at all, and readers that trust no file."""
 
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -24,30 +30,79 @@ def staged_folder(final: Path) -> Iterator[Path]:
     final = Path(final)
     if final.exists():
         raise FileExistsError(f"{final} exists. Name another output folder, or remove it first.")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
-    try:
+    with _stage(final, tempfile.mkdtemp) as stage:
         yield stage
         stage.chmod(0o755)
         stage.rename(final)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
     """A hidden file beside `final`, moved over it when the block ends well, else removed."""
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent)
-    os.close(handle)
-    stage = Path(name)
-    try:
+    with _stage(final, _empty_file) as stage:
         yield stage
         stage.chmod(0o644)
         stage.replace(final)
+
+
+@contextmanager
+def _stage(final: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """A new hidden path beside `final`, locked while its writer lives.
+
+    What killed writers of the same output left there, which nobody locks, is removed. The folder is locked meanwhile,
+    so that no stage is seen between its making and its locking. Where a system has no such locks, nothing is removed.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        with ExitStack() as looking:
+            within = final.parent.suffix == ".partial"  # a stage of our own, locked already
+            if not within and looking.enter_context(_locked(final.parent)):
+                for rest in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
+                    with _locked(rest, wait=False) as left_behind:
+                        if left_behind:
+                            _remove(rest)
+            stage = Path(make(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+            held.enter_context(_locked(stage))
+        try:
+            yield stage
+        finally:
+            _remove(stage)
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Whether `path` could be locked; it is until the block ends, or the process."""
+    if fcntl is None:
+        yield False
+        return
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            got = True
+        except OSError:
+            got = False
+        yield got
     finally:
-        stage.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _empty_file(**names: Any) -> str:
+    handle, name = tempfile.mkstemp(**names)
+    os.close(handle)
+    return name
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any] | None = None) -> None:
