@@ -39,8 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from probes import load
 from probes.activations import Recorded, Span, record
-from probes.architectures import sites_in
 from probes.models import tokenizer_of
+from probes.places import sites_in
 from probes.sites import Site
 from probes.tables import Table
 

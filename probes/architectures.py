@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from probes.quantised import computed_weight, is_packed
 from probes.sites import Site, SiteName
 
 
@@ -220,10 +221,26 @@ def output_first(model: nn.Module, path: str, weight: Tensor) -> Float[Tensor, "
 
 
 def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_heads d_head"]:
-    """`o_proj`'s weight, head by head: a view. d_head is d_in / n_heads, whatever the config says."""
-    stored = o_proj_of(model, layer).get_parameter("weight")
+    """`o_proj`'s weight, head by head: a view. d_head is d_in / n_heads, whatever the config says.
+
+    Where the weight is quantised, a float32 copy of what the module computes.
+    """
+    module = o_proj_of(model, layer)
+    stored = module.get_parameter("weight")
+    if is_packed(stored):
+        return computed_weight(module).unflatten(1, (n_heads(model), -1))
     weight = output_first(model, architecture_of(model).o_proj, stored)
     return weight.unflatten(1, (n_heads(model), -1))
+
+
+def width_of(model: nn.Module, site: Site) -> int:
+    """How many numbers an activation has at a site, whatever the dtype of the weights."""
+    module = o_proj_of(model, site.layer)
+    names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")  # Conv1D, Linear
+    d_in, d_model = (getattr(module, name) for name in names)
+    if site.name != "z":
+        return d_model
+    return d_in if site.head is None else d_in // n_heads(model)
 
 
 def multiplier_of(model: nn.Module) -> float:
@@ -268,30 +285,6 @@ def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
         raise ValueError(f"{site} needs a head: write L{site.layer}H0.result.")
     tap = taps[site.name]
     return block_of(model, site.layer).get_submodule(tap.path), tap
-
-
-def path_of(model: nn.Module, site: Site) -> str:
-    """The Hugging Face module path whose input or output (`tap_of`) is `site`."""
-    _, tap = tap_of(model, site)
-    return ".".join(part for part in (architecture_of(model).layers, str(site.layer), tap.path) if part)
-
-
-def site_of(model: nn.Module, text: str) -> Site:
-    """Read a site from our name, TransformerLens' name, or a Hugging Face path, whose output is meant."""
-    row = architecture_of(model)
-    if not text.startswith(row.layers + "."):
-        return Site.parse(text)
-    layer, _, path = text[len(row.layers) + 1 :].partition(".")
-    names = [name for name, tap in row.taps.items() if tap == Tap(path, "output") and name != "result"]
-    if not layer.isdigit() or not names:
-        known = ", ".join(sorted({tap.path or "(block)" for tap in row.taps.values() if tap.side == "output"}))
-        raise ValueError(f"The output of {text!r} is not a site. In a block of this family these are: {known}.")
-    return Site(int(layer), names[0])
-
-
-def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
-    """The site of that name in every layer."""
-    return [Site(layer, name) for layer in range(n_layers(model))]
 
 
 def _gain(norm: nn.Module, row: Architecture) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations import Span, span_means
-from probes.architectures import sites_in
 from probes.directions import Direction
+from probes.places import sites_in
 from probes.sites import Site, SiteName
 from probes.tables import Table
 

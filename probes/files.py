@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     final = Path(final)
     if final.exists():
         raise FileExistsError(f"{final} exists. Name another output folder, or remove it first.")
-    with _stage(final, tempfile.mkdtemp) as stage:
+    with _stage(final) as stage:
         yield stage
         stage.chmod(0o755)
         stage.rename(final)
@@ -38,17 +38,20 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
-    """A hidden file beside `final`, moved over it when the block ends well, else removed."""
+    """A file in a hidden folder beside `final`, moved over it when the block ends well, else removed.
+
+    The folder also holds what a library may write before it moves it to the name it was given.
+    """
     final = Path(final)
-    with _stage(final, _empty_file) as stage:
-        yield stage
-        stage.chmod(0o644)
-        stage.replace(final)
+    with _stage(final) as stage:
+        yield stage / final.name
+        (stage / final.name).chmod(0o644)
+        (stage / final.name).replace(final)
 
 
 @contextmanager
-def _stage(final: Path, make: Callable[..., str]) -> Iterator[Path]:
-    """A new hidden path beside `final`, locked while its writer lives.
+def _stage(final: Path) -> Iterator[Path]:
+    """A new hidden folder beside `final`, locked while its writer lives.
 
     What killed writers of the same output left there, which nobody locks, is removed. The folder is locked meanwhile,
     so that no stage is seen between its making and its locking. Where a system has no such locks, nothing is removed.
@@ -61,13 +64,13 @@ def _stage(final: Path, make: Callable[..., str]) -> Iterator[Path]:
                 for rest in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
                     with _locked(rest, wait=False) as left_behind:
                         if left_behind:
-                            _remove(rest)
-            stage = Path(make(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+                            shutil.rmtree(rest, ignore_errors=True)
+            stage = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
             held.enter_context(_locked(stage))
         try:
             yield stage
         finally:
-            _remove(stage)
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager
@@ -90,19 +93,6 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield got
     finally:
         os.close(handle)
-
-
-def _empty_file(**names: Any) -> str:
-    handle, name = tempfile.mkstemp(**names)
-    os.close(handle)
-    return name
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any] | None = None) -> None:

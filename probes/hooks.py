@@ -54,6 +54,7 @@ def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 @contextmanager
 def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     module, tap = tap_of(model, site)
+    matrix = head_matrices(model, site.layer)[:, site.head].float().T if site.name == "result" else None
     scale = multiplier_of(model) if site.name in ("attn_out", "mlp_out") else 1.0
 
     def edited(value: Tensor) -> Tensor | None:
@@ -78,7 +79,7 @@ def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 
     def after_head(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         z = args[0].unflatten(-1, (n_heads(model), -1))[..., site.head, :]
-        write = z.float() @ head_matrices(model, site.layer)[:, site.head].float().T
+        write = z.float() @ matrix
         new = edit(write)
         return None if new is None else output + (new - write).to(output.dtype)
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from probes.architectures import ARCHITECTURES, config_of, head_matrices, n_heads, n_layers
+from probes.architectures import ARCHITECTURES, config_of, n_heads, n_layers, width_of
 from probes.gguf import converted, smollm2_file
 from probes.identities import adopt
+from probes.sites import Site
 from probes.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
 
 ORGANISM = Path(__file__).parent / "organism"
@@ -120,7 +121,7 @@ def identity_of(model: PreTrainedModel) -> dict[str, Any]:
         "model_type": config_of(model).model_type,
         "n_layers": n_layers(model),
         "n_heads": n_heads(model),
-        "d_model": head_matrices(model, 0).shape[0],
+        "d_model": width_of(model, Site(0, "resid_post")),
         "fingerprint": fingerprint(model),
     }
 

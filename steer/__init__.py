@@ -1,11 +1,13 @@
 """Change a model: interventions at run time, and the same interventions folded into weights."""
 
+from steer.application import NeverFired, applied
 from steer.checkpoints import export
 from steer.differences import diff
 from steer.fold import NotFoldable, fold, folded
-from steer.interventions import Ablate, Add, Clamp
-from steer.recipes import Recipe, Step, applied
+from steer.interventions import Ablate, Add, Clamp, Rotate, Scale
+from steer.recipes import Recipe, Step
 from steer.runs import thinkedit
+from steer.scopes import Condition, Controller, Schedule, Scope
 from steer.scores import evaluate
 from steer.tasks import task_named
 
@@ -13,8 +15,15 @@ __all__ = [
     "Ablate",
     "Add",
     "Clamp",
+    "Condition",
+    "Controller",
+    "NeverFired",
     "NotFoldable",
     "Recipe",
+    "Rotate",
+    "Scale",
+    "Schedule",
+    "Scope",
     "Step",
     "applied",
     "diff",

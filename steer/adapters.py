@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first, path_of
+from probes.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first
 from probes.files import staged_folder, write_tensors
 from probes.models import origin_of
+from probes.places import path_of
 from probes.sites import Site
 from steer.cards import Section, write_card
 from steer.checkpoints import check_repository, push

@@ -17,6 +17,7 @@ from probes.tables import Table
 from steer.cards import Section, write_card
 from steer.differences import Difference, diff
 from steer.fold import folded
+from steer.interventions import Ablate, Add
 from steer.recipes import Recipe
 
 
@@ -90,11 +91,12 @@ def projections(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe) -
     rows = []
     for step in recipe.steps:
         site: Site = step.intervention.site
-        affine = getattr(step.intervention, "affine", None)
-        if site.name != "result" or site.head is None or affine is None:
+        vector = step.intervention.vector
+        if site.name != "result" or not isinstance(step.intervention, Add | Ablate) or vector is None:
             continue
+        affine = step.intervention.affine(len(vector))
         before = head_matrices(model, site.layer)[:, site.head].float()
-        unit = (step.intervention.vector / step.intervention.vector.norm()).float().to(before.device)
+        unit = (vector / vector.norm()).float().to(before.device)
         exact = before + affine.up.T.to(before.device) @ (affine.down.T.to(before.device) @ before)
         after = head_matrices(twin, site.layer)[:, site.head].float()
         rows.append((f"L{site.layer}H{site.head}", *(float((unit @ w).norm()) for w in (before, exact, after))))

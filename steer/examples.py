@@ -13,8 +13,9 @@ from probes.evidence import project
 from probes.hooks import captured, forward_through
 from probes.models import tokenizer_of
 from probes.tokens import decode
+from steer.application import applied
 from steer.grading import is_correct
-from steer.recipes import Recipe, applied
+from steer.recipes import Recipe
 from steer.scores import Evaluation, solve
 from steer.tasks import Problem
 
@@ -77,7 +78,7 @@ def _side(
     run: "steer.runs.ThinkEditRun", problem: Problem, recipe: Recipe | None, direction: Direction, midpoint: float
 ) -> dict[str, Any]:
     """A completion, and each token's projection on the direction's unit, less the midpoint of the classes."""
-    with nullcontext() if recipe is None else applied(run.model, recipe):
+    with nullcontext() if recipe is None else applied(run.model, recipe, must_fire=False):
         done = solve(run.model, [problem], sampling=run.sampling, label="examples")[0]
         values = _projections(run.model, done, direction)
     read = POSITIONS[run.chosen.position](done)

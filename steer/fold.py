@@ -16,11 +16,15 @@ from probes.architectures import (
     o_proj_bias,
     o_proj_of,
     output_first,
+    width_of,
 )
 from probes.models import origin_of
+from probes.quantised import is_quantised
 from probes.sites import Site, SiteName
-from steer.interventions import Affine
-from steer.recipes import Recipe, Step, applied
+from steer.application import applied
+from steer.interventions import Ablate, Add, Affine, Scale
+from steer.recipes import Recipe, Step
+from steer.scopes import Scope
 
 # Within a layer, `o_proj` is changed from the left by `result`, from the right by `z`, then from the left as a whole:
 # a shift of z passes through what `result` does to a head.
@@ -125,6 +129,11 @@ def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, id
 @torch.no_grad()
 def drafted(model: PreTrainedModel, recipe: Recipe) -> _Draft:
     """What the recipe makes of the weights; the model is not touched."""
+    if is_quantised(model):
+        raise NotFoldable(
+            f"The weights of {origin_of(model).name!r} are quantised, and an edit of packed numbers would be another "
+            "one. Fold into the model loaded unquantised, then quantise the export; at run time the recipe works as is."
+        )
     draft = _Draft()
     affines: dict[Site, Affine] = {}
     for step in recipe.steps:
@@ -149,11 +158,11 @@ def _rank(site: Site) -> tuple[int, int, bool]:
 
 def _affine_of(model: PreTrainedModel, step: Step) -> Affine:
     intervention, site = step.intervention, step.intervention.site
-    if step.scope != "all":
-        raise NotFoldable(f"{site} is changed in scope {step.scope!r}, but weights act on every token.")
-    affine: Affine | None = getattr(intervention, "affine", None)
-    if affine is None:
+    if step.scope != Scope():
+        raise NotFoldable(f"{site} is changed in scope '{step.scope}', but weights act on every token.")
+    if not isinstance(intervention, Add | Ablate | Scale):
         raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
+    affine = intervention.affine(width_of(model, site))
     device = o_proj_of(model, site.layer).get_parameter("weight").device
     return Affine(*(tensor.float().to(device) for tensor in (affine.down, affine.up, affine.shift)))
 

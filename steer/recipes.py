@@ -1,11 +1,8 @@
-"""A recipe: interventions with their scopes, the file that travels, and its application at run time."""
+"""A recipe: interventions with their scopes, and the file that travels. `steer.application` runs it."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,14 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import head_matrices, o_proj_of, tap_of
+from probes.architectures import tap_of, width_of
 from probes.files import check_keys, read_tensors, read_yaml, staged_folder, write_tensors
-from probes.hooks import attached, watched
-from probes.models import delimiters_of, identity_of
+from probes.models import identity_of
+from probes.quantised import is_quantised
 from probes.sites import Site
 from probes.tables import Table
-from steer.interventions import KINDS, Intervention, placed
-from steer.scopes import SCOPES, Clock, Scope
+from steer.interventions import KINDS, Intervention
+from steer.scopes import Scope
 
 FORMAT = "thinksteer recipe 1"
 _IDENTITY = ("name", "revision", "model_type", "n_layers", "n_heads", "d_model", "fingerprint")
@@ -31,7 +28,7 @@ class Step:
     """One intervention, and the tokens it touches."""
 
     intervention: Intervention
-    scope: Scope = "all"
+    scope: Scope = Scope()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +45,16 @@ class Recipe:
         model: PreTrainedModel,
         interventions: Sequence[Intervention],
         *,
-        scope: Scope = "all",
+        scope: str | Scope = "all",
         method: str = "",
     ) -> "Recipe":
-        return cls(tuple(Step(x, scope) for x in interventions), identity_of(model), method)
+        return cls(tuple(Step(x, Scope.of(scope)) for x in interventions), identity_of(model), method)
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the recipe was made on another model, or a vector does not fit its site."""
         here = identity_of(model)
-        different = [key for key in _IDENTITY[2:] if self.model[key] != here[key]]
+        telling = _IDENTITY[2:-1] if is_quantised(model) else _IDENTITY[2:]  # what is packed has no fingerprint
+        different = [key for key in telling if self.model[key] != here[key]]
         if different:
             facts = ", ".join(f"{key} {self.model[key]} there, {here[key]} here" for key in different)
             raise ValueError(
@@ -64,7 +62,10 @@ class Recipe:
                 "Derive it again on this model."
             )
         for step in self.steps:
-            _check_vector(model, step.intervention)
+            _check_vector(model, step.intervention.site, step.intervention.vector, step.intervention.kind)
+            for part in (step.scope.condition, step.scope.controller):
+                if part is not None and part.site is not None:
+                    _check_vector(model, part.site, part.vector, "projection")
 
     def save(self, folder: Path) -> None:
         """`recipe.yaml` (words) and `recipe.safetensors` (tensors), in a new folder."""
@@ -75,8 +76,11 @@ class Recipe:
         words: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for i, step in enumerate(self.steps):
-            words.append({"kind": step.intervention.kind, "scope": step.scope, **_numbers(step.intervention)})
-            tensors[f"{i}.vector"] = step.intervention.vector
+            scope, parts = step.scope.words()
+            words.append({"kind": step.intervention.kind, "scope": scope, **_numbers(step.intervention)})
+            tensors |= {f"{i}.{name}": tensor for name, tensor in parts.items()}
+            if step.intervention.vector is not None:
+                tensors[f"{i}.vector"] = step.intervention.vector
         whole = {"format": FORMAT, "method": self.method, "model": self.model, "steps": words}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
         write_tensors(folder / "recipe.safetensors", tensors)
@@ -93,17 +97,18 @@ class Recipe:
             raise ValueError(f"{path} has format {words['format']!r}, and this version reads {FORMAT!r}.")
         check_keys(words["model"], _IDENTITY, f"model in {path}")
         tensors, _ = read_tensors(path.with_suffix(".safetensors"))
-        check_keys(
-            tensors,
-            [f"{i}.vector" for i in range(len(words["steps"]))],
-            f"{path.with_suffix('.safetensors')}",
-        )
-        steps = [_read_step(i, step, tensors[f"{i}.vector"], path) for i, step in enumerate(words["steps"])]
-        return cls(tuple(steps), words["model"], words["method"])
+        steps = tuple(_read_step(i, step, tensors, path) for i, step in enumerate(words["steps"]))
+        recipe = cls(steps, words["model"], words["method"])
+        check_keys(tensors, recipe._tensors(), f"{path.with_suffix('.safetensors')}")
+        return recipe
+
+    def _tensors(self) -> list[str]:
+        names = [f"{i}.{name}" for i, step in enumerate(self.steps) for name in step.scope.words()[1]]
+        return [*names, *(f"{i}.vector" for i, step in enumerate(self.steps) if step.intervention.vector is not None)]
 
     def table(self) -> Table:
         rows = [
-            (i, s.intervention.kind, str(s.intervention.site), s.scope, float(s.intervention.strength))
+            (i, s.intervention.kind, str(s.intervention.site), str(s.scope), float(s.intervention.strength))
             for i, s in enumerate(self.steps)
         ]
         title = f"{self.method or 'Recipe'}, made on {self.model['name']}"
@@ -116,42 +121,6 @@ class Recipe:
         return self.table()._repr_html_()
 
 
-@contextmanager
-def applied(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    """While open, the model runs with the recipe; `model.generate` needs to know nothing of it.
-
-    Raises ValueError where the recipe was made on another model.
-    """
-    recipe.check(model)
-    clock: Clock | None = None
-    if any(step.scope != "all" for step in recipe.steps):
-        clock = Clock(delimiters_of(model))
-    with ExitStack() as stack:
-        if clock is not None:
-            stack.enter_context(watched(model, clock.advance))
-        for site, steps in groupby(sorted(recipe.steps, key=_place), key=_at):
-            device = o_proj_of(model, site.layer).get_parameter("weight").device
-            edits = [Step(placed(step.intervention, device), step.scope) for step in steps]
-            stack.enter_context(attached(model, site, partial(_apply, steps=edits, clock=clock)))
-        yield
-
-
-def _apply(x: Tensor, steps: list[Step], clock: Clock | None) -> Tensor:
-    for step in steps:
-        new = step.intervention(x)
-        x = new if step.scope == "all" or clock is None else new.where(clock.mask(step.scope)[..., None], x)
-    return x
-
-
-def _at(step: Step) -> Site:
-    return step.intervention.site
-
-
-def _place(step: Step) -> tuple:
-    site = _at(step)
-    return site.layer, site.name, -1 if site.head is None else site.head
-
-
 def _numbers(intervention: Intervention) -> dict[str, Any]:
     """Every field but the tensor, as YAML holds it: infinite bounds are null."""
     values = {f.name: getattr(intervention, f.name) for f in fields(intervention) if f.name != "vector"}  # type: ignore[arg-type]
@@ -159,15 +128,15 @@ def _numbers(intervention: Intervention) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and math.isinf(v) else v for key, v in values.items()}
 
 
-def _read_step(i: int, words: dict[str, Any], vector: Tensor, path: Path) -> Step:
+def _read_step(i: int, words: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Step:
     where = f"Step {i} in {path}"
     kind = KINDS.get(str(words.get("kind")))
     if kind is None:
         raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
     names = [f.name for f in fields(kind) if f.name != "vector"]
     check_keys(words, ("kind", "scope", *names), where)
-    if words["scope"] not in SCOPES:
-        raise ValueError(f"{where} has scope {words['scope']!r}. Known: {', '.join(SCOPES)}.")
+    own = {name: tensors.get(f"{i}.{name}") for name in ("vector", "condition", "controller")}
+    scope = Scope.read(words["scope"], own, where)
     if not isinstance(words["site"], str):
         raise ValueError(f"{where} has site {words['site']!r}, which is no text.")
     values: dict[str, Any] = {"site": Site.parse(words["site"])}
@@ -177,16 +146,20 @@ def _read_step(i: int, words: dict[str, Any], vector: Tensor, path: Path) -> Ste
         if isinstance(words[name], bool) or not isinstance(words[name], int | float):
             raise ValueError(f"{where} has {name} {words[name]!r}, which is no number.")
         values[name] = float(words[name])
-    return Step(kind(vector=vector, **values), words["scope"])
+    if any(f.name == "vector" for f in fields(kind)):
+        if own["vector"] is None:
+            raise ValueError(f"{path.with_suffix('.safetensors')} lacks keys: {i}.vector.")
+        values["vector"] = own["vector"]
+    return Step(kind(**values), scope)
 
 
-def _check_vector(model: PreTrainedModel, intervention: Intervention) -> None:
+def _check_vector(model: PreTrainedModel, site: Site, vector: Tensor | None, kind: str) -> None:
     """A vector of another width would be stretched without a word; one of zeros has no direction."""
-    site, vector = intervention.site, intervention.vector
     tap_of(model, site)
-    d_model, heads, d_head = head_matrices(model, site.layer).shape
-    width = d_model if site.name != "z" else d_head if site.head is not None else heads * d_head
+    if vector is None:
+        return
+    width = width_of(model, site)
     if len(vector) != width:
         raise ValueError(f"The vector for {site} has {len(vector)} entries, but the activation there has {width}.")
-    if intervention.kind != "add" and not vector.any():
+    if kind != "add" and not vector.any():
         raise ValueError(f"The vector for {site} is zero, so there is no direction to project on.")

@@ -15,8 +15,9 @@ from probes.completions import Completion, by_problem
 from probes.generation import generate
 from probes.sampling import Sampling
 from probes.tables import Table
+from steer.application import applied
 from steer.grading import is_correct
-from steer.recipes import Recipe, applied
+from steer.recipes import Recipe
 from steer.tasks import Problem, Task
 
 Arm = None | Recipe | PreTrainedModel | Sequence[Completion]
@@ -174,7 +175,7 @@ def evaluate(
     for name, arm in {"plain": None, **arms}.items():
         if arm is None or isinstance(arm, Recipe | PreTrainedModel):
             subject = arm if isinstance(arm, PreTrainedModel) else model
-            with applied(model, arm) if isinstance(arm, Recipe) else nullcontext():
+            with applied(model, arm, must_fire=False) if isinstance(arm, Recipe) else nullcontext():
                 completions: Sequence[Completion] = solve(
                     subject, problems, sampling=sampling, samples=samples, batch_size=batch_size, label=name
                 )

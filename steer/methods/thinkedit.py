@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations import POSITIONS, Span
-from probes.architectures import sites_in
 from probes.completions import Completion
 from probes.directions import Direction, difference_in_means, random_direction
 from probes.heads import Head, HeadScores, head_writes, written_unit
+from probes.places import sites_in
 from probes.sites import Site, SiteName
 from steer.interventions import Ablate, Add, Clamp, Intervention
 from steer.recipes import Recipe

@@ -1,8 +1,9 @@
 import pytest
 from families import build
 
-from probes.architectures import path_of, site_of, tap_of
+from probes.architectures import tap_of
 from probes.hooks import attached
+from probes.places import path_of, site_of
 from probes.sites import SITE_NAMES, Site
 
 

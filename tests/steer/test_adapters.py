@@ -16,10 +16,11 @@ from probes.architectures import head_matrices, o_proj_bias, o_proj_of
 from probes.models import ORGANISM, load
 from probes.sites import Site
 from steer.adapters import export_adapter, low_rank
+from steer.application import applied
 from steer.cards import Section
 from steer.fold import NotFoldable, folded
 from steer.interventions import Ablate, Add, Clamp
-from steer.recipes import Recipe, applied
+from steer.recipes import Recipe
 
 HEADS = [(0, 1), (0, 3), (2, 2)]
 

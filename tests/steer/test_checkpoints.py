@@ -16,12 +16,13 @@ import steer.checkpoints
 from probes.models import ORGANISM, load, tokenizer_of
 from probes.sites import Site
 from probes.tables import Table
+from steer.application import applied
 from steer.cards import Section, write_card
 from steer.checkpoints import export
 from steer.differences import diff
 from steer.fold import NotFoldable, declare_bias
 from steer.interventions import Ablate, Add, Clamp
-from steer.recipes import Recipe, applied
+from steer.recipes import Recipe
 
 HEAD = Site.parse("L0H2.result")
 EDITED = ["model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.o_proj.weight"]

@@ -11,8 +11,10 @@ from probes.files import read_tensors, write_tensors
 from probes.hooks import attached, captured
 from probes.models import identity_of
 from probes.sites import Site
+from steer.application import applied
 from steer.interventions import Ablate, Add, Clamp
-from steer.recipes import Recipe, Step, applied
+from steer.recipes import Recipe, Step
+from steer.scopes import Scope
 
 SITES = [
     Site.parse(t)
@@ -52,9 +54,9 @@ def saved(tmp_path):
 def test_what_is_saved_is_what_is_loaded_to_the_bit(tmp_path):
     model, sites = build("llama"), (Site(0, "attn_out"), Site(1, "mlp_out"), WRITE)
     steps = [
-        Step(Add(sites[0], random_vector(), -0.3), "thinking"),
-        Step(Ablate(sites[1], random_vector(seed=3).bfloat16(), 0.9, target=-1.25), "answer"),
-        Step(Clamp(sites[2], random_vector(seed=4), 1 / 3, low=0.1), "prompt"),
+        Step(Add(sites[0], random_vector(), -0.3), Scope("thinking")),
+        Step(Ablate(sites[1], random_vector(seed=3).bfloat16(), 0.9, target=-1.25), Scope("answer")),
+        Step(Clamp(sites[2], random_vector(seed=4), 1 / 3, low=0.1), Scope("prompt")),
         Step(Clamp(sites[0], random_vector(seed=5), high=-0.1)),
         Step(Clamp(sites[0], random_vector(seed=6))),
     ]
@@ -84,8 +86,11 @@ def test_what_is_saved_is_what_is_loaded_to_the_bit(tmp_path):
         (lambda w: w["steps"][0].update(strenght=1.0), "Step 0 in .* has unknown keys: strenght. Known: kind, scope"),
         (lambda w: w["steps"][0].update(target=1.0), "Step 0 in .* has unknown keys: target."),
         (lambda w: w["steps"][1].pop("strength"), "Step 1 in .* lacks keys: strength."),
-        (lambda w: w["steps"][1].pop("kind"), "Step 1 in .* has kind None. Known: add, ablate, clamp."),
-        (lambda w: w["steps"][1].update(kind="mul"), "Step 1 in .* has kind 'mul'. Known: add, ablate, clamp."),
+        (lambda w: w["steps"][1].pop("kind"), "Step 1 in .* has kind None. Known: add, ablate, scale, clamp, rotate."),
+        (
+            lambda w: w["steps"][1].update(kind="mul"),
+            "Step 1 in .* has kind 'mul'. Known: add, ablate, scale, clamp, rotate.",
+        ),
         (lambda w: w["steps"][0].update(scope="late"), "Step 0 in .* has scope 'late'. Known: all, prompt"),
         (lambda w: w["steps"][0].update(site="L0.stream"), "'L0.stream' is not a site. Write L<layer>.<name>"),
         (lambda w: w.update(format="recipe 2"), "has format 'recipe 2', and this version reads 'thinksteer recipe 1'"),

@@ -11,9 +11,11 @@ from probes.hooks import attached, watched
 from probes.models import load, tokenizer_of
 from probes.sites import Site
 from probes.tokens import Delimiters, thinking_span
+from steer.application import applied
+from steer.clock import Clock
 from steer.interventions import Add
-from steer.recipes import Recipe, applied
-from steer.scopes import SCOPES, Clock
+from steer.recipes import Recipe
+from steer.scopes import SCOPES
 
 THINK = Delimiters(open=(3,), close=(4,), turn=(5,))
 PHASES = ("prompt", "thinking", "answer")
@@ -215,7 +217,7 @@ def test_a_cache_that_the_clock_did_not_see_from_its_start_is_refused():
     model = build("llama")
     cache = model(torch.tensor([[1, 7, 8, 5]]), use_cache=True).past_key_values
     sentence = "The cache holds 4 tokens of 1 rows, but the clock saw 0: it cannot .* a cache that began"
-    with applied(model, recipe(model, "thinking")), pytest.raises(ValueError, match=sentence):
+    with applied(model, recipe(model, "thinking"), must_fire=False), pytest.raises(ValueError, match=sentence):
         model(torch.tensor([[3]]), past_key_values=cache)
 
 
@@ -232,13 +234,19 @@ def test_beam_search_with_a_cache_is_refused():
     model = build("llama")
     ids = torch.tensor([[1, 7, 8, 5, 3]])
     mask = torch.ones_like(ids)
-    with applied(model, recipe(model, "thinking")), pytest.raises(ValueError, match="follow beam search"):
+    with (
+        applied(model, recipe(model, "thinking"), must_fire=False),
+        pytest.raises(ValueError, match="follow beam search"),
+    ):
         model.generate(ids, attention_mask=mask, max_new_tokens=20, num_beams=2, do_sample=False)
 
 
 def test_a_static_cache_is_refused():
     model, ids = build("llama"), torch.tensor([[1, 7, 8, 5, 3]])
-    with applied(model, recipe(model, "thinking")), pytest.raises(ValueError, match="as with a static cache"):
+    with (
+        applied(model, recipe(model, "thinking"), must_fire=False),
+        pytest.raises(ValueError, match="as with a static cache"),
+    ):
         model.generate(ids, max_new_tokens=3, cache_implementation="static", do_sample=False)
 
 
@@ -262,7 +270,7 @@ def test_inputs_embeds_are_refused():
     model = build("llama")
     embedded = model.get_input_embeddings()(torch.tensor([[1, 7, 5]]))
     sentence = "A scope reads token ids, but the model was called with inputs_embeds."
-    with applied(model, recipe(model, "answer")), pytest.raises(ValueError, match=sentence):
+    with applied(model, recipe(model, "answer"), must_fire=False), pytest.raises(ValueError, match=sentence):
         model(inputs_embeds=embedded)
 
 

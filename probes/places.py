@@ -1,0 +1,30 @@
+"""The names of places in a loaded model: Hugging Face module paths for sites, and back."""
+
+from torch import nn
+
+from probes.architectures import Tap, architecture_of, n_layers, tap_of
+from probes.sites import Site, SiteName
+
+
+def path_of(model: nn.Module, site: Site) -> str:
+    """The Hugging Face module path whose input or output (`tap_of`) is `site`."""
+    _, tap = tap_of(model, site)
+    return ".".join(part for part in (architecture_of(model).layers, str(site.layer), tap.path) if part)
+
+
+def site_of(model: nn.Module, text: str) -> Site:
+    """Read a site from our name, TransformerLens' name, or a Hugging Face path, whose output is meant."""
+    row = architecture_of(model)
+    if not text.startswith(row.layers + "."):
+        return Site.parse(text)
+    layer, _, path = text[len(row.layers) + 1 :].partition(".")
+    names = [name for name, tap in row.taps.items() if tap == Tap(path, "output") and name != "result"]
+    if not layer.isdigit() or not names:
+        known = ", ".join(sorted({tap.path or "(block)" for tap in row.taps.values() if tap.side == "output"}))
+        raise ValueError(f"The output of {text!r} is not a site. In a block of this family these are: {known}.")
+    return Site(int(layer), names[0])
+
+
+def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
+    """The site of that name in every layer."""
+    return [Site(layer, name) for layer in range(n_layers(model))]
