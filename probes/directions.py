@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +61,30 @@ class Direction:
         if self.norm == 0:
             raise ValueError(f"The direction at {self.site} is zero: both classes have the same mean.")
         return self.vector / self.vector.norm()
+
+    def __add__(self, other: "Direction") -> "Direction":
+        """The sum of two directions at one site of one model. Raises ValueError where they are not."""
+        p, q = self.provenance, other.provenance
+        if self.site != other.site:
+            raise ValueError(f"Directions at {self.site} and {other.site} do not add up: derive both at one site.")
+        if p.model["fingerprint"] != q.model["fingerprint"]:
+            raise ValueError(f"Directions of {p.model['name']!r} and {q.model['name']!r} do not add up: two models.")
+        data = hashlib.sha256(f"{p.data}{q.data}".encode()).hexdigest()[:16]
+        whole = replace(p, estimator=f"({p.estimator}) + ({q.estimator})", data=data)
+        norm = (self.stream_norm + other.stream_norm) / 2
+        return Direction(self.site, self.vector + other.vector, norm, whole)
+
+    def __mul__(self, factor: float) -> "Direction":
+        provenance = replace(self.provenance, estimator=f"{factor:g} ({self.provenance.estimator})")
+        return replace(self, vector=factor * self.vector, provenance=provenance)
+
+    def __neg__(self) -> "Direction":
+        return self * -1.0
+
+    def __sub__(self, other: "Direction") -> "Direction":
+        return self + -other
+
+    __rmul__ = __mul__
 
     @torch.no_grad()
     def tokens(self, model: PreTrainedModel, k: int = 10) -> Table:

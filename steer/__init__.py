@@ -2,6 +2,7 @@
 
 from steer.application import NeverFired, applied
 from steer.checkpoints import export
+from steer.comparison import compare
 from steer.differences import diff
 from steer.fold import NotFoldable, fold, folded
 from steer.interventions import Ablate, Add, Clamp, Rotate, Scale
@@ -26,6 +27,7 @@ __all__ = [
     "Scope",
     "Step",
     "applied",
+    "compare",
     "diff",
     "evaluate",
     "export",

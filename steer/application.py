@@ -74,7 +74,7 @@ class _Edit:
         self.number, self.intervention, self.gate, self.log = number, intervention, gate, log
         self._added: dict[torch.dtype, Tensor] = {}
         if isinstance(intervention, Add):
-            self._norm = (intervention.strength * intervention.vector.float()).norm()
+            self._norm = float((intervention.strength * intervention.vector.float()).norm())
 
     @classmethod
     def of(cls, model: PreTrainedModel, number: int, step: Step, gate: Gate, log: FireLog) -> "_Edit":
@@ -84,9 +84,8 @@ class _Edit:
     def __call__(self, x: Tensor) -> Tensor:
         before = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
         if isinstance(self.intervention, Add):
-            weight = self.gate.weight(x.dtype, x.device)
-            self.log.note(self.number, before, weight[..., 0].float().abs() * self._norm)
-            return torch.addcmul(x, weight, self._vector(x.dtype))
+            self.log.note(self.number, before, self._norm)
+            return torch.addcmul(x, self.gate.weight(x.dtype, x.device), self._vector(x.dtype))
         new = self.intervention(x)
         if self.gate.scope.varies:
             wide = x.float()

@@ -1,9 +1,7 @@
 """The command `steer`: every job of the library from a shell, each a thin call."""
 
-import json
 import shlex
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +19,21 @@ from probes.models import load
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tables import Table
+from steer.commands.compare import compare_
+from steer.commands.options import (
+    BatchSize,
+    Count,
+    Delimit,
+    DeviceMap,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Model,
+    Output,
+    TaskName,
+    console,
+    end,
+)
 from steer.differences import diff as compare_checkpoints
 from steer.methods.thinkedit import Kind
 from steer.organism import train
@@ -32,21 +45,6 @@ from steer.scores import Arm, evaluate, solve
 from steer.tasks import SPLITS, Split, task_named
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console(width=None if sys.stdout.isatty() else 140)
-
-Model = Annotated[str, typer.Argument(help="A hub id, a folder, a GGUF file, `organism`, or `smollm2`.")]
-TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
-Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
-Count = Annotated[int, typer.Option("--n", "-n", help="Problems to solve, or to report on.")]
-BatchSize = Annotated[int, typer.Option(help="Rows generated at once.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write; must not exist.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="The task's own, if left out.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Delimit = Annotated[
-    tuple[str, str] | None,
-    typer.Option("--delimiters", help="What opens and what closes the thinking, where the tokenizer does not tell."),
-]
-DeviceMap = Annotated[str | None, typer.Option(help="Where layers go, e.g. auto (accelerate).")]
 
 
 @app.command()
@@ -136,7 +134,7 @@ def generate(
     truncated = sum(completion.truncated for completion in done)
     length = sum(completion.thinking_tokens for completion in done) / len(done)
     rows = (("completions", len(done)), ("mean thinking tokens", length), ("truncated", truncated))
-    _end(Table(("Generated", str(output)), rows), dict(rows), as_json)
+    end(Table(("Generated", str(output)), rows), dict(rows), as_json)
 
 
 @app.command()
@@ -159,7 +157,7 @@ def direction(
     found.save(output)
     console.print(found.tokens(loaded, 8))
     facts = {"site": str(where), "norm": found.norm, "norm_over_stream_norm": found.norm / found.stream_norm}
-    _end(found.summary(), facts, as_json)
+    end(found.summary(), facts, as_json)
 
 
 @app.command("evaluate")
@@ -195,14 +193,14 @@ def evaluate_(
         samples=samples,
         batch_size=batch_size,
     )
-    _end(result.table(), result.to_json(), as_json)
+    end(result.table(), result.to_json(), as_json)
 
 
 @app.command()
 def diff(a: str, b: str, as_json: Json = False) -> None:
     """Every tensor that differs between two checkpoints: by how much, and in how many dimensions."""
     table = compare_checkpoints(a, b).table()
-    _end(table, {"tensors": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}, as_json)
+    end(table, {"tensors": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}, as_json)
 
 
 @app.command()
@@ -219,7 +217,7 @@ def show(path: Path, as_json: Json = False) -> None:
         table = Direction.load(path).summary()
     else:
         raise FileNotFoundError(f"{path} does not exist.")
-    _end(table, {"rows": [list(row) for row in table.rows]}, as_json)
+    end(table, {"rows": [list(row) for row in table.rows]}, as_json)
 
 
 @app.command("report")
@@ -230,7 +228,7 @@ def report_(
 ) -> None:
     """What a run measured, as one HTML file that needs no network."""
     path = write_report(run, output)
-    _end(Table(("Report", ""), (("file", str(path)),)), {"report": str(path)}, as_json)
+    end(Table(("Report", ""), (("file", str(path)),)), {"report": str(path)}, as_json)
 
 
 @app.command("organism")
@@ -238,6 +236,9 @@ def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
     """Train the embedded model from scratch, as the shipped one was. About 5 minutes on one core."""
     torch.set_num_threads(1)
     train(output, seed=seed, steps=steps)
+
+
+app.command("compare")(compare_)
 
 
 def main() -> None:
@@ -256,7 +257,7 @@ def _finish_thinkedit(run: ThinkEditRun, folder: Path, sweep: int, batch_size: i
     console.print(run.recipe.table())
     console.print(changes.table())
     console.print(f"Chosen on the selection split: {run.chosen}. Checkpoint and report.html: {folder}")
-    _end(run.table(), {**run.to_json(), "checkpoint": str(folder)}, as_json)
+    end(run.table(), {**run.to_json(), "checkpoint": str(folder)}, as_json)
 
 
 def _sampling(model: Any, own: int, wanted: int | None, temperature: float | None, seed: int) -> Sampling:
@@ -274,12 +275,6 @@ def _split(name: str) -> Split:
     if name not in SPLITS:
         raise ValueError(f"{name!r} is not a split. Known: {', '.join(SPLITS)}.")
     return name
-
-
-def _end(table: Table, facts: Mapping[str, Any], as_json: bool) -> None:
-    console.print(table)
-    if as_json:
-        console.file.write(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,12 +57,15 @@ class FireLog:
     gates: Sequence[Gate]  # of each step
     clock: Clock
     _sums: _Sums | None = field(default=None, repr=False)
-    _pass: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _pass: dict[int, tuple[Tensor, Tensor | float]] = field(default_factory=dict, repr=False)
+    _norms: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
     _run: list[tuple[Tensor, dict[int, Tensor]]] = field(default_factory=list, repr=False)
 
-    def note(self, step: int, before: Float[Tensor, "batch new"], change: Float[Tensor, "batch new"]) -> None:
-        """The norms of the activation and of the change that a step made, in the current pass."""
-        self._pass[step] = change.detach() / before.detach().clamp(min=torch.finfo(torch.float32).tiny)
+    def note(self, step: int, before: Float[Tensor, "batch new"], change: Float[Tensor, "batch new"] | float) -> None:
+        """The norms of the activation and of what a step changed in the current pass; or the change's norm per unit of
+        the gate's weight, where it is the same at every token. One decode step has many notes, so they are only kept.
+        """
+        self._pass[step] = (before.detach(), change)
 
     def end_pass(self) -> None:
         """Add up the pass that is over, if there was one."""
@@ -79,7 +82,9 @@ class FireLog:
         }
         tokens, first, last = (torch.stack([seen[id(self.gates[i])][n] for i in ran]) for n in range(3))
         hit = torch.stack([hits[id(self.gates[i])] for i in ran])
-        ratios = torch.stack([self._pass[i].to(where.device).flatten() for i in ran])[:, None].where(hit, 0)
+        before = torch.stack([self._pass[i][0].to(where.device) for i in ran])
+        ratios = self._changes(ran, where.device) / before.clamp(min=torch.finfo(torch.float32).tiny)
+        ratios = ratios.flatten(1)[:, None].where(hit, 0)
         if self._sums is None:
             self._sums = _Sums.none(len(self.steps), where.device)
         self._sums.add(ran, tokens, ratios, first, last)
@@ -87,6 +92,23 @@ class FireLog:
             self._run.clear()
         self._run.append((position, masks))
         self._pass.clear()
+
+    def _changes(self, ran: list[int], device: torch.device) -> Tensor:
+        """The norms of what each step changed, `[steps batch new]`."""
+        changes = [self._pass[i][1] for i in ran]
+        if all(isinstance(change, float) for change in changes):
+            weights = torch.stack([self.gates[i].weight(torch.float32, device)[..., 0] for i in ran])
+            key = tuple(changes)
+            if key not in self._norms:  # moved to the device once
+                self._norms[key] = torch.tensor(changes, device=device)[:, None, None]
+            return weights.abs() * self._norms[key]
+        rows = [
+            change.detach().to(device)
+            if isinstance(change, Tensor)
+            else self.gates[i].weight(torch.float32, device)[..., 0].abs() * change
+            for i, change in zip(ran, changes, strict=True)
+        ]
+        return torch.stack(rows)
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from probes.directions import Direction
 from probes.files import check_keys
+from probes.lengths import LengthProbe
 from probes.models import markers_of, tokenizer_of
 from probes.sites import Site
 from probes.tokens import decode, present_markers
@@ -35,8 +36,6 @@ class Schedule:
     over: float
 
     def __post_init__(self) -> None:
-        if self.shape not in get_args(Shape):
-            raise ValueError(f"{self.shape!r} is not a shape of a schedule. Known: {', '.join(get_args(Shape))}.")
         if not self.over > 0:
             raise ValueError(f"A schedule runs over a number of tokens above 0, but got over={self.over}.")
 
@@ -48,7 +47,7 @@ class Schedule:
             case "cosine":
                 return self.end + (self.start - self.end) * (1 + torch.cos(torch.pi * u)) / 2
             case _:
-                return torch.where(u < 1, self.start, self.end)
+                return torch.where(u < 1, float(self.start), float(self.end))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +83,11 @@ class Controller:
     vector: Float[Tensor, " d_model"] | None = None
     offset: float = 0.0
 
+    @classmethod
+    def of(cls, probe: LengthProbe, set_point: float, *, gain: float = 1.0) -> "Controller":
+        """One that predicts. With the scope's window (0, 1) it decides once, at the start of the thinking."""
+        return cls(set_point, gain, probe.site, probe.vector, probe.offset)
+
     def __post_init__(self) -> None:
         if not self.set_point > 0:
             raise ValueError(f"A controller needs a set-point above 0 thinking tokens, but got {self.set_point}.")
@@ -114,8 +118,6 @@ class Scope:
     controller: Controller | None = None
 
     def __post_init__(self) -> None:
-        if self.phase not in SCOPES:
-            raise ValueError(f"{self.phase!r} is no scope. Known: {', '.join(SCOPES)}.")
         about = {
             "after": self.after > 0,
             "window": self.window != (0, None),
@@ -135,8 +137,10 @@ class Scope:
 
     @classmethod
     def of(cls, scope: "str | Scope") -> "Scope":
-        """A phase by its name, or a scope as it is."""
-        return scope if isinstance(scope, Scope) else cls(scope)  # type: ignore[arg-type]
+        """A phase by its name, or a scope as it is. Raises ValueError for a name that is no phase."""
+        if isinstance(scope, str) and scope not in SCOPES:
+            raise ValueError(f"{scope!r} is no scope. Known: {', '.join(SCOPES)}.")
+        return scope if isinstance(scope, Scope) else cls(scope)
 
     @classmethod
     def at_steps(cls, model: PreTrainedModel, delimiter: str = "\n\n", *, phase: Phase = "thinking") -> "Scope":
@@ -207,6 +211,8 @@ class Scope:
             raise ValueError(f"{where} has scope {words!r}, which is neither a word nor a mapping.")
         known = {f.name: words.get(f.name, f.default) for f in fields(cls)}
         check_keys({**known, **words}, known, f"The scope of {where}")
+        if known["phase"] not in SCOPES:
+            raise ValueError(f"{where} has phase {known['phase']!r}. Known: {', '.join(SCOPES)}.")
         for name, kind in _PARTS.items():
             if known[name] is not None:
                 known[name] = _read_part(kind, known[name], tensors.get(name), f"{name} of the scope of {where}")
@@ -251,6 +257,10 @@ def _read_part(kind: type, words: Any, vector: Tensor | None, where: str) -> Any
     wrong = [key for key, x in values.items() if not isinstance(x, Site | str | bool | int | float | None)]
     if wrong:
         raise ValueError(f"{where} has {wrong[0]} {values[wrong[0]]!r}, which is no number.")
+    if words.get("shape", "step") not in get_args(Shape):
+        raise ValueError(f"{where} has shape {words['shape']!r}. Known: {', '.join(get_args(Shape))}.")
     if vector is not None:
         values["vector"] = vector
+    elif values.get("site") is not None:
+        raise ValueError(f"{where} has no vector beside it in the recipe's safetensors file.")
     return kind(**values)

@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-PUBLIC_MODULES = ("probes.figures", "steer.methods.thinkedit")
+PUBLIC_MODULES = ("probes.figures", "probes.lengths", "probes.places", "steer.calibration", "steer.methods.thinkedit")
 
 
 def code_of(path: Path) -> list[str]:
@@ -44,15 +44,24 @@ def private_imports(code: str) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def thinkedit_names():
-    """What 01_thinkedit leaves behind when it has run."""
+def left_behind_by(notebook: str) -> dict:
+    """The names that a notebook leaves when it has run."""
     names: dict = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plotly.io.renderers, "default", "json")
-        for code in code_of(FOLDER / "01_thinkedit.ipynb"):
+        for code in code_of(FOLDER / notebook):
             run(code, names)
     return names
+
+
+@pytest.fixture(scope="module")
+def thinkedit_names():
+    return left_behind_by("01_thinkedit.ipynb")
+
+
+@pytest.fixture(scope="module")
+def steering_names():
+    return left_behind_by("02_steering.ipynb")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -90,3 +99,21 @@ def test_the_edit_helps_on_marked_problems_and_its_control_does_not(thinkedit_na
 def test_the_folded_model_says_what_the_recipe_said(thinkedit_names):
     said = [[completion.ids for completion in thinkedit_names[name]] for name in ("before", "after", "again")]
     assert said[2] == said[1] != said[0]
+
+
+def test_steering_does_what_the_second_notebook_says(steering_names):
+    lengths, plain = steering_names["lengths"], steering_names["lengths"][2]
+    assert lengths[0] < plain < lengths[-1]
+    assert steering_names["fired"].tokens > 0
+    for set_point, length in steering_names["held"].items():
+        assert length == pytest.approx(set_point, rel=0.15)
+    same, moved = steering_names["same"], steering_names["moved"]
+    assert steering_names["divergence"](steering_names["model"], moved, steering_names["spans"]) == pytest.approx(
+        0.05, rel=0.1
+    )
+    assert same.steps[0].intervention.strength != moved.steps[0].intervention.strength
+    touched = {name: tokens for name, tokens, _ in steering_names["touched"]}
+    assert 0 < touched["its first half"] < touched["thinking"]
+    twin, steered = steering_names["twin"], steering_names["steered"]
+    again = steering_names["generate"](twin, steering_names["questions"], sampling=steering_names["sampling"])
+    assert [c.ids for c in again] == [c.ids for c in steered]

@@ -9,11 +9,13 @@ import torch
 from families import D_VOCAB, SPECIAL, build
 from rich.console import Console
 
-from probes.activations import span_means, text_span
+from probes.activations import Span, span_means, text_span
 from probes.completions import Completion
 from probes.directions import Direction, direction_between, random_direction
 from probes.evidence import auroc
 from probes.files import read_tensors, write_tensors
+from probes.lengths import fit_length
+from probes.manifold import on_manifold, principal_components
 from probes.models import identity_of, tokenizer_of
 from probes.sampling import Sampling
 from probes.sites import Site
@@ -234,3 +236,62 @@ def test_auroc_is_the_share_of_pairs_in_order_and_ties_count_half():
         assert auroc(torch.tensor(b), torch.tensor(a)) == pytest.approx(1 - sum(pairs) / len(pairs), abs=1e-12)
     assert auroc(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0, 2.5])) == 1
     assert auroc(torch.ones(5), torch.ones(3)) == 0.5
+
+
+def test_directions_at_one_site_add_up_and_others_are_refused():
+    model, other = build("llama"), build("llama", seed=1)
+    texts = (["w7 w8", "w9"], ["w10", "w11 w12"])
+    a = direction_between(model, *texts, "L1.resid_post")
+    b = direction_between(model, ["w20"], ["w21"], "L1.resid_post")
+    torch.testing.assert_close((a - 0.5 * b).vector, a.vector - 0.5 * b.vector)
+    torch.testing.assert_close((a - b + b).vector, a.vector)
+    assert torch.equal((-a).vector, (a * -1).vector)
+    assert (a - 0.5 * b).provenance.estimator == "(difference in means) + (-1 (0.5 (difference in means)))"
+    assert len({d.provenance.data for d in (a, b, a + b)}) == 3
+    with pytest.raises(ValueError, match="Directions at L1.resid_post and L2.resid_post do not add up"):
+        a + direction_between(model, *texts, "L2.resid_post")
+    with pytest.raises(ValueError, match="do not add up: two models"):
+        a + direction_between(other, *texts, "L1.resid_post")
+
+
+def test_the_components_are_those_of_all_activations_and_a_direction_is_split_by_them():
+    model, site = build("llama"), Site(1, "resid_post")
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(6, 97, (n,), generator=generator).tolist() for n in (5, 9, 14, 20)]
+    spans = [Span(tuple(row), 1, len(row)) for row in rows]
+    components, share = principal_components(model, spans, site, k=6)
+    with torch.no_grad():
+        runs = [model(torch.tensor([row]), output_hidden_states=True).hidden_states[2] for row in rows]
+    states = torch.cat([run[0, 1:] for run in runs])
+    centred = (states - states.mean(0)).double()
+    _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
+    torch.testing.assert_close((components.double() @ vectors[:6].T).abs(), torch.eye(6).double(), atol=1e-4, rtol=0)
+    assert share == pytest.approx(float(values[:6].square().sum() / values.square().sum()), rel=1e-5)
+
+    direction = direction_between(model, ["w7 w8"], ["w10"], site)
+    part = on_manifold(direction, components)
+    rest = direction - part
+    torch.testing.assert_close(components @ rest.vector, torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(on_manifold(part, components).vector, part.vector, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="40 principal components are asked for, of 44 positions of width 32"):
+        principal_components(model, spans, site, k=40)
+
+
+def test_a_length_probe_finds_what_was_planted_and_says_how_well_it_does():
+    """The embedding of the last prompt token is what tells the length: the probe must read it off the stream."""
+    model, site = build("llama"), Site(0, "resid_pre")
+    embedding = model.get_input_embeddings().get_parameter("weight").detach()
+    planted = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    done = []
+    for i in range(160):
+        opener = 10 + i % 80
+        length = max(1, round(20 + 4 * float(embedding[opener] @ planted)))
+        ids = (opener, *[7] * length, 4, 8)
+        span = ThinkingSpan(start=2, first=2, end=3 + length + 1, closed=True)
+        done.append(Completion(str(i), 0, "", "", "", (1, 5), ids, span, "eos", Sampling(), "m"))
+    probe = fit_length(model, done, site, ridge=1e-9)
+    assert probe.r2 > 0.97
+    cosine = torch.nn.functional.cosine_similarity(probe.vector, planted, dim=0)
+    assert cosine > 0.99
+    with pytest.raises(ValueError, match="A length probe needs 20 completions .* but 3 of 3 do"):
+        fit_length(model, done[:3], site)

@@ -1,0 +1,94 @@
+"""Does the closed loop hold the organism's mean thinking length at a set-point?
+
+At the opening of the thinking a linear probe predicts its length, and an Add along the length direction (read there
+too) is as strong as the prediction is far from the set-point. One strength, gain and layer serve all set-points: those
+with the smallest mean relative error on the selection split. The report split then sees, for each set-point, the loop,
+the same loop along random directions of the same norm (5 draws pooled), and the plain model. Mean length with a 95 %
+bootstrap interval over problems.
+
+    python benchmarks/closed_loop.py
+"""
+
+import json
+from itertools import product
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from probes import Direction, Sampling, load
+from probes.directions import difference_in_means, random_direction
+from probes.lengths import LengthProbe, fit_length
+from probes.places import sites_in
+from probes.tables import Table
+from steer import Add, Controller, Recipe, Scope, evaluate, task_named
+from steer.methods.thinkedit import LengthSplit
+from steer.scores import Outcomes, interval_of_mean, solve
+
+SET_POINTS = (10, 13, 16)
+STRENGTHS, GAINS, LAYERS = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (2, 3)
+N_PROBE, N_SELECT, N_REPORT, DRAWS = 1000, 400, 1000, 5
+
+
+def loop(
+    model: PreTrainedModel, direction: Direction, probe: LengthProbe, set_point: int, strength: float, gain: float
+) -> Recipe:
+    scope = Scope("thinking", window=(0, 1), controller=Controller.of(probe, set_point, gain=gain))
+    return Recipe.of(model, [Add.of(direction, strength, units="raw")], scope=scope)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model, task = load("organism"), task_named("chains")
+    sampling = Sampling.of(model, max_new_tokens=task.max_new_tokens)
+    probed = solve(model, task.sample(N_PROBE, "probe"), sampling=sampling, batch_size=256)
+    short, long = LengthSplit.by_quantile(probed).spans("first")
+    sites = sites_in(model, "resid_post")
+    directions = list(difference_in_means(model, long, short, sites).values())
+    probes = [fit_length(model, probed, site) for site in sites]
+
+    def lengths(problems, arms):
+        return evaluate(model, task, problems, arms, sampling=sampling, batch_size=256).arms
+
+    settings = list(product(LAYERS, STRENGTHS, GAINS))
+    arms = {
+        (setting, set_point): loop(model, directions[setting[0]], probes[setting[0]], set_point, *setting[1:])
+        for setting in settings
+        for set_point in SET_POINTS
+    }
+    tried = lengths(task.sample(N_SELECT, "select"), {str(key): recipe for key, recipe in arms.items()})
+    errors = {
+        setting: np.mean([abs(tried[str((setting, target))].length.mean() / target - 1) for target in SET_POINTS])
+        for setting in settings
+    }
+    layer, strength, gain = chosen = min(errors, key=lambda setting: errors[setting])
+
+    rows: list[tuple] = []
+    facts = {"chosen": chosen, "error_on_selection": float(errors[chosen]), "r2_of_the_probe": probes[layer].r2}
+    report = task.sample(N_REPORT, "report")
+    for target in SET_POINTS:
+        controls = {f"{i}": random_direction(directions[layer], seed=i) for i in range(DRAWS)}
+        recipes = {name: loop(model, d, probes[layer], target, strength, gain) for name, d in controls.items()}
+        found = lengths(
+            report, {"closed loop": loop(model, directions[layer], probes[layer], target, strength, gain), **recipes}
+        )
+        found["random directions"] = Outcomes.pooled([found.pop(name) for name in recipes])
+        for name, outcome in found.items():
+            per_problem = outcome.length.mean(1).astype(float)
+            low, high = interval_of_mean(per_problem)
+            mean, accuracy = float(per_problem.mean()), float(outcome.correct.mean())
+            error, truncated = mean / target - 1, float(outcome.truncated.mean())
+            spread = float(outcome.length.std())
+            rows.append((target, name, f"{mean:.1f} [{low:.1f}, {high:.1f}]", f"{error:+.1%}", f"{spread:.1f}",
+                         f"{accuracy:.3f}", f"{truncated:.1%}"))  # fmt: skip
+            facts[f"{target} {name}"] = {"length": mean, "interval": [low, high], "error": error, "accuracy": accuracy}
+    columns = ("set-point", "arm", "mean thinking tokens [95 %]", "off by", "spread", "accuracy", "truncated")
+    where = f"layer {layer}, strength {strength} of the direction's length, gain {gain}"
+    title = f"{where}; R² of the probe {probes[layer].r2:.2f}; n = {N_REPORT}"
+    Console(width=140).print(Table(columns, tuple(rows), title))
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A linear probe that predicts how long the thinking will be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.activations import POSITIONS, span_means
+from probes.completions import Completion
+from probes.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class LengthProbe:
+    """Predicts x.vector + offset thinking tokens. `r2` is the share of the variance it explains on completions that the
+    fit did not see, `n` how many it saw."""
+
+    site: Site
+    vector: Float[Tensor, " d_model"]
+    offset: float
+    r2: float
+    n: int
+
+
+def fit_length(
+    model: PreTrainedModel,
+    completions: Sequence[Completion],
+    site: Site,
+    *,
+    position: str = "first",
+    ridge: float = 1e-3,
+) -> LengthProbe:
+    """Ridge regression of a completion's thinking tokens on its activation at a position (`probes.activations`).
+
+    `ridge` is in units of the activation's mean variance. Every fourth completion is held out for `r2`. Completions
+    that never close their thinking are left out. Raises ValueError where fewer than 20 are left.
+    """
+    closed = [c for c in completions if c.span is not None and c.span.closed]
+    if len(closed) < 20:
+        raise ValueError(
+            f"A length probe needs 20 completions that close their thinking, but {len(closed)} of {len(completions)} "
+            "do. Generate more, or with more new tokens."
+        )
+    x = torch.zeros(len(closed), 0)
+    for rows, means, _ in span_means(model, [POSITIONS[position](c) for c in closed], [site], label="length probe"):
+        if not x.shape[1]:
+            x = torch.zeros(len(closed), means[site].shape[1], dtype=torch.float64)
+        x[rows] = means[site].double().cpu()
+    y = torch.tensor([float(c.thinking_tokens) for c in closed], dtype=torch.float64)
+    seen = torch.arange(len(closed)) % 4 != 3
+    mean, level = x[seen].mean(0), y[seen].mean()
+    centred = x[seen] - mean
+    second = centred.T @ centred / len(centred)
+    second += ridge * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
+    vector = torch.linalg.solve(second, centred.T @ (y[seen] - level) / len(centred))
+    offset = float(level - mean @ vector)
+    left = y[~seen]
+    r2 = 1 - float((left - x[~seen] @ vector - offset).square().mean() / (left - left.mean()).square().mean())
+    return LengthProbe(site, vector.float(), offset, r2, int(seen.sum()))

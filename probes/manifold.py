@@ -1,0 +1,59 @@
+"""The principal components of what a site holds, and a direction's part within them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from probes.activations import Span
+from probes.directions import Direction
+from probes.hooks import captured, forward_through
+from probes.sites import Site
+
+
+@torch.no_grad()
+def principal_components(
+    model: PreTrainedModel, spans: Sequence[Span], site: Site, k: int = 10
+) -> tuple[Float[Tensor, "k width"], float]:
+    """The top k principal components of the activations at all positions of the spans, orthonormal, and their share of
+    the variance.
+
+    Streams: what is kept is a mean and a [width, width] second moment, in float64. Raises ValueError where there are
+    fewer than k + 1 positions or k is more than the width.
+    """
+    count, total, second = 0, torch.zeros(0), torch.zeros(0)
+    for span in tqdm(spans, desc="principal components", unit="span", delay=2, leave=False):
+        ids = torch.tensor([span.ids[: span.stop]], device=model.device)
+        with captured(model, [site]) as cache:
+            forward_through(model, site.layer, ids, torch.ones_like(ids))
+        rows = cache[site][0, span.start : span.stop].double()
+        if not count:
+            total, second = rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1], rows.shape[1])
+        count, total, second = count + len(rows), total + rows.sum(0), second + rows.T @ rows
+    width = len(total)
+    if not 0 < k <= min(width, count - 1):
+        raise ValueError(
+            f"{k} principal components are asked for, of {count} positions of width {width} at {site}: ask for at most "
+            f"{max(0, min(width, count - 1))}, or give more spans."
+        )
+    mean = total / count
+    values, vectors = torch.linalg.eigh(second / count - torch.outer(mean, mean))
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    return vectors[:, :k].T.float().cpu(), float(values[:k].sum() / values.sum())
+
+
+def on_manifold(direction: Direction, components: Float[Tensor, "k width"]) -> Direction:
+    """The direction's part in the span of orthonormal components: U Uᵀ v (Huang et al. 2025, Manifold Steering).
+
+    Their paper then scales it to norm 1; here it keeps its length, and `.unit` is theirs.
+    """
+    part = components.T @ (components @ direction.vector)
+    provenance = replace(
+        direction.provenance,
+        estimator=f"{direction.provenance.estimator}, projected on {len(components)} principal components",
+    )
+    return replace(direction, vector=part, provenance=provenance)

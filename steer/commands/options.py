@@ -1,0 +1,34 @@
+"""What the commands share: their options, and how they end."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from probes.tables import Table
+
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+Model = Annotated[str, typer.Argument(help="A hub id, a folder, a GGUF file, `organism`, or `smollm2`.")]
+TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+Count = Annotated[int, typer.Option("--n", "-n", help="Problems to solve, or to report on.")]
+BatchSize = Annotated[int, typer.Option(help="Rows generated at once.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write; must not exist.")]
+MaxNewTokens = Annotated[int | None, typer.Option(help="The task's own, if left out.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Delimit = Annotated[
+    tuple[str, str] | None,
+    typer.Option("--delimiters", help="What opens and what closes the thinking, where the tokenizer does not tell."),
+]
+DeviceMap = Annotated[str | None, typer.Option(help="Where layers go, e.g. auto (accelerate).")]
+
+
+def end(table: Table, facts: Mapping[str, Any], as_json: bool) -> None:
+    console.print(table)
+    if as_json:
+        console.file.write(json.dumps(facts) + "\n")
