@@ -19,6 +19,7 @@ from probes.models import load
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tables import Table
+from steer.checkpoints import check_repository, push
 from steer.commands.compare import compare_
 from steer.commands.options import (
     BatchSize,
@@ -82,6 +83,7 @@ def thinkedit_(
     device_map: DeviceMap = None,
     delimiters: Delimit = None,
     sweep: Annotated[int, typer.Option(help="Problems for the report's sweeps of strength.")] = 0,
+    push_to: Annotated[str | None, typer.Option(help="A repository of the hub to upload to; made private.")] = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
@@ -90,6 +92,7 @@ def thinkedit_(
         raise ValueError("Give both --short and --long, or neither (then --share cuts at quantiles).")
     if output.exists():
         raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
+    check_repository(push_to)
     loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
     run = thinkedit(
         loaded,
@@ -107,6 +110,8 @@ def thinkedit_(
         seed=seed,
     )
     _finish_thinkedit(run, output, sweep, batch_size, as_json)
+    if push_to is not None:
+        push(output, push_to)
 
 
 @app.command()
