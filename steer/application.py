@@ -15,7 +15,7 @@ from probes.sites import Site
 from steer.clock import Clock
 from steer.firelog import FireLog
 from steer.gates import Gate, precedes
-from steer.interventions import Add, Intervention, placed
+from steer.interventions import Add, Intervention, placed, widened
 from steer.recipes import Recipe, Step
 
 
@@ -82,22 +82,22 @@ class _Edit:
         return cls(number, placed(step.intervention, device), gate, log)
 
     def __call__(self, x: Tensor) -> Tensor:
-        before = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+        before = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
         if isinstance(self.intervention, Add):
             self.log.note(self.number, before, self._norm)
             return torch.addcmul(x, self.gate.weight(x.dtype, x.device), self._vector(x.dtype))
         new = self.intervention(x)
         if self.gate.scope.varies:
-            wide = x.float()
-            new = (wide + self.gate.weight(torch.float32, x.device) * (new.float() - wide)).to(x.dtype)
+            wide = widened(x)
+            new = (wide + self.gate.weight(wide.dtype, x.device) * (widened(new) - wide)).to(x.dtype)
         new = new.where(self.gate.mask.to(x.device)[..., None], x)
-        self.log.note(self.number, before, torch.linalg.vector_norm(new.float() - x.float(), dim=-1))
+        self.log.note(self.number, before, torch.linalg.vector_norm(widened(new) - widened(x), dim=-1))
         return new
 
     def _vector(self, dtype: torch.dtype) -> Tensor:
         if dtype not in self._added:
             assert isinstance(self.intervention, Add)
-            self._added[dtype] = (self.intervention.strength * self.intervention.vector.float()).to(dtype)
+            self._added[dtype] = (self.intervention.strength * widened(self.intervention.vector)).to(dtype)
         return self._added[dtype]
 
 

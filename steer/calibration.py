@@ -2,29 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from scipy.optimize import brentq
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations import Span
-from probes.models import tokenizer_of
-from probes.tokens import Prompt, encode_prompt
 from steer.application import applied
+from steer.effects import log_probabilities
 from steer.firelog import FireLog
 from steer.interventions import Add
 from steer.recipes import Recipe, Step
 
 LARGEST_FACTOR = 2.0**20
-
-
-def prompt_spans(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Span]:
-    """The last token of each prompt, written by the chat template: what it predicts is the first new token."""
-    rows = [tuple(encode_prompt(tokenizer_of(model), prompt)) for prompt in prompts]
-    return [Span(ids, len(ids) - 1, len(ids)) for ids in rows]
 
 
 def divergence(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], *, batch_size: int = 16) -> float:
@@ -35,7 +26,7 @@ def divergence(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], *,
     total = 0.0
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        plain, steered = (_log_probabilities(model, batch, which) for which in (None, recipe))
+        plain, steered = (log_probabilities(model, batch, which) for which in (None, recipe))
         kl = (plain.exp() * (plain - steered)).sum(-1)
         width = kl.shape[1]
         for row, span in zip(kl, batch, strict=True):
@@ -107,16 +98,3 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
         for step in recipe.steps
     ]
     return replace(recipe, steps=tuple(steps))
-
-
-@torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, spans: Sequence[Span], recipe: Recipe | None) -> Tensor:
-    """`[batch, longest span, d_vocab]`, each span at the end of its row."""
-    rows, width = [span.ids[: span.stop] for span in spans], max(span.stop for span in spans)
-    ids = torch.tensor([[row[0]] * (width - len(row)) + list(row) for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    longest = max(span.stop - span.start for span in spans)
-    with nullcontext() if recipe is None else applied(model, recipe, must_fire=False):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=longest)
-    return out.logits.float().log_softmax(-1)

@@ -82,7 +82,7 @@ class FireLog:
         }
         tokens, first, last = (torch.stack([seen[id(self.gates[i])][n] for i in ran]) for n in range(3))
         hit = torch.stack([hits[id(self.gates[i])] for i in ran])
-        before = torch.stack([self._pass[i][0].to(where.device) for i in ran])
+        before = torch.stack([self._pass[i][0].to(where.device, torch.float32) for i in ran])
         ratios = self._changes(ran, where.device) / before.clamp(min=torch.finfo(torch.float32).tiny)
         ratios = ratios.flatten(1)[:, None].where(hit, 0)
         if self._sums is None:
@@ -103,7 +103,7 @@ class FireLog:
                 self._norms[key] = torch.tensor(changes, device=device)[:, None, None]
             return weights.abs() * self._norms[key]
         rows = [
-            change.detach().to(device)
+            change.detach().to(device, torch.float32)
             if isinstance(change, Tensor)
             else self.gates[i].weight(torch.float32, device)[..., 0].abs() * change
             for i, change in zip(ran, changes, strict=True)

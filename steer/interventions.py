@@ -23,8 +23,9 @@ class Affine:
     shift: Float[Tensor, " width"]
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide = x.float()
-        return (wide + (wide @ self.down) @ self.up + self.shift).to(x.dtype)
+        wide = widened(x)
+        down, up, shift = (tensor.to(wide.dtype) for tensor in (self.down, self.up, self.shift))
+        return (wide + (wide @ down) @ up + shift).to(x.dtype)
 
     def then(self, other: "Affine") -> "Affine":
         """This change and then the other, as one."""
@@ -138,7 +139,8 @@ class Clamp:
             raise ValueError(f"A clamp needs low <= high, but got low={self.low} and high={self.high}.")
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide, unit = x.float(), _unit(self.vector)
+        wide = widened(x)
+        unit = _unit(self.vector).to(wide.dtype)
         projection = wide @ unit
         change = self.strength * (projection.clamp(self.low, self.high) - projection)
         return (wide + change[..., None] * unit).to(x.dtype)
@@ -160,8 +162,8 @@ class Rotate:
         _check(self.kind, self.site, self.vector, self.strength)
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide = x.float()
-        new = wide + self.strength * self.vector.float()
+        wide = widened(x)
+        new = wide + self.strength * self.vector.to(wide.dtype)
         length = new.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return (new * (wide.norm(dim=-1, keepdim=True) / length)).to(x.dtype)
 
@@ -169,6 +171,11 @@ class Rotate:
 KINDS: dict[str, type[Add] | type[Ablate] | type[Scale] | type[Clamp] | type[Rotate]] = {
     kind.kind: kind for kind in (Add, Ablate, Scale, Clamp, Rotate)
 }
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least float32: what is computed inside."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def placed(intervention: Intervention, device: torch.device) -> Intervention:

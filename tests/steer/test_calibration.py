@@ -9,7 +9,8 @@ from probes.activations import Span
 from probes.directions import direction_between
 from probes.sites import Site
 from steer.application import NeverFired, applied
-from steer.calibration import calibrated, divergence, prompt_spans, with_ratio
+from steer.calibration import calibrated, divergence, with_ratio
+from steer.effects import prompt_spans
 from steer.interventions import Ablate, Add
 from steer.recipes import Recipe
 from steer.scopes import Scope

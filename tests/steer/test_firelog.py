@@ -10,6 +10,7 @@ from probes.models import load, tokenizer_of
 from probes.sites import Site
 from probes.tokens import Delimiters
 from steer.application import NeverFired, applied
+from steer.clock import Clock
 from steer.interventions import Ablate, Add, Rotate
 from steer.recipes import Recipe, Step
 from steer.scopes import Condition, Controller, Schedule, Scope
@@ -155,3 +156,16 @@ def test_where_a_pad_is_also_the_end_the_first_of_a_run_is_the_end():
     with torch.no_grad(), applied(model, Recipe.of(model, [Add(SITE, random_vector())], scope="answer")) as fired:
         model(ids)
     assert fired.positions() == [[5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_a_new_turn_in_the_same_cache_counts_anew(chunk):
+    turn = [1, 7, 5, 3, 20, 8, 20, 4, 9, 2]
+    ids, thoughts, marks = torch.tensor([turn + turn]), [], []
+    clock = Clock(Delimiters((3,), (4,), (5,), (1,)), markers=(((20,),),))
+    for start in range(0, ids.shape[1], chunk):
+        clock.advance(ids[:, start : start + chunk], None, start)
+        thoughts += clock.thought[0].tolist()
+        marks += clock.marked[0][0].tolist()
+    assert thoughts[10:] == thoughts[:10] == [-1, -1, -1, 0, 1, 2, 3, -1, -1, -1]
+    assert marks[13:17] == marks[3:7] == [0, 1, 1, 2]

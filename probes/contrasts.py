@@ -1,0 +1,70 @@
+"""Directions from pairs and from single classes: reading vectors, paired differences, principal components of them."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.activations import Span, span_means
+from probes.directions import Direction, Provenance
+from probes.sites import Site
+
+Estimator = Literal["reading", "contrast", "pca", "pca uncentred"]
+
+
+def contrast_vectors(
+    model: PreTrainedModel,
+    positive: Sequence[Span],
+    negative: Sequence[Span],
+    sites: Sequence[Site],
+    *,
+    estimator: Estimator = "contrast",
+) -> dict[Site, Direction]:
+    """The control vectors of Representation Engineering for reasoning (Højer et al. 2025), site by site.
+
+    With h+ and h- a span's mean activation: *reading* is mean h+ (`negative` is empty); *contrast* mean(h+ - h-) over
+    pairs, as long as the mean difference; *pca* the first principal component of the pairs' differences, centred as
+    in the paper, scaled to the norm of the mean difference; *pca uncentred* the same of the differences as they are.
+    A component's sign is arbitrary, so it is turned to the side of the mean difference. Raises ValueError where pairs
+    are needed and the classes are not of one size, or a class is empty.
+    """
+    if estimator == "reading" and negative:
+        raise ValueError("A reading vector has one class: leave the negative one empty.")
+    if not positive or (estimator != "reading" and len(positive) != len(negative)):
+        raise ValueError(
+            f"The estimator {estimator!r} needs pairs, but got {len(positive)} positive and {len(negative)} negative."
+        )
+    above, norms = _rows(model, positive, sites)
+    below, others = _rows(model, negative, sites) if negative else ({}, {})
+    provenance = Provenance.now(model, f"representation engineering, {estimator}", positive, negative)
+    found = {}
+    for site in sites:
+        rows = above[site] - below[site] if negative else above[site]
+        norm = torch.cat([norms[site], *([others[site]] if negative else [])]).mean()
+        found[site] = Direction(site, _vector(rows, estimator).float(), float(norm), provenance)
+    return found
+
+
+def _vector(rows: Float[Tensor, "pairs d_model"], estimator: Estimator) -> Float[Tensor, " d_model"]:
+    mean = rows.mean(0)
+    if estimator in ("reading", "contrast"):
+        return mean
+    centred = rows - mean if estimator == "pca" else rows
+    unit = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+    return unit * torch.sign(unit @ mean) * mean.norm()
+
+
+def _rows(
+    model: PreTrainedModel, spans: Sequence[Span], sites: Sequence[Site]
+) -> tuple[dict[Site, Float[Tensor, "spans d_model"]], dict[Site, Float[Tensor, " spans"]]]:
+    """Each span's mean activation and mean norm, in the order of the spans, in float64."""
+    rows: dict[Site, list] = {site: [None] * len(spans) for site in sites}
+    sizes: dict[Site, list] = {site: [None] * len(spans) for site in sites}
+    for places, means, norms in span_means(model, spans, sites):
+        for site in sites:
+            for i, row, norm in zip(places, means[site].double().cpu(), norms[site].double().cpu(), strict=True):
+                rows[site][i], sizes[site][i] = row, norm
+    return {s: torch.stack(rows[s]) for s in sites}, {s: torch.stack(sizes[s]) for s in sites}

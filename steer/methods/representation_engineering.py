@@ -1,0 +1,39 @@
+"""Representation Engineering for reasoning: control vectors from a task's answers (Højer et al. 2025).
+
+The paper adds strength * c at one block's output, at every position; its layers and strengths are not published, so
+they are to be chosen on a selection split.
+"""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from probes.activations import text_span
+from probes.contrasts import Estimator, contrast_vectors
+from probes.directions import Direction
+from probes.places import sites_in
+from steer.interventions import Add, Rotate
+from steer.recipes import Recipe
+
+
+def control_vectors(
+    model: PreTrainedModel,
+    positive: Sequence[str],
+    negative: Sequence[str] = (),
+    *,
+    estimator: Estimator = "contrast",
+) -> list[Direction]:
+    """One vector for each layer's resid_post, read at the last token: of question and right answer (`positive`),
+    against the same with a wrong one (`negative`), pair by pair.
+
+    The last token is each text's own, whatever the padding. See `probes.contrasts` for the estimators.
+    """
+    above, below = ([text_span(model, text, last=True) for text in texts] for texts in (positive, negative))
+    return list(contrast_vectors(model, above, below, sites_in(model, "resid_post"), estimator=estimator).values())
+
+
+def steering(model: PreTrainedModel, vector: Direction, strength: float, *, normalise: bool = False) -> Recipe:
+    """strength * vector added at every token at the vector's layer; with `normalise` each token keeps its norm."""
+    kind = Rotate if normalise else Add
+    method = "Representation Engineering for reasoning (Højer et al. 2025)"
+    return Recipe.of(model, [kind(vector.site, vector.vector, strength)], method=method)
