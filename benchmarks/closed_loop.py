@@ -2,9 +2,10 @@
 
 At the opening of the thinking a linear probe predicts its length, and an Add along the length direction (read there
 too) is as strong as the prediction is far from the set-point. One strength, gain and layer serve all set-points: those
-with the smallest mean relative error on the selection split. The report split then sees, for each set-point, the loop,
-the same loop along random directions of the same norm (5 draws pooled), and the plain model. Mean length with a 95 %
-bootstrap interval over problems.
+with the smallest mean relative error on the selection split. A governor then corrects the set-point after each batch,
+from the lengths alone; it settles on the selection split, and the report split sees it work on. Arms there: the plain
+model, the controller alone, the controller under its governor, and the same along random directions of the same norm (5
+draws pooled). Mean length with a 95 % bootstrap interval over problems.
 
     python benchmarks/closed_loop.py
 """
@@ -22,17 +23,18 @@ from probes.directions import difference_in_means, random_direction
 from probes.lengths import LengthProbe, fit_length
 from probes.places import sites_in
 from probes.tables import Table
-from steer import Add, Controller, Recipe, Scope, evaluate, task_named
+from steer import Add, Controller, Recipe, Scope, applied, evaluate, task_named
+from steer.governor import Governor
 from steer.methods.thinkedit import LengthSplit
 from steer.scores import Outcomes, interval_of_mean, solve
 
 SET_POINTS = (10, 13, 16)
 STRENGTHS, GAINS, LAYERS = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (2, 3)
-N_PROBE, N_SELECT, N_REPORT, DRAWS = 1000, 400, 1000, 5
+N_PROBE, N_SELECT, N_REPORT, DRAWS, BATCH = 1000, 400, 1000, 5, 50
 
 
 def loop(
-    model: PreTrainedModel, direction: Direction, probe: LengthProbe, set_point: int, strength: float, gain: float
+    model: PreTrainedModel, direction: Direction, probe: LengthProbe, set_point: float, strength: float, gain: float
 ) -> Recipe:
     scope = Scope("thinking", window=(0, 1), controller=Controller.of(probe, set_point, gain=gain))
     return Recipe.of(model, [Add.of(direction, strength, units="raw")], scope=scope)
@@ -57,32 +59,49 @@ def main() -> None:
         for setting in settings
         for set_point in SET_POINTS
     }
-    tried = lengths(task.sample(N_SELECT, "select"), {str(key): recipe for key, recipe in arms.items()})
+    selected, report = task.sample(N_SELECT, "select"), task.sample(N_REPORT, "report")
+    tried = lengths(selected, {str(key): recipe for key, recipe in arms.items()})
     errors = {
         setting: np.mean([abs(tried[str((setting, target))].length.mean() / target - 1) for target in SET_POINTS])
         for setting in settings
     }
     layer, strength, gain = chosen = min(errors, key=lambda setting: errors[setting])
 
+    def governed(direction: Direction, target: int) -> Outcomes:
+        """The report split in batches, under a governor that settled on the selection split."""
+        governor, parts = Governor(target), []
+        for split in (selected, report):
+            for start in range(0, len(split), BATCH):
+                batch = split[start : start + BATCH]
+                recipe = loop(model, direction, probes[layer], governor.aim, strength, gain)
+                with applied(model, recipe, must_fire=False):
+                    done = solve(model, batch, sampling=sampling, batch_size=BATCH)
+                governor.saw([c.thinking_tokens for c in done])
+                if split is report:
+                    parts.append(Outcomes.of(done, batch, task))
+        return Outcomes(
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("correct", "length", "truncated"))
+        )
+
     rows: list[tuple] = []
     facts = {"chosen": chosen, "error_on_selection": float(errors[chosen]), "r2_of_the_probe": probes[layer].r2}
-    report = task.sample(N_REPORT, "report")
+    plain = lengths(report, {})["plain"]
     for target in SET_POINTS:
-        controls = {f"{i}": random_direction(directions[layer], seed=i) for i in range(DRAWS)}
-        recipes = {name: loop(model, d, probes[layer], target, strength, gain) for name, d in controls.items()}
-        found = lengths(
-            report, {"closed loop": loop(model, directions[layer], probes[layer], target, strength, gain), **recipes}
-        )
-        found["random directions"] = Outcomes.pooled([found.pop(name) for name in recipes])
+        alone = loop(model, directions[layer], probes[layer], target, strength, gain)
+        drawn = [governed(random_direction(directions[layer], seed=i), target) for i in range(DRAWS)]
+        found = {
+            "plain": plain,
+            "controller": lengths(report, {"controller": alone})["controller"],
+            "controller, governed": governed(directions[layer], target),
+            "random directions, governed": Outcomes.pooled(drawn),
+        }
         for name, outcome in found.items():
             per_problem = outcome.length.mean(1).astype(float)
             low, high = interval_of_mean(per_problem)
             mean, accuracy = float(per_problem.mean()), float(outcome.correct.mean())
-            error, truncated = mean / target - 1, float(outcome.truncated.mean())
-            spread = float(outcome.length.std())
-            rows.append((target, name, f"{mean:.1f} [{low:.1f}, {high:.1f}]", f"{error:+.1%}", f"{spread:.1f}",
-                         f"{accuracy:.3f}", f"{truncated:.1%}"))  # fmt: skip
-            facts[f"{target} {name}"] = {"length": mean, "interval": [low, high], "error": error, "accuracy": accuracy}
+            cells = (f"{mean:.1f} [{low:.1f}, {high:.1f}]", f"{mean / target - 1:+.1%}", f"{outcome.length.std():.1f}")
+            rows.append((target, name, *cells, f"{accuracy:.3f}", f"{outcome.truncated.mean():.1%}"))
+            facts[f"{target} {name}"] = {"length": mean, "interval": [low, high], "accuracy": accuracy}
     columns = ("set-point", "arm", "mean thinking tokens [95 %]", "off by", "spread", "accuracy", "truncated")
     where = f"layer {layer}, strength {strength} of the direction's length, gain {gain}"
     title = f"{where}; R² of the probe {probes[layer].r2:.2f}; n = {N_REPORT}"

@@ -18,7 +18,7 @@ from steer.scopes import Condition, Controller, Schedule, Scope
 SITE = Site(1, "resid_post")
 # <bos> 1, <eos> 2, <think> 3, </think> 4, header 5; markers 20 and 21 22; a step ends at 30
 MARKERS = ((20,), (21, 22))
-PROMPTS = ([1, 7, 8, 9, 5], [1, 6, 5])
+PROMPTS = ([1, 7, 8, 20, 5], [1, 6, 5])  # a marker in a prompt is none
 WRITES = ([3, 11, 30, 20, 12, 21, 22, 13, 4, 14, 2], [15, 3, 30, 21, 12, 4, 20, 2])  # then pads until both have ended
 EXPECTED = {
     # positions in the row's own tokens; the shorter row's end is read, the longer one's is not

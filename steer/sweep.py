@@ -1,0 +1,115 @@
+"""Strength against effect: fixed strengths, the best chosen on one split and reported on another, with controls."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from probes.activations import Span
+from probes.directions import Direction, difference_in_means, random_direction
+from probes.sampling import Sampling
+from probes.tables import Table
+from steer.calibration import calibrated, divergence
+from steer.recipes import Recipe
+from steer.scores import Evaluation, Outcomes, evaluate
+from steer.tasks import Problem, Task
+
+MakeRecipe = Callable[[Direction, float], Recipe]
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """A direction and the two classes it came from, so that its labels can be shuffled."""
+
+    direction: Direction
+    positive: tuple[Span, ...]
+    negative: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site) -> "Contrast":
+        found = difference_in_means(model, positive, negative, [site])[site]
+        return cls(found, tuple(positive), tuple(negative))
+
+    def shuffled(self, model: PreTrainedModel, *, seed: int) -> Direction:
+        """The control: the same estimator on shuffled labels, scaled to the direction's norm."""
+        spans = [*self.positive, *self.negative]
+        order = torch.randperm(len(spans), generator=torch.Generator().manual_seed(seed)).tolist()
+        mixed = [spans[i] for i in order]
+        n, site = len(self.positive), self.direction.site
+        null = difference_in_means(model, mixed[:n], mixed[n:], [site])[site]
+        return replace(null, vector=null.unit * self.direction.norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """`selection` holds the strengths on the split that chose; `report` those strengths and the controls of the chosen
+    one on problems that no choice saw."""
+
+    strengths: tuple[float, ...]
+    chosen: float
+    selection: Evaluation
+    report: Evaluation
+    kl: float
+
+    def table(self) -> Table:
+        found = self.report.table()
+        return replace(found, title=f"{found.title}: strength {self.chosen:g} chosen on the selection split")
+
+    def to_frame(self):
+        return self.table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def sweep(
+    model: PreTrainedModel,
+    task: Task,
+    contrast: Contrast,
+    make: MakeRecipe,
+    strengths: Sequence[float],
+    *,
+    select: Sequence[Problem],
+    report: Sequence[Problem],
+    judge: Sequence[Span],
+    sampling: Sampling,
+    samples: int = 1,
+    draws: int = 3,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Sweep:
+    """Run `make(direction, strength)` at every strength; choose by accuracy on `select`; report everything on `report`.
+
+    Controls at the chosen strength, `draws` pooled: random directions of the same norm; directions of shuffled labels,
+    at the same norm; random directions at the strength that moves the next token as far on `judge` as the chosen one
+    does (same KL). Raises ValueError where select and report share a problem.
+    """
+    if shared := {p.id for p in select} & {p.id for p in report}:
+        raise ValueError(f"{len(shared)} problems are in both splits, such as {min(shared)!r}: choose on others.")
+    arms = {_name(strength): make(contrast.direction, strength) for strength in strengths}
+
+    def compare(problems: Sequence[Problem], recipes: dict[str, Recipe]) -> Evaluation:
+        return evaluate(model, task, problems, recipes, sampling=sampling, samples=samples, batch_size=batch_size)
+
+    selection = compare(select, arms)
+    chosen = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
+    kl = divergence(model, arms[_name(chosen)], judge)
+    randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
+    controls = {
+        "random direction": [make(direction, chosen) for direction in randoms],
+        "shuffled labels": [make(contrast.shuffled(model, seed=seed + i), chosen) for i in range(draws)],
+        "random direction, same KL": [calibrated(model, make(direction, chosen), judge, kl) for direction in randoms]
+        if kl > 0
+        else [],
+    }
+    measured = compare(report, arms)
+    for name, recipes in controls.items():
+        if recipes:
+            drawn = compare(report, {str(i): recipe for i, recipe in enumerate(recipes)})
+            measured.arms[name] = Outcomes.pooled([drawn.arms[str(i)] for i in range(len(recipes))])
+    return Sweep(tuple(strengths), chosen, selection, measured, kl)
+
+
+def _name(strength: float) -> str:
+    return f"strength {strength:+g}"
