@@ -169,3 +169,22 @@ def test_a_new_turn_in_the_same_cache_counts_anew(chunk):
         marks += clock.marked[0][0].tolist()
     assert thoughts[10:] == thoughts[:10] == [-1, -1, -1, 0, 1, 2, 3, -1, -1, -1]
     assert marks[13:17] == marks[3:7] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("shift", [-1e-3, 1e-3])
+@pytest.mark.parametrize("ends", [(2,), (1, 2, 3, 4)])
+def test_a_condition_is_judged_on_the_whole_prompt_however_it_is_cut(ends, shift):
+    model, site, vector = build("llama"), Site(0, "resid_post"), random_vector(seed=5)
+    ids = torch.tensor([[1, 7, 8, 20, 5, 3, 11]])
+    with torch.no_grad(), captured(model, [site]) as cache:
+        model(ids)
+    mean = float((cache[site][0, :5] @ (vector / vector.norm())).mean())
+    scope = Scope(condition=Condition(site, vector, mean + shift))
+    with (
+        torch.no_grad(),
+        applied(model, Recipe.of(model, [Add(SITE, random_vector())], scope=scope), must_fire=False) as fired,
+    ):
+        past = None
+        for start, end in zip((0, *ends), (*ends, 7), strict=True):
+            past = model(ids[:, start:end], past_key_values=past, use_cache=True).past_key_values
+    assert fired.positions()[0] == ([4, 5, 6] if shift < 0 else [])
