@@ -49,6 +49,12 @@ def first_thought(completion: Completion) -> Span:
     return Span(completion.all_ids[: span.first + 1], span.first, span.first + 1)
 
 
+def last_thought(completion: Completion) -> Span:
+    """The last of the positions of `thinking`: it predicts the end of the closing delimiter."""
+    end = thinking(completion).stop
+    return Span(completion.all_ids[:end], end - 1, end)
+
+
 POSITIONS: Mapping[str, Position] = {"thinking": thinking, "first": first_thought}
 
 

@@ -1,0 +1,99 @@
+"""Efficiency-Steering-style directions: from long correct thinking to short correct thinking of the same problem.
+
+After Efficiency Steering (Zhao et al. 2025, arXiv 2506.15647). Established there: a single direction, without training,
+from the shortest and the longest correct completion of the same problem. Not verified, as no code is public: how many
+samples a problem, the position, the layer, the normalisation, the strength, and every figure. So position, layer and
+strength are chosen here on a selection split, and nothing is claimed about the paper's numbers. Completions of one
+problem are alike up to their first thought, so that the opening of the thinking is no position to read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from transformers import PreTrainedModel
+
+from probes.activations import Position, last_thought, thinking
+from probes.architectures import n_layers
+from probes.completions import Completion, by_problem
+from probes.contrasts import contrast_vectors
+from probes.directions import Direction
+from probes.places import sites_in
+from steer.grading import is_correct
+from steer.interventions import Add
+from steer.recipes import Recipe
+from steer.scopes import Scope
+from steer.scores import Evaluation
+from steer.tasks import Problem, Task
+
+Pair = tuple[Completion, Completion]
+READ: dict[str, Position] = {"thinking": thinking, "last": last_thought}
+METHOD = "Efficiency-Steering-style (after Zhao et al. 2025)"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the pairs are read, the layer, and the strength in units of the stream's mean norm there."""
+
+    position: str
+    layer: int
+    strength: float
+
+    def __str__(self) -> str:
+        return f"{self.position} position, layer {self.layer}, strength {self.strength:g}"
+
+
+def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem], task: Task) -> list[Pair]:
+    """Of each problem, its shortest and its longest correct completion, where they differ in length.
+
+    Raises ValueError where no problem has two correct completions of different lengths.
+    """
+    groups = by_problem(completions)
+    pairs = []
+    for problem in problems:
+        right = [c for c in groups.get(problem.id, ()) if c.span is not None and is_correct(c, problem, task.grader)]
+        right.sort(key=lambda c: c.thinking_tokens)
+        if right and right[0].thinking_tokens < right[-1].thinking_tokens:
+            pairs.append((right[0], right[-1]))
+    if not pairs:
+        raise ValueError(
+            f"None of {len(problems)} problems has correct completions of two lengths among {len(completions)} "
+            "completions. Draw more samples of each problem, at a higher temperature."
+        )
+    return pairs
+
+
+def efficiency_vectors(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str = "thinking") -> list[Direction]:
+    """One direction for each layer's resid_post: mean over problems of efficient less verbose, read at the mean of the
+    thinking or at its last position."""
+    read = READ[position]
+    efficient, verbose = ([read(pair[side]) for pair in pairs] for side in (0, 1))
+    return list(contrast_vectors(model, efficient, verbose, sites_in(model, "resid_post")).values())
+
+
+def recipes(
+    model: PreTrainedModel, pairs: Sequence[Pair], *, strengths: Sequence[float], scope: str | Scope = "thinking"
+) -> dict[Setting, Recipe]:
+    """A recipe for every position, layer and strength: what the selection split chooses from."""
+    found = {}
+    for position in READ:
+        vectors = efficiency_vectors(model, pairs, position=position)
+        for layer, strength in product(range(n_layers(model)), strengths):
+            recipe = Recipe.of(model, [Add.of(vectors[layer], strength)], scope=scope, method=METHOD)
+            found[Setting(position, layer, strength)] = recipe
+    return found
+
+
+def most_efficient(selection: Evaluation, settings: Sequence[Setting], *, loss: float = 0.01) -> Setting:
+    """The setting with the shortest thinking among those that lose at most `loss` accuracy against plain.
+
+    `selection` has an arm for each setting, named by it. Raises ValueError where every setting loses more.
+    """
+    kept = [setting for setting in settings if selection.score(str(setting)).difference >= -loss]
+    if not kept:
+        best = max(settings, key=lambda setting: selection.score(str(setting)).difference)
+        raise ValueError(
+            f"Every setting loses more than {loss} accuracy on the selection split; the best, {best}, loses "
+            f"{-selection.score(str(best)).difference:.3f}. Try smaller strengths."
+        )
+    return min(kept, key=lambda setting: selection.score(str(setting)).length)
