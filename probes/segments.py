@@ -1,0 +1,251 @@
+"""A chain of thought cut into thoughts: from token ids, with exact positions, each thought with its label."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Literal, get_args
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from probes.activations import Span
+from probes.completions import Completion
+from probes.models import delimiters_of, tokenizer_of
+from probes.tables import Table
+from probes.tokens import find_delimiters, present_markers
+
+Label = Literal["execution", "reflection", "transition", "backtracking", "answer"]
+LABELS: tuple[Label, ...] = get_args(Label)
+_TRIED: tuple[Label, ...] = ("answer", "backtracking", "transition", "reflection")  # else execution
+_Words = Mapping[Label, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One thought: the positions [start, stop) of prompt + completion, and what kind of thought it is."""
+
+    start: int
+    stop: int
+    label: Label
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"A segment needs 0 <= start < stop, but got start={self.start} and stop={self.stop}.")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What cuts a chain of thought, and what labels a piece of it.
+
+    A thought ends with a text of `after`, and begins with a word of `before`, as written; blank space that leads such a
+    word must stand before it, and stays with the thought before. A thought is the first of answer, backtracking,
+    transition and reflection whose words in `opens` it begins with, or whose words in `holds` it has anywhere, in
+    small or capital letters; else execution.
+    """
+
+    name: str
+    after: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    opens: _Words = field(default_factory=dict)
+    holds: _Words = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := [label for label in (*self.opens, *self.holds) if label not in _TRIED]:
+            raise ValueError(f"{unknown[0]!r} is no label that words give. Known: {', '.join(_TRIED)}.")
+
+
+RULES: Mapping[str, Rules] = {
+    rules.name: rules
+    for rules in (
+        Rules(
+            "seal",
+            after=("\n\n",),
+            holds={
+                "transition": (
+                    "alternatively",
+                    "think differently",
+                    *(f"another {x}" for x in ("way", "approach", "method", "solution", "strategy", "technique")),
+                ),
+                "reflection": (
+                    *("wait", "verify", "make sure", "hold on", "think again"),
+                    *("'s correct", "'s incorrect", "let me check", "seems right"),
+                ),
+            },
+        ),
+        Rules(
+            "trimr",
+            before=("\n\nWait", "\n\nBut", "\n\nAlternatively"),
+            opens={"transition": ("alternatively",), "reflection": ("wait", "but")},
+            holds={"answer": ("\\boxed", "final answer", "the answer is")},
+        ),
+        Rules(
+            "organism",
+            after=tuple(f"={k}" for k in range(10)),
+            before=("Wait", "Hmm"),
+            opens={"reflection": ("wait", "hmm")},
+        ),
+    )
+}
+"""Published lists, as far as they are known; none is verified, so no fidelity to a paper is claimed.
+
+*seal* (Chen et al. 2025): the words of a replication of it; the authors' own list was not checked, nor the order in
+which they try the classes. *trimr* (Lin et al. 2025): cut at the three words that summaries of it name, of a longer
+list that is not public. It tells answer-bearing thoughts with a verifier model, in whose place stand words of ours; its
+labels are ours too. *organism*: the embedded model's own words, where a result ends a step. No list gives backtracking:
+in Venhoff et al. (2025) a language model labels it. For that, write `Rules` of your own.
+"""
+
+
+def segments(
+    source: PreTrainedModel | PreTrainedTokenizerBase, completion: Completion, rules: str | Rules = "seal"
+) -> tuple[Segment, ...]:
+    """The thinking of a completion, cut by `rules` (a name in `RULES`, or your own): no gap, no overlap.
+
+    From the first generated token after the opening delimiter up to the closing one, or the end where the thinking was
+    cut off. Empty where nothing was thought. Only whole tokens are parted: one that ends a step, such as `.\\n\\n`, is
+    the last of that step. Words that the vocabulary lacks cut and label nothing (`present_rules` names them). `source`
+    is the model, or its tokenizer if that tells the delimiters. Raises ValueError for an unknown name, and where the
+    vocabulary has nothing that cuts.
+    """
+    tokenizer = tokenizer_of(source) if isinstance(source, PreTrainedModel) else source
+    known, _ = present_rules(tokenizer, rules)
+    first, stop = _thinking(source, completion)
+    if first >= stop:
+        return ()
+    pieces = _pieces(tokenizer, len(tokenizer))
+    texts = [pieces[i] if i < len(pieces) else "" for i in completion.all_ids[first:stop]]
+    edges = [0, *_cuts(texts, known), len(texts)]
+    parts = zip(edges, edges[1:], strict=False)
+    return tuple(Segment(first + a, first + b, _label("".join(texts[a:b]), known)) for a, b in parts)
+
+
+def present_rules(tokenizer: PreTrainedTokenizerBase, rules: str | Rules) -> tuple[Rules, tuple[str, ...]]:
+    """The rules without the words that this vocabulary lacks, and those words.
+
+    Raises ValueError for an unknown name, and where nothing that cuts is left.
+    """
+    if isinstance(rules, str) and rules not in RULES:
+        raise ValueError(f"{rules!r} names no rules. Known: {', '.join(RULES)}. Or write your own: Rules(...).")
+    whole = RULES[rules] if isinstance(rules, str) else rules
+    lacking: list[str] = []
+
+    def kept(words: tuple[str, ...], *, as_written: bool) -> tuple[str, ...]:
+        ways = {word: {word} if as_written else {word, word.capitalize(), word.upper()} for word in words}
+        absent = [word for word in words if not present_markers(tokenizer, sorted(ways[word]))[0]]
+        lacking.extend(word for word in absent if word not in lacking)
+        return tuple(word for word in words if word not in absent)
+
+    after, before = kept(whole.after, as_written=True), kept(whole.before, as_written=True)
+    opens, holds = ({k: kept(v, as_written=False) for k, v in each.items()} for each in (whole.opens, whole.holds))
+    if not after and not before:
+        raise ValueError(
+            f"The rules {whole.name!r} cut at {', '.join(map(repr, (*whole.after, *whole.before))) or 'nothing'}, and "
+            f"the vocabulary of {tokenizer.name_or_path!r} has none of these. Known rules: {', '.join(RULES)}; or "
+            "write your own: Rules(...)."
+        )
+    return replace(whole, after=after, before=before, opens=opens, holds=holds), tuple(lacking)
+
+
+def step_ids(tokenizer: PreTrainedTokenizerBase, delimiter: str = "\n\n") -> tuple[int, ...]:
+    """All ids whose text holds `delimiter`, such as `.\\n\\n`: the tokens that end a step.
+
+    A delimiter that is spread over two tokens is not found by ids. Raises ValueError where no token holds it.
+    """
+    found = tuple(i for i, text in enumerate(_pieces(tokenizer, len(tokenizer))) if delimiter in text)
+    if not delimiter or not found:
+        raise ValueError(
+            f"No token of {tokenizer.name_or_path!r} holds {delimiter!r}, so steps cannot be told by it. Name another "
+            "delimiter."
+        )
+    return found
+
+
+def segment_spans(
+    completion: Completion,
+    found: Sequence[Segment],
+    label: str,
+    *,
+    position: Literal["all", "before"] = "all",
+) -> list[Span]:
+    """Where to read the segments of a label, for a direction.
+
+    `all`: the positions whose next token is in the segment, [start-1, stop-1). `before`: the last token before it
+    alone, which ends the step before, as SEAL reads (Chen et al. 2025).
+    """
+    if label not in LABELS:
+        raise ValueError(f"{label!r} is no label. Known: {', '.join(LABELS)}.")
+    ids = completion.all_ids
+    stops = [(s.start, s.stop - 1 if position == "all" else s.start) for s in found if s.label == label]
+    return [Span(ids[:stop], start - 1, stop) for start, stop in stops]
+
+
+def segment_table(
+    source: PreTrainedModel | PreTrainedTokenizerBase, completion: Completion, found: Sequence[Segment]
+) -> Table:
+    """Segments with their text, a row each."""
+    tokenizer = tokenizer_of(source) if isinstance(source, PreTrainedModel) else source
+    texts = [str(tokenizer.decode(list(completion.all_ids[s.start : s.stop]))) for s in found]
+    rows = tuple((s.label, s.start, s.stop, text.strip()) for s, text in zip(found, texts, strict=True))
+    return Table(("label", "start", "stop", "text"), rows, f"{len(rows)} thoughts of completion {completion.id}")
+
+
+def _thinking(source: PreTrainedModel | PreTrainedTokenizerBase, completion: Completion) -> tuple[int, int]:
+    """Positions of the generated thinking, its delimiters apart: the text that is `completion.thinking`."""
+    span = completion.span
+    if span is None:
+        return 0, 0
+    first = max(span.first + 1, len(completion.prompt_ids))
+    if not span.closed:
+        return first, span.end
+    found = delimiters_of(source) if isinstance(source, PreTrainedModel) else find_delimiters(source)
+    return first, span.end - len(found.close)
+
+
+@lru_cache(maxsize=4)
+def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
+    """What each id adds to a text. Decoded alone, many a tokenizer drops a token's leading space: so after an anchor.
+
+    `size` tells a vocabulary that has grown. Ids that no token has add nothing.
+    """
+    (anchor,) = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    last = max(size - 1, *tokenizer.get_vocab().values())
+    rows = [[anchor], *([anchor, i] for i in range(last + 1))]
+    head, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tuple(text.removeprefix(head) for text in texts)
+
+
+def _cuts(texts: Sequence[str], rules: Rules) -> list[int]:
+    """The tokens that begin a thought, in order, but the first. None parts off a thought that is blank."""
+    whole = "".join(texts)
+    owner = [number for number, text in enumerate(texts) for _ in text]  # of each letter, its token
+    cuts = {owner[m.end() - 1] + 1 for word in rules.after for m in re.finditer(_ending(word), whole)}
+    for word in rules.before:
+        lead = len(word) - len(word.lstrip())
+        cuts |= {owner[m.start() + lead] for m in re.finditer(_whole_word(word), whole)}
+    kept, start = [], 0
+    for cut in sorted(cuts):
+        if "".join(texts[start:cut]).strip() and "".join(texts[cut:]).strip():
+            kept.append(cut)
+            start = cut
+    return kept
+
+
+def _whole_word(word: str) -> str:
+    """A pattern that does not find `But` in `Butter`."""
+    left, right = (r"(?<!\w)" if word[0].isalnum() else ""), (r"(?!\w)" if word[-1].isalnum() else "")
+    return left + re.escape(word) + right
+
+
+def _ending(word: str) -> str:
+    """A blank line of several empty lines ends with the last of them."""
+    return _whole_word(word) + (r"\n*" if word.endswith("\n") else "")
+
+
+def _label(text: str, rules: Rules) -> Label:
+    small = text.strip().lower()
+    for label in _TRIED:
+        if any(re.match(_whole_word(word.lower()), small) for word in rules.opens.get(label, ())):
+            return label
+        if any(word.lower() in small for word in rules.holds.get(label, ())):
+            return label
+    return "execution"
