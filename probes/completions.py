@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from probes.files import check_keys, staged_file
-from probes.sampling import Sampling
+from probes.sampling import Event, Sampling
 from probes.tokens import ThinkingSpan
 
 Stop = Literal["eos", "length"]
+_CONTROLLED: dict[str, Any] = {"decoding": "", "events": ()}  # keys that only a controlled completion has in a file
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sample of one prompt. `ids` are the generated tokens; `thinking` is None where the turn never thinks."""
+    """One sample of one prompt. `ids` are the generated tokens; `thinking` is None where the turn never thinks.
+
+    `decoding` names what decided over tokens beside the model, and `events` say what it did at which of `ids`.
+    """
 
     id: str
     sample: int
@@ -30,6 +34,8 @@ class Completion:
     stop: Stop
     sampling: Sampling
     model: str
+    decoding: str = ""
+    events: tuple[Event, ...] = ()
 
     @property
     def thinking_tokens(self) -> int:
@@ -45,14 +51,16 @@ class Completion:
         return self.prompt_ids + self.ids
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        words = asdict(self)
+        return json.dumps(words if self.decoding else {key: words[key] for key in words if key not in _CONTROLLED})
 
     @classmethod
     def from_json(cls, line: str) -> "Completion":
-        words: dict[str, Any] = json.loads(line)
+        words: dict[str, Any] = dict(_CONTROLLED) | json.loads(line)
         check_keys(words, (field.name for field in fields(cls)), "A completion")
         for key in ("prompt_ids", "ids"):
             words[key] = tuple(words[key])
+        words["events"] = tuple((kind, at) for kind, at in words["events"])
         words["span"] = None if words["span"] is None else ThinkingSpan(**words["span"])
         words["sampling"] = Sampling(**words["sampling"])
         return cls(**words)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from probes.completions import Completion, order_completions, read_completions, write_completions
 from probes.models import delimiters_of, origin_of, tokenizer_of
-from probes.sampling import Sampling, row_key
+from probes.sampling import CUT, Decoding, Event, Sampling, row_key
 from probes.tokens import Prompt, decode, encode_prompt, thinking_span
 
 
@@ -24,12 +25,15 @@ def generate(
     samples: int = 1,
     batch_size: int = 64,
     template: Mapping[str, Any] | None = None,
+    prefill: Sequence[int] = (),
+    decoding: Decoding | None = None,
     store: Path | None = None,
     label: str = "generating",
 ) -> list[Completion]:
     """`samples` completions of each prompt, prompt by prompt.
 
-    `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template. With
+    `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template; `prefill`,
+    token ids that begin the model's turn, is part of the prompt. `decoding` decides over tokens beside the model. With
     `store`, each batch is appended to that JSONL file, what it already holds is not generated again, and in the end it
     is in the order of the prompts: a run that was killed and started again ends with the same bytes. Randomness belongs
     to prompt and sample number, so batch size and order change nothing but speed.
@@ -42,18 +46,19 @@ def generate(
         raise ValueError(f"The id {Counter(names).most_common(1)[0][0]!r} names more than one prompt.")
     tokenizer = tokenizer_of(model)
     delimiters_of(model)  # refused before any work where there are none
-    encoded = [encode_prompt(tokenizer, prompt, template=template) for prompt in prompts]
+    encoded = [[*encode_prompt(tokenizer, prompt, template=template), *prefill] for prompt in prompts]
+    name = "" if decoding is None else decoding.name
     rows = sorted(
         ((n, sample) for n in range(len(prompts)) for sample in range(samples)), key=lambda row: -len(encoded[row[0]])
     )
-    done = {} if store is None else _held(Path(store), dict(zip(names, encoded, strict=True)), sampling)
+    done = {} if store is None else _held(Path(store), dict(zip(names, encoded, strict=True)), sampling, name)
     missing = sum((names[n], sample) not in done for n, sample in rows)
     with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
         for start in range(0, len(rows), batch_size):  # the same batches, whatever is done already
             batch = [(names[n], encoded[n], sample) for n, sample in rows[start : start + batch_size]]
             if all((name, sample) in done for name, _, sample in batch):
                 continue
-            new = [c for c in _complete(model, batch, sampling) if (c.id, c.sample) not in done]
+            new = [c for c in _complete(model, batch, sampling, decoding) if (c.id, c.sample) not in done]
             if store is not None:
                 write_completions(store, new)
             done.update({(c.id, c.sample): c for c in new})
@@ -64,26 +69,39 @@ def generate(
     return completions
 
 
-def _held(store: Path, prompts: Mapping[str, list[int]], sampling: Sampling) -> dict[tuple[str, int], Completion]:
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a completion: the generation config's, else the tokenizer's."""
+    own = model.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer_of(model).eos_token_id
+    return list(ends) if isinstance(ends, list) else [ends]
+
+
+def _held(
+    store: Path, prompts: Mapping[str, list[int]], sampling: Sampling, decoding: str
+) -> dict[tuple[str, int], Completion]:
     """What the store holds already. Raises ValueError where it was made from other prompts or otherwise sampled."""
     held = read_completions(store) if store.exists() else []
     for c in held:
         if c.sampling != sampling:
             raise ValueError(f"{store} was sampled as {c.sampling}, not as {sampling}. Name another file.")
+        if c.decoding != decoding:
+            here, there = (f"under {name}" if name else "with no control" for name in (decoding, c.decoding))
+            raise ValueError(f"{store} was written {there}, not {here}. Name another file.")
         if c.id in prompts and list(c.prompt_ids) != prompts[c.id]:
             raise ValueError(f"{store} holds another prompt under the id {c.id!r}. Name another file, or other ids.")
     return {(c.id, c.sample): c for c in held}
 
 
 @torch.no_grad()
-def _complete(model: PreTrainedModel, rows: list[tuple[str, list[int], int]], sampling: Sampling) -> list[Completion]:
+def _complete(
+    model: PreTrainedModel, rows: list[tuple[str, list[int], int]], sampling: Sampling, decoding: Decoding | None
+) -> list[Completion]:
     tokenizer, device = tokenizer_of(model), model.device
     width = max(len(prompt) for _, prompt, _ in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for _, prompt, _ in rows], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p, _ in rows], device=device)
-    own = model.generation_config
-    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    own, ends = model.generation_config, end_ids(model)
     config = GenerationConfig(
         do_sample=False,  # the draw is in the processors
         temperature=1.0,
@@ -95,17 +113,28 @@ def _complete(model: PreTrainedModel, rows: list[tuple[str, list[int], int]], sa
         repetition_penalty=own.repetition_penalty if own is not None else None,
     )
     keys = [row_key(prompt, sampling.seed, sample) for _, prompt, sample in rows]
+    draw = sampling.processors(keys, width, ids.device)
+    run = None if decoding is None else decoding.begin(mask)
     out = model.generate(  # type: ignore[operator]
         ids,
         attention_mask=mask,
         generation_config=config,
-        logits_processor=sampling.processors(keys, width, ids.device),
+        logits_processor=draw if run is None else run.processors(draw),
     )[:, width:].tolist()
-    stops = set(ends if isinstance(ends, list) else [ends])
-    return [
-        _read(model, name, prompt, sample, new, stops, sampling)
+    plain = [
+        _read(model, name, prompt, sample, new, set(ends), sampling)
         for (name, prompt, sample), new in zip(rows, out, strict=True)
     ]
+    if decoding is None or run is None:
+        return plain
+    return [_noted(c, decoding.name, tuple(events)) for c, events in zip(plain, run.events(), strict=True)]
+
+
+def _noted(completion: Completion, decoding: str, events: tuple[Event, ...]) -> Completion:
+    """A row that was ended by another than the model is as long as it was let be."""
+    cut = any(kind == CUT for kind, _ in events)
+    stop = "length" if cut else completion.stop
+    return replace(completion, decoding=decoding, events=events, stop=stop)
 
 
 def _read(

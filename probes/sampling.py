@@ -1,7 +1,9 @@
 """Sampling whose randomness belongs to the prompt: it is the same in any batch, in any order, on any device."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -51,6 +53,33 @@ class Sampling:
             steps.append(TopPLogitsWarper(self.top_p))
         steps.append(GumbelNoise(torch.tensor(keys, device=device), prompt_width))
         return LogitsProcessorList(steps)
+
+
+Event = tuple[str, int]
+CUT = "cut"
+
+
+@runtime_checkable
+class DecodingRun(Protocol):
+    """One batch under a `Decoding`."""
+
+    def processors(self, draw: LogitsProcessorList) -> LogitsProcessorList:
+        """What decides the next token, given what draws it: a processor before the draw changes the distribution,
+        one after it sees the token drawn (the argmax) and may overrule it."""
+
+    def events(self) -> Sequence[Sequence[Event]]:
+        """For each row what was overruled, and at which of the generated tokens. `CUT`: the row was ended there."""
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """What decides over tokens beside the model and the draw. Its `name` tells its completions from all others."""
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self, mask: Int[Tensor, "batch pos"]) -> DecodingRun:
+        """For a batch of prompts, padded on the left where `mask` is 0."""
 
 
 def row_key(prompt_ids: list[int], seed: int, sample: int) -> int:

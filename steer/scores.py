@@ -16,11 +16,13 @@ from probes.generation import generate
 from probes.sampling import Sampling
 from probes.tables import Table
 from steer.application import applied
+from steer.controls import Control, Controlled
 from steer.grading import is_correct
+from steer.prompts import Ask
 from steer.recipes import Recipe
 from steer.tasks import Problem, Task
 
-Arm = None | Recipe | PreTrainedModel | Sequence[Completion]
+Arm = None | Recipe | PreTrainedModel | Control | Ask | Sequence[Completion]
 SHORTEST = (0.05, 0.10, 0.20)
 
 
@@ -167,17 +169,25 @@ def evaluate(
 ) -> Evaluation:
     """Run every arm on the same problems.
 
-    None is the plain model; a recipe is applied at run time; a model is run; completions made elsewhere are graded.
+    None is the plain model; a recipe is applied at run time; a model is run; a control decides over tokens beside the
+    model; an `Ask` puts the questions otherwise; completions made elsewhere are graded.
 
     All arms draw with the same noise per problem and sample, so that they are compared in pairs.
     """
     outcomes = {}
     for name, arm in {"plain": None, **arms}.items():
-        if arm is None or isinstance(arm, Recipe | PreTrainedModel):
+        if arm is None or isinstance(arm, Recipe | PreTrainedModel | Control | Ask):
             subject = arm if isinstance(arm, PreTrainedModel) else model
             with applied(model, arm, must_fire=False) if isinstance(arm, Recipe) else nullcontext():
                 completions: Sequence[Completion] = solve(
-                    subject, problems, sampling=sampling, samples=samples, batch_size=batch_size, label=name
+                    subject,
+                    problems,
+                    sampling=sampling,
+                    samples=samples,
+                    batch_size=batch_size,
+                    control=arm if isinstance(arm, Control) else None,
+                    ask=arm if isinstance(arm, Ask) else Ask(),
+                    label=name,
                 )
         else:
             completions = arm
@@ -192,11 +202,13 @@ def solve(
     sampling: Sampling,
     samples: int = 1,
     batch_size: int = 64,
+    control: Control | None = None,
+    ask: Ask = Ask(),  # noqa: B008
     store: Path | None = None,
     label: str = "solving",
 ) -> list[Completion]:
-    """Completions of the problems' questions, named by the problems' ids."""
-    questions, ids = [problem.question for problem in problems], [problem.id for problem in problems]
+    """Completions of the problems' questions, put as `ask` says, under a control; named by the problems' ids."""
+    questions, ids = [ask.question(problem.question) for problem in problems], [problem.id for problem in problems]
     return generate(
         model,
         questions,
@@ -204,6 +216,9 @@ def solve(
         sampling=sampling,
         samples=samples,
         batch_size=batch_size,
+        template=ask.template,
+        prefill=ask.prefill(model),
+        decoding=None if control is None else Controlled(model, control),
         store=store,
         label=label,
     )

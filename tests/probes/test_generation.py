@@ -166,11 +166,11 @@ def test_what_a_killed_run_stored_is_not_generated_again(organism, tmp_path, mon
     store, complete, made = tmp_path / "completions.jsonl", generation._complete, []
     whole = generate(organism, CHAINS, sampling=WARM, batch_size=2)
 
-    def noted(model, rows, sampling):
+    def noted(model, rows, sampling, decoding):
         if len(made) == kill_after:
             raise KeyboardInterrupt
         made.extend(name for name, _, _ in rows)
-        return complete(model, rows, sampling)
+        return complete(model, rows, sampling, decoding)
 
     monkeypatch.setattr(generation, "_complete", noted)
     kill_after = 4

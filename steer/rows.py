@@ -1,0 +1,134 @@
+"""Where each row of a batch is while it is being written: in its thinking or not, and how far."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from probes.sampling import Event
+from probes.tokens import Delimiters
+from steer.clock import Clock
+
+Ids = Int[Tensor, "batch pos"]
+Scores = Float[Tensor, "batch d_vocab"]
+Where = Bool[Tensor, " batch"]
+
+_THINKING, _ANSWER = 1, 2
+
+
+class Rows:
+    """State of one run, a number or a truth for each row, on the device; nothing is copied to the host before `events`.
+
+    The thinking is that of `probes.tokens.thinking_span`: from the first opening delimiter of the turn to the closing
+    one after it. What is written before or after it is solution, a second block of thinking included.
+
+    - `opened`, `closed`, `done`: the thinking has begun, has ended, the row has ended; `thinking`: it is in between.
+    - `thoughts`: tokens generated since the thinking was opened. `said`: tokens generated outside the thinking, since
+      it was closed or, until it is opened, since the row began.
+    - `opening`, `closing`: how many tokens of that delimiter have just been written, less than all.
+    - `shut`: the closing delimiter is being written for the row. `taken`: its next token is decided; who comes later
+      leaves it alone.
+    - `step`: the number of the token that is being decided.
+    """
+
+    def __init__(self, delimiters: Delimiters, ends: Sequence[int], mask: Int[Tensor, "batch pos"]) -> None:
+        self.delimiters, self.mask = delimiters, mask
+        self.open, self.close, self.ends = (
+            torch.tensor(ids, device=mask.device) for ids in (delimiters.open, delimiters.close, ends)
+        )
+        self._clock = Clock(delimiters)
+        self._events: list[tuple[str, int, Where]] = []
+        self.opened, self.closed, self.done, self.taken, self.shut, self._told = (
+            torch.zeros(len(mask), dtype=torch.bool, device=mask.device) for _ in range(6)
+        )
+        self.thoughts, self.said, self.opening, self.closing = (
+            torch.zeros(len(mask), dtype=torch.long, device=mask.device) for _ in range(4)
+        )
+        self.step = 0
+
+    @property
+    def thinking(self) -> Where:
+        return self.opened & ~self.closed & ~self.done
+
+    @property
+    def free(self) -> Where:
+        """Rows that go on, and whose next token nobody has decided."""
+        return ~self.done & ~self.taken
+
+    def follow(self, ids: Ids) -> None:
+        """Take in the prompts at the first call, the newest token of each row after it."""
+        width = self.mask.shape[1]
+        self.step, self.taken = ids.shape[1] - width, torch.zeros_like(self.taken)
+        if self.step == 0:
+            self._begin(ids)
+        else:
+            self._advance(ids)
+        self.opening = _partial(ids, self.delimiters.open).masked_fill(self.opened, 0)
+        self.closing = _partial(ids, self.delimiters.close).masked_fill(~self.thinking, 0)
+
+    def _begin(self, ids: Ids) -> None:
+        self._clock.advance(ids, self.mask, 0)
+        phase = self._phase
+        self.opened = phase[:, -1] == _THINKING
+        if self.delimiters.turn:  # else a block that is closed may belong to an earlier turn
+            self.opened = (phase == _THINKING).any(1)
+            self.closed = self.opened & (phase[:, -1] == _ANSWER)
+
+    def _advance(self, ids: Ids) -> None:
+        self._clock.advance(ids[:, -1:], None, ids.shape[1] - 1)
+        phase, live, thought = self._phase[:, -1], ~self.done, self.thinking
+        self.opened = self.opened | (phase == _THINKING)
+        self.thoughts = self.thoughts + thought
+        self.said = (self.said + (live & ~thought)).masked_fill(~thought & self.thinking, 0)
+        self.closed = self.closed | (self.opened & (phase == _ANSWER))
+        self.done = self.done | torch.isin(ids[:, -1], self.ends)
+
+    @property
+    def _phase(self) -> Int[Tensor, "batch new"]:
+        assert self._clock.phase is not None
+        return self._clock.phase
+
+    def would_close(self, scores: Scores) -> Where:
+        """Rows whose drawn token ends their thinking: it completes the closing delimiter, or ends the row."""
+        drawn = scores.argmax(1)
+        completes = (drawn == self.close[-1]) & (self.closing == len(self.close) - 1)
+        return self.thinking & (completes | torch.isin(drawn, self.ends))
+
+    def force(self, scores: Scores, where: Where, token: Int[Tensor, " batch"]) -> Scores:
+        """These rows write this token."""
+        self.taken = self.taken | where
+        only = torch.full_like(scores, -torch.inf).scatter(1, token[:, None], 0.0)
+        return only.where(where[:, None], scores)
+
+    def end_thinking(self, scores: Scores, where: Where) -> Scores:
+        """These rows write the closing delimiter, token by token from now on, or the rest of it."""
+        token = self.close[self.closing]
+        overruled = where & (scores.argmax(1) != token)
+        self.note("close", overruled & ~self._told)
+        self._told, self.shut = self._told | overruled, self.shut | where
+        return self.force(scores, where, token)
+
+    def note(self, kind: str, where: Where, *, back: int = 0) -> None:
+        """Something was done to these rows, at the token being decided or `back` tokens before it."""
+        self._events.append((kind, self.step - back, where))
+
+    def events(self) -> list[tuple[Event, ...]]:
+        """Of each row what was noted, in the order of the tokens."""
+        if not self._events:
+            return [()] * len(self.mask)
+        rows = torch.stack([where for _, _, where in self._events]).cpu().T.tolist()
+        noted = [(kind, at) for kind, at, _ in self._events]
+        return [
+            tuple(sorted((e for e, hit in zip(noted, row, strict=True) if hit), key=lambda event: event[1]))
+            for row in rows
+        ]
+
+
+def _partial(ids: Ids, wanted: tuple[int, ...]) -> Int[Tensor, " batch"]:
+    """How many tokens of `wanted`, from its first on but not all, end each row."""
+    found = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    for n in range(1, min(len(wanted), ids.shape[1] + 1)):
+        hit = torch.stack([ids[:, i - n] == token for i, token in enumerate(wanted[:n])]).all(0)
+        found = found.masked_fill(hit, n)
+    return found
