@@ -13,8 +13,9 @@ from probes.directions import Direction
 from probes.files import check_keys
 from probes.lengths import LengthProbe
 from probes.models import markers_of, tokenizer_of
+from probes.segments import step_ids
 from probes.sites import Site
-from probes.tokens import decode, present_markers
+from probes.tokens import present_markers
 from steer.clock import Ids
 
 Phase = Literal["all", "prompt", "thinking", "answer"]
@@ -146,14 +147,7 @@ class Scope:
     def at_steps(cls, model: PreTrainedModel, delimiter: str = "\n\n", *, phase: Phase = "thinking") -> "Scope":
         """The tokens that end a step of the thinking, as SEAL steers them (Chen et al. 2025): all ids whose text holds
         `delimiter`. Raises ValueError where the vocabulary has none."""
-        tokenizer = tokenizer_of(model)
-        ids = [i for i in range(len(tokenizer)) if delimiter in decode(tokenizer, [i])]
-        if not ids:
-            raise ValueError(
-                f"No token of {tokenizer.name_or_path!r} holds {delimiter!r}, so steps cannot be told by it. Name "
-                "another delimiter, or the ids: Scope(phase='thinking', tokens=(...))."
-            )
-        return cls(phase, tokens=tuple(ids))
+        return cls(phase, tokens=step_ids(tokenizer_of(model), delimiter))
 
     @classmethod
     def after_marker(cls, model: PreTrainedModel, n: int, markers: Sequence[str] | None = None) -> "Scope":

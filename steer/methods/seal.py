@@ -1,0 +1,49 @@
+"""SEAL: steer the tokens that end a step towards execution, away from reflection and transition (Chen et al. 2025).
+
+The direction is mean(execution) - mean(reflection and transition), read at the token that ends the step before a
+thought, and added at such tokens while the model thinks. The authors' keyword list and their layers were not checked
+(see `probes.segments.RULES`); layer and strength are to be chosen on a selection split.
+"""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from probes.completions import Completion
+from probes.directions import Direction, difference_in_means
+from probes.models import tokenizer_of
+from probes.places import sites_in
+from probes.segments import Rules, present_rules, segment_spans, segments, step_ids
+from steer.interventions import Add
+from steer.recipes import Recipe
+from steer.scopes import Scope
+
+METHOD = "SEAL-style (after Chen et al. 2025)"
+
+
+def seal_vectors(
+    model: PreTrainedModel, completions: Sequence[Completion], rules: str | Rules = "seal"
+) -> list[Direction]:
+    """One direction for each layer's resid_post. Raises ValueError where the rules find thoughts of one side alone."""
+    execution, others = [], []
+    for completion in completions:
+        found = segments(model, completion, rules)
+        execution += segment_spans(completion, found, "execution", position="before")
+        for label in ("reflection", "transition"):
+            others += segment_spans(completion, found, label, position="before")
+    if not execution or not others:
+        raise ValueError(
+            f"The rules find {len(execution)} thoughts of execution and {len(others)} of reflection or transition in "
+            f"{len(completions)} completions, and a direction needs both. Generate more, or name other rules."
+        )
+    return list(difference_in_means(model, execution, others, sites_in(model, "resid_post")).values())
+
+
+def steering(model: PreTrainedModel, vector: Direction, strength: float, *, rules: str | Rules = "seal") -> Recipe:
+    """Towards execution at the tokens of the thinking that end a step; strength in units of the stream's mean norm."""
+    known, _ = present_rules(tokenizer_of(model), rules)
+    ids = sorted({i for delimiter in known.after for i in step_ids(tokenizer_of(model), delimiter)})
+    if not ids:
+        raise ValueError(f"The rules {known.name!r} end no step at a token, so there is nowhere to steer: name others.")
+    scope = Scope("thinking", tokens=tuple(ids))
+    return Recipe.of(model, [Add.of(vector, strength)], scope=scope, method=METHOD)
