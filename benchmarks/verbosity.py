@@ -1,8 +1,8 @@
 """A verbosity direction on a real model: does more of it make SmolLM2-135M-Instruct's answers longer?
 
-The direction contrasts two instructions of our own, "Answer at length" and "Answer briefly", after the same 40
+The direction contrasts two instructions of our own, "Answer at length" and "Answer briefly", after the same 30
 questions, at the last token of the prompt, in the middle layer. It is added at every token the model writes, at five
-strengths fixed in advance (units: the stream's mean norm there). Mean answer length over 100 other questions; Spearman's
+strengths fixed in advance (units: the stream's mean norm there). Mean answer length over 100 others; Spearman's
 correlation of strength with it, with a 95 % bootstrap interval over questions; the same along a random direction of
 the same norm. Nothing is selected.
 
@@ -28,22 +28,23 @@ from steer import Add, Recipe, applied
 
 STRENGTHS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 BRIEF, LONG = "Answer briefly, in a few words.", "Answer at length, in great detail and with examples."
-THINGS = (
-    "river bridge door clock apple horse ship garden letter mirror candle winter market teacher island engine song "
-    "carpet forest hammer library mountain newspaper ocean pencil queen railway shadow telephone umbrella village window "
-    "yard zebra anchor bakery camera desert elephant factory guitar hotel iceberg jacket kitchen ladder magnet needle "
-    "orchard piano quilt rocket saddle temple uncle volcano wagon xylophone yacht zipper acorn balloon castle dragon "
-    "eagle feather glacier harbour insect jungle kettle lantern meadow nest oven parrot quarry rainbow spider tunnel "
-    "universe violin whale wheel yoghurt zoo atlas basket cactus diamond earthquake fountain goat helmet ivy jewel "
-    "knot lemon moon notebook olive planet rabbit satellite tiger urn valley waterfall robot museum honey comet bicycle "
-    "compass dolphin embassy falcon grape hill igloo jury kite lizard mosque nurse onion pilot quartz road stone train"
-).split()
-N_READ, N_ASKED, NEW_TOKENS, BATCH = 40, 100, 128, 50
+THINGS = """
+river bridge door clock apple horse ship garden letter mirror candle winter market teacher island engine
+song carpet forest hammer library mountain newspaper ocean pencil queen railway shadow telephone umbrella
+village window yard zebra anchor bakery camera desert elephant factory guitar hotel iceberg jacket kitchen
+ladder magnet needle orchard piano quilt rocket saddle temple uncle volcano wagon xylophone yacht zipper
+acorn balloon castle dragon eagle feather glacier harbour insect jungle kettle lantern meadow nest oven
+parrot quarry rainbow spider tunnel universe violin whale wheel yoghurt zoo atlas basket cactus diamond
+earthquake fountain goat helmet ivy jewel knot lemon moon notebook olive planet rabbit satellite tiger urn
+valley waterfall robot museum honey comet bicycle compass dolphin embassy falcon grape hill igloo jury kite
+lizard mosque nurse onion pilot quartz road stone train
+""".split()  # noqa: SIM905
+N_READ, N_ASKED, NEW_TOKENS, BATCH = 30, 100, 128, 50
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    model = load("smollm2", delimiters=("<|im_start|>assistant\n", " answer"))
+    model = load("smollm2", delimiters=("<|im_start|>assistant\n", "<|im_end|>"))  # all it writes
     questions = [f"What is a {thing}?" for thing in THINGS]
     site = Site(n_layers(model) // 2, "resid_post")
 
