@@ -92,7 +92,10 @@ def heads_figure(
 
 
 def arms_figure(points: Sequence[Point]) -> go.Figure:
-    """Accuracy against thinking length, with the accuracy's interval: a colour an arm, filled for the first group."""
+    """Accuracy against thinking length, with the accuracy's interval: a colour an arm, filled for the first group.
+
+    A line joins the first group's Pareto front: the arms that no other beats in both.
+    """
     names, groups = (list(dict.fromkeys(getattr(p, field) for p in points)) for field in ("name", "group"))
     marks = ", ".join(f"{kind}: {_text(group)}" for kind, group in zip(("filled", "open"), groups, strict=False))
     figure = _figure(f"mean thinking tokens ({marks})", "accuracy")
@@ -112,8 +115,23 @@ def arms_figure(points: Sequence[Point]) -> go.Figure:
                 opacity=0.85,
                 hovertemplate="%{y:.3f} at %{x:.2f} tokens",
             )
+    front = pareto_front([p for p in points if p.group == groups[0]]) if points else []
+    if len(front) > 1:
+        line = {"color": GREY, "width": 1, "dash": "dot"}
+        x, y = [p.length for p in front], [p.accuracy for p in front]
+        figure.add_scatter(x=x, y=y, mode="lines", line=line, name="Pareto front", hoverinfo="skip")
     figure.update_layout(height=430)
     return figure
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that none is both as short and more accurate, or shorter and as accurate as; from short to long."""
+    front: list[Point] = []
+    known = [p for p in points if p.length is not None and p.accuracy is not None]
+    for point in sorted(known, key=lambda p: (p.length, -(p.accuracy or 0))):
+        if not front or (point.accuracy or 0) > (front[-1].accuracy or 0):
+            front.append(point)
+    return front
 
 
 def sweep_figure(direction: Sequence[Dose], random: Sequence[Dose], *, title: str = "") -> go.Figure:

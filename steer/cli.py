@@ -35,6 +35,7 @@ from steer.commands.options import (
     console,
     end,
 )
+from steer.commands.sweep import sweep_
 from steer.differences import diff as compare_checkpoints
 from steer.methods.thinkedit import Kind
 from steer.organism import train
@@ -244,6 +245,7 @@ def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
 
 
 app.command("compare")(compare_)
+app.command("sweep")(sweep_)
 
 
 def main() -> None:

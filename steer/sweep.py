@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import plotly.graph_objects as go
 import torch
 from transformers import PreTrainedModel
 
 from probes.activations import Span
 from probes.directions import Direction, difference_in_means, random_direction
+from probes.figures import Point, arms_figure
 from probes.sampling import Sampling
+from probes.sites import Site
 from probes.tables import Table
 from steer.calibration import calibrated, divergence
 from steer.recipes import Recipe
@@ -27,7 +30,7 @@ class Contrast:
     negative: tuple[Span, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site) -> "Contrast":
+    def of(cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site: Site) -> "Contrast":
         found = difference_in_means(model, positive, negative, [site])[site]
         return cls(found, tuple(positive), tuple(negative))
 
@@ -58,6 +61,11 @@ class Sweep:
 
     def to_frame(self):
         return self.table().to_frame()
+
+    def figure(self) -> go.Figure:
+        """Accuracy against thinking length of every arm on the report split, with the Pareto front."""
+        scores = {name: self.report.score(name) for name in self.report.arms}
+        return arms_figure([Point(name, s.length, s.accuracy, s.interval) for name, s in scores.items()])
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

@@ -1,13 +1,17 @@
 """A sweep chooses on one split and reports on another, beside controls that are what their names say."""
 
+import json
+
 import pytest
 import torch
 
 from probes import load
 from probes.directions import difference_in_means, random_direction
+from probes.figures import Point, pareto_front
 from probes.sampling import Sampling
 from probes.sites import Site
 from steer.calibration import divergence
+from steer.cli import app
 from steer.interventions import Add
 from steer.methods.thinkedit import LengthSplit
 from steer.recipes import Recipe
@@ -67,6 +71,8 @@ def test_longer_is_longer_and_zero_is_plain(made):
     best, control = (found.report.score(arm) for arm in (f"strength {found.chosen:+g}", "random direction"))
     assert best.difference_interval[0] > control.difference_interval[1]
     assert "chosen on the selection split" in found._repr_html_()
+    drawn = {trace.name: trace for trace in found.figure().data}
+    assert set(found.report.arms) | {"Pareto front"} == set(drawn)
 
 
 def test_controls_have_the_norm_and_the_divergence_of_what_they_control(made, setting):
@@ -100,3 +106,29 @@ def test_a_split_that_saw_the_choice_is_refused(setting):
             model, task, contrast, lambda *_: None, (0.0,), select=problems, report=problems[:1],
             judge=contrast.positive, sampling=sampling,
         )  # fmt: skip
+
+
+def test_the_front_holds_the_arms_that_none_beats():
+    planted = {"a": (5, 0.3), "b": (6, 0.2), "c": (8, 0.6), "d": (8, 0.5), "e": (12, 0.6), "f": (15, 0.9)}
+    points = [Point(name, *values, (0, 1)) for name, values in planted.items()]
+    assert [point.name for point in pareto_front(points)] == ["a", "c", "f"]
+
+
+def test_the_command_writes_the_chosen_recipe_and_tells_the_controls(setting, tmp_path, capsys):
+    _, _, _, contrast = setting
+    words = {"w": ["a 3 b +4", "a 5 c -1"], "v": ["a 3 b +4 quick", "a 5 c -1 quick"]}
+    for name, texts in words.items():
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sides = [
+        "--positive",
+        str(tmp_path / "w"),
+        "--negative",
+        str(tmp_path / "v"),
+        "--site",
+        str(contrast.direction.site),
+    ]
+    sizes = ["--n-select", "20", "--n-report", "30", "--draws", "1", "--strength", "-0.02", "--strength", "0.02"]
+    app(["sweep", "organism", *sides, *sizes, "-o", str(tmp_path / "r"), "--json"], standalone_mode=False)
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["chosen"] == Recipe.load(tmp_path / "r").steps[0].intervention.strength
+    assert {"plain", "random direction", "shuffled labels"} <= set(facts["report"])
