@@ -40,9 +40,12 @@ def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     before: list[Tensor] = []
 
     def edit_added(added: Tensor) -> Tensor | None:
-        mid = before.pop() + added
+        pre = before.pop()
+        mid = pre + added
         new = edit(mid)
-        return None if new is None else added + (new - mid)
+        return (
+            None if new is None else torch.where(new == mid, added, new - pre)
+        )  # what is not changed stays to the bit
 
     with (
         _on_tap(model, Site(site.layer, "resid_pre"), before.append),
