@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -71,44 +72,42 @@ class FireLog:
         """Add up the pass that is over, if there was one."""
         if not self._pass:
             return
-        phase, position = self.clock.mask_of_phases(), self.clock.positions()
-        ran = sorted(self._pass)
-        masks = {id(self.gates[i]): self.gates[i].mask for i in ran}
-        hits = {key: (mask & phase).flatten(1) for key, mask in masks.items()}
-        where = position.flatten()
-        seen = {
-            key: (hit.sum(1), where.where(hit, _NEVER).amin(1), where.where(hit, -1).amax(1))
-            for key, hit in hits.items()
-        }
-        tokens, first, last = (torch.stack([seen[id(self.gates[i])][n] for i in ran]) for n in range(3))
-        hit = torch.stack([hits[id(self.gates[i])] for i in ran])
-        before = torch.stack([self._pass[i][0].to(where.device, torch.float32) for i in ran])
-        ratios = self._changes(ran, where.device) / before.clamp(min=torch.finfo(torch.float32).tiny)
-        ratios = ratios.flatten(1)[:, None].where(hit, 0)
+        phases, position = self.clock.mask_of_phases(), self.clock.positions()
         if self._sums is None:
-            self._sums = _Sums.none(len(self.steps), where.device)
-        self._sums.add(ran, tokens, ratios, first, last)
+            self._sums = _Sums.none(len(self.steps), position.device)
+        masks = {}
+        for gate, steps in self._by_gate.items():
+            if ran := [step for step in steps if step in self._pass]:
+                masks[id(gate)] = gate.mask
+                self._add(gate, ran, (gate.mask & phases).flatten(1), position.flatten())
         if self.clock.starts:
             self._run.clear()
         self._run.append((position, masks))
         self._pass.clear()
 
-    def _changes(self, ran: list[int], device: torch.device) -> Tensor:
-        """The norms of what each step changed, `[steps batch new]`."""
+    @cached_property
+    def _by_gate(self) -> dict[Gate, list[int]]:
+        return {gate: [i for i, own in enumerate(self.gates) if own is gate] for gate in self.gates}
+
+    def _add(self, gate: Gate, ran: list[int], hit: Tensor, position: Tensor) -> None:
+        """The steps behind one gate, which touch the same tokens; `hit` is [phases tokens]."""
+        assert self._sums is not None
+        before = torch.stack([self._pass[i][0].to(position.device, torch.float32) for i in ran]).flatten(1)
+        ratios = self._changes(gate, ran, position.device) / before.clamp(min=torch.finfo(torch.float32).tiny)
+        first, last = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
+        self._sums.add(ran, hit.sum(1), ratios[:, None].where(hit, 0), first, last)
+
+    def _changes(self, gate: Gate, ran: list[int], device: torch.device) -> Float[Tensor, "steps tokens"]:
+        """The norms of what each step changed."""
         changes = [self._pass[i][1] for i in ran]
         if all(isinstance(change, float) for change in changes):
-            weights = torch.stack([self.gates[i].weight(torch.float32, device)[..., 0] for i in ran])
             key = tuple(changes)
             if key not in self._norms:  # moved to the device once
-                self._norms[key] = torch.tensor(changes, device=device)[:, None, None]
-            return weights.abs() * self._norms[key]
-        rows = [
-            change.detach().to(device, torch.float32)
-            if isinstance(change, Tensor)
-            else self.gates[i].weight(torch.float32, device)[..., 0].abs() * change
-            for i, change in zip(ran, changes, strict=True)
-        ]
-        return torch.stack(rows)
+                self._norms[key] = torch.tensor(changes, device=device)[:, None]
+            return gate.weight(torch.float32, device).flatten().abs() * self._norms[key]
+        weight = gate.weight(torch.float32, device)[..., 0].abs()
+        rows = [c.detach().to(device, torch.float32) if isinstance(c, Tensor) else weight * c for c in changes]
+        return torch.stack(rows).flatten(1)
 
     @property
     def tokens(self) -> int:
