@@ -10,7 +10,17 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-PUBLIC_MODULES = ("probes.figures", "probes.lengths", "probes.places", "steer.calibration", "steer.methods.thinkedit")
+PUBLIC_MODULES = (
+    "probes.figures",
+    "probes.lengths",
+    "probes.places",
+    "steer.budgets",
+    "steer.calibration",
+    "steer.methods.thinkedit",
+    "steer.prompts",
+    "steer.scores",
+    "steer.sweep",
+)
 
 
 def code_of(path: Path) -> list[str]:
@@ -62,6 +72,11 @@ def thinkedit_names():
 @pytest.fixture(scope="module")
 def steering_names():
     return left_behind_by("02_steering.ipynb")
+
+
+@pytest.fixture(scope="module")
+def evaluation_names():
+    return left_behind_by("03_evaluation.ipynb")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -117,3 +132,14 @@ def test_steering_does_what_the_second_notebook_says(steering_names):
     twin, steered = steering_names["twin"], steering_names["steered"]
     again = steering_names["generate"](twin, steering_names["questions"], sampling=steering_names["sampling"])
     assert [c.ids for c in again] == [c.ids for c in steered]
+
+
+def test_the_third_notebook_sets_one_recipe_beside_all_its_controls(evaluation_names):
+    found, result = evaluation_names["found"], evaluation_names["result"]
+    controls = ("random direction", "shuffled labels", "random direction, same KL")
+    assert set(controls) <= set(found.report.arms)
+    steered = result.score("steered")
+    assert steered.difference_interval[0] > 0
+    assert all(found.report.score(name).difference < steered.difference for name in controls)
+    assert result.score("at most 8 thinking tokens").length <= 10
+    assert result.score("no thinking").accuracy < 0.4
