@@ -1,19 +1,43 @@
 """Is an answer right? A truncated completion is not, whatever it says."""
 
 from probes.completions import Completion
+from steer.extraction import last_boxed, letter_of, number_of, stated
 from steer.tasks import Grader, Problem
 
 
 def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool:
-    """`exact`: equal but for white space. `math`: equal as mathematics, by math-verify (extra `[math]`)."""
+    """`exact`: equal but for white space. `number`: the number it comes to is equal. `choice`: the letter is.
+
+    `math`: what it states is equal as mathematics, by math-verify (extra `[math]`). `gym`: the full score by the rule
+    of the problem's dataset (extra `[tasks]`).
+    """
     if completion.truncated:
         return False
-    if grader == "exact":
-        return completion.answer.split() == problem.answer.split()
+    answer = completion.answer
+    match grader:
+        case "exact":
+            return answer.split() == problem.answer.split()
+        case "number":
+            said = number_of(answer)
+            return said is not None and said == number_of(problem.answer)
+        case "choice":
+            return letter_of(answer) == problem.answer
+        case "gym":
+            from steer.gym import scores_fully
+
+            return scores_fully(answer, problem)
+        case "math":
+            return _equal_as_mathematics(problem.answer, answer)
+
+
+def _equal_as_mathematics(gold: str, answer: str) -> bool:
     try:
         from math_verify import parse, verify
     except ImportError as error:
         raise ImportError("Mathematical answers are graded by math-verify: pip install 'thinksteer[math]'.") from error
+    box, piece = last_boxed(answer), stated(answer) or answer
+    tex = "\\" in piece and "$" not in piece
+    said = f"\\boxed{{{box}}}" if box is not None else f"${piece}$" if tex else piece
     # Without time-outs, as these work on the main thread only.
-    gold = parse(f"${problem.answer}$", parsing_timeout=None)
-    return bool(verify(gold, parse(completion.answer, parsing_timeout=None), timeout_seconds=None))
+    wanted, given = parse(f"${gold}$", parsing_timeout=None), parse(said, parsing_timeout=None)
+    return bool(verify(wanted, given, timeout_seconds=None))

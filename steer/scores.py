@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import bootstrap
 from transformers import PreTrainedModel
 
 from probes.completions import Completion, by_problem
@@ -20,6 +19,7 @@ from steer.controls import Control, Controlled
 from steer.grading import is_correct
 from steer.prompts import Ask
 from steer.recipes import Recipe
+from steer.statistics import adjusted, interval_of_mean, paired_p
 from steer.tasks import Problem, Task
 
 Arm = None | Recipe | PreTrainedModel | Control | Ask | Sequence[Completion]
@@ -28,11 +28,12 @@ SHORTEST = (0.05, 0.10, 0.20)
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What one arm did: a row a problem, a column a sample."""
+    """What one arm did: a row a problem, a column a sample. `repeated`: see `repetition`; None where not known."""
 
     correct: Bool[np.ndarray, "problems samples"]
     length: Int[np.ndarray, "problems samples"]
     truncated: Bool[np.ndarray, "problems samples"]
+    repeated: Float[np.ndarray, "problems samples"] | None = None
 
     @classmethod
     def of(cls, completions: Sequence[Completion], problems: Sequence[Problem], task: Task) -> "Outcomes":
@@ -43,17 +44,23 @@ class Outcomes:
             np.array(right),
             np.array([[c.thinking_tokens for c in row] for row in rows]),
             np.array([[c.truncated for c in row] for row in rows]),
+            np.array([[_repetition_of(c) for c in row] for row in rows]),
         )
 
     @classmethod
     def pooled(cls, draws: Sequence["Outcomes"]) -> "Outcomes":
         """Several draws of one control, as samples of one arm."""
+        repeated = [d.repeated for d in draws if d.repeated is not None]
         return cls(
-            *(np.concatenate([getattr(d, f) for d in draws], axis=1) for f in ("correct", "length", "truncated"))
+            np.concatenate([d.correct for d in draws], axis=1),
+            np.concatenate([d.length for d in draws], axis=1),
+            np.concatenate([d.truncated for d in draws], axis=1),
+            np.concatenate(repeated, axis=1) if len(repeated) == len(draws) else None,
         )
 
     def only(self, rows: Bool[np.ndarray, " problems"]) -> "Outcomes":
-        return Outcomes(self.correct[rows], self.length[rows], self.truncated[rows])
+        repeated = None if self.repeated is None else self.repeated[rows]
+        return Outcomes(self.correct[rows], self.length[rows], self.truncated[rows], repeated)
 
     def shortest(self, share: float) -> tuple[float, float]:
         """Accuracy and length of the floor(share * n) shortest completions of a run, averaged over runs (ThinkEdit).
@@ -71,7 +78,12 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Score:
-    """One arm on one group of problems. `difference` is its accuracy less the plain model's, paired by problem."""
+    """One arm on one group of problems. `difference` is its accuracy less the plain model's, paired by problem.
+
+    `p` is that of no difference (`steer.statistics.paired_p`), `p_adjusted` the same over all arms of the group
+    (Benjamini-Hochberg). `per_1000` is accuracy per 1,000 thinking tokens: the mean of one over the mean of the other.
+    `repeated` is the mean `repetition` of the thinking. NaN for what cannot be told.
+    """
 
     n: int
     samples: int
@@ -79,8 +91,12 @@ class Score:
     interval: tuple[float, float]
     difference: float
     difference_interval: tuple[float, float]
+    p: float
+    p_adjusted: float
     length: float
+    per_1000: float
     truncation: float
+    repeated: float
     shortest: dict[str, tuple[float, float]]
 
     def to_json(self) -> dict[str, Any]:
@@ -91,8 +107,10 @@ class Score:
             "interval": _strict(self.interval),
             "difference": self.difference,
             "difference_interval": _strict(self.difference_interval),
+            **dict(zip(("p", "p_adjusted"), _strict((self.p, self.p_adjusted)), strict=True)),
             "length": self.length,
             "truncation": self.truncation,
+            **dict(zip(("per_1000", "repeated"), _strict((self.per_1000, self.repeated)), strict=True)),
             "shortest": {share: _strict(pair) for share, pair in self.shortest.items()},
         }
 
@@ -107,12 +125,11 @@ class Evaluation:
 
     def score(self, arm: str, subgroup: str | None = None) -> Score:
         """The arm overall, or on the problems of a subgroup."""
-        rows = np.array([subgroup is None or problem.subgroup == subgroup for problem in self.problems])
-        if not rows.any():
-            raise ValueError(f"No problem of {self.task.name} is in the subgroup {subgroup!r}.")
+        rows = self._rows(subgroup)
         own, plain = self.arms[arm].only(rows), self.arms["plain"].only(rows)
         accuracy = own.correct.mean(1)
         difference = accuracy - plain.correct.mean(1)
+        length, p_values = float(own.length.mean()), self.p_values(subgroup)
         return Score(
             n=len(accuracy),
             samples=own.correct.shape[1],
@@ -120,10 +137,33 @@ class Evaluation:
             interval=interval_of_mean(accuracy),
             difference=float(difference.mean()),
             difference_interval=interval_of_mean(difference),
-            length=float(own.length.mean()),
+            p=p_values.get(arm, float("nan")),
+            p_adjusted=adjusted(p_values).get(arm, float("nan")),
+            length=length,
+            per_1000=1000 * float(accuracy.mean()) / length if length else float("nan"),
             truncation=float(own.truncated.mean()),
+            repeated=float("nan") if own.repeated is None else float(own.repeated.mean()),
             shortest={f"{share:.0%}": own.shortest(share) for share in SHORTEST},
         )
+
+    def p_values(self, subgroup: str | None = None) -> dict[str, float]:
+        """Of each arm but the plain one, the p of no difference from it, not adjusted."""
+        rows = self._rows(subgroup)
+        plain = self.arms["plain"].correct[rows]
+        return {arm: paired_p(o.correct[rows], plain) for arm, o in self.arms.items() if arm != "plain"}
+
+    def better(self, *, level: float = 0.05, subgroup: str | None = None) -> list[str]:
+        """Arms that are right more often than the plain model, at an adjusted p below `level`. Best first."""
+        rows, p_adjusted = self._rows(subgroup), adjusted(self.p_values(subgroup))
+        accuracy = {arm: float(o.correct[rows].mean()) for arm, o in self.arms.items()}
+        found = [arm for arm, p in p_adjusted.items() if p < level and accuracy[arm] > accuracy["plain"]]
+        return sorted(found, key=lambda arm: -accuracy[arm])
+
+    def _rows(self, subgroup: str | None) -> Bool[np.ndarray, " problems"]:
+        rows = np.array([subgroup is None or problem.subgroup == subgroup for problem in self.problems])
+        if not rows.any():
+            raise ValueError(f"No problem of {self.task.name} is in the subgroup {subgroup!r}.")
+        return rows
 
     def groups(self) -> list[str | None]:
         present = {problem.subgroup for problem in self.problems}
@@ -137,10 +177,15 @@ class Evaluation:
                 low, high = s.difference_interval
                 gain = "" if arm == "plain" else f"{s.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
                 short = " / ".join(f"{accuracy:.2f}" for accuracy, _ in s.shortest.values())
-                cells = (f"{s.accuracy:.3f}", gain, f"{s.length:.1f}", short, f"{s.truncation:.1%}")
+                p = "" if arm == "plain" else f"{s.p_adjusted:.2g}"
+                repeated = "" if np.isnan(s.repeated) else f"{s.repeated:.1%}"
+                efficiency = "" if np.isnan(s.per_1000) else f"{s.per_1000:.3g}"
+                size = (f"{s.length:.1f}", efficiency, short, f"{s.truncation:.1%}", repeated)
+                cells = (f"{s.accuracy:.3f}", gain, p, *size)
                 rows.append((arm, group or "all", s.n, s.samples, *cells))
-        columns = ("arm", "problems", "n", "samples", "accuracy", "against plain [95 %]", "thinking tokens",
-                   "shortest 5/10/20 %", "truncated")  # fmt: skip
+        columns = ("arm", "problems", "n", "samples", "accuracy", "against plain [95 %]", "p (adjusted)",
+                   "thinking tokens", "accuracy per 1,000", "shortest 5/10/20 %", "truncated",
+                   "repeated 4-grams")  # fmt: skip
         return Table(columns, tuple(rows), self.task.name)
 
     def to_frame(self):
@@ -224,13 +269,16 @@ def solve(
     )
 
 
-def interval_of_mean(per_problem: Float[np.ndarray, " problems"]) -> tuple[float, float]:
-    """95 % percentile bootstrap over problems, 2,000 resamples, seed 0."""
-    if len(per_problem) < 2:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(0)
-    result = bootstrap((per_problem,), np.mean, n_resamples=2_000, method="percentile", rng=rng)
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """The share of the n-grams of tokens that have come before: 1 - different ones / all. 0 where there are none."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _repetition_of(completion: Completion) -> float:
+    """Of the thinking, its delimiters included where the model wrote them."""
+    span = completion.span
+    return 0.0 if span is None else repetition(completion.all_ids[span.start : span.end])
 
 
 def _strict(numbers: Sequence[float]) -> list[float | None]:

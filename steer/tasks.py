@@ -3,15 +3,15 @@
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from probes.files import check_keys
 
 Split = Literal["train", "probe", "select", "report"]
-Grader = Literal["exact", "math"]
+Grader = Literal["exact", "math", "number", "choice", "gym"]
 
 # Share of all possible problems, in hundredths. A problem's split is a function of the problem alone.
 SPLITS: dict[Split, range] = {
@@ -24,12 +24,16 @@ SPLITS: dict[Split, range] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A question for the model, its answer, and the subgroup it is reported in (`None`: no subgroup)."""
+    """A question for the model, its answer, and the subgroup it is reported in (`None`: no subgroup).
+
+    `facts` are what an answer rule needs beside the answer.
+    """
 
     id: str
     question: str
     answer: str
     subgroup: str | None = None
+    facts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,30 @@ def _chains(rng: random.Random) -> Iterator[Problem]:
 TASKS: dict[str, Task] = {"chains": Task("chains", "exact", _chains, subgroup="marked", max_new_tokens=48)}
 
 
-def task_named(name: str) -> Task:
-    """A task by name, or a JSONL file with a line `{"question": ..., "answer": ...}` for each problem."""
+def task_named(name: str, *, path: str | Path | None = None) -> Task:
+    """A task by name: `chains`, a published dataset, `gym:<dataset of reasoning-gym>`, or a JSONL file.
+
+    A file has a line `{"question": ..., "answer": ...}` for each problem. A published dataset is read from the hub, or
+    from a copy in the folder `path`, also written `gsm8k:<folder>`. Raises ValueError for an unknown name.
+    """
+    from steer.gym import gym_task  # these make tasks, and so import this module
+    from steer.published import SOURCES, published_task
+
+    kind, colon, rest = name.partition(":")
+    if kind.lower() in SOURCES:
+        folder = rest if colon else path
+        return published_task(kind.lower(), None if folder is None else Path(folder))
+    if path is not None:
+        raise ValueError(
+            f"Only a copy of a published dataset has a folder, but {name!r} is none: {', '.join(SOURCES)}."
+        )
+    if kind == "gym" and colon:
+        return gym_task(rest)
     if name in TASKS:
         return TASKS[name]
     if not Path(name).is_file():
-        raise ValueError(f"{name!r} is neither a task nor a JSONL file. Known tasks: {', '.join(sorted(TASKS))}.")
+        known = ", ".join([*sorted(TASKS), *SOURCES, "gym:<dataset of reasoning-gym>"])
+        raise ValueError(f"{name!r} is neither a task nor a JSONL file. Known tasks: {known}.")
     return _task_from_file(Path(name))
 
 
@@ -127,6 +149,8 @@ def _task_from_file(path: Path) -> Task:
             raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
         check_keys(words, ("question", "answer"), f"Line {number} of {path}")
         problems.append(Problem(words["question"], words["question"], str(words["answer"])))
+    if not problems:
+        raise ValueError(f"{path} holds no problems.")
 
     def shuffled(rng: random.Random) -> Iterator[Problem]:
         return iter(rng.sample(problems, len(problems)))
