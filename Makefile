@@ -4,7 +4,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check slow organism browser
+.PHONY: demo test check slow peers organism browser
 
 demo: .venv/.installed
 	$(BIN)/steer demo
@@ -24,6 +24,10 @@ browser:  # the tests of the report draw it in one
 
 slow: .venv/.installed
 	$(BIN)/python -m pytest -q -m slow
+
+peers: .venv/.installed  # files read back by the neighbours that are heavy to install
+	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval
+	$(BIN)/python -m pytest -q tests/interop
 
 organism: .venv/.installed
 	$(BIN)/steer organism --output runs/organism

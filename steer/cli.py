@@ -21,6 +21,7 @@ from probes.sites import Site
 from probes.tables import Table
 from steer.checkpoints import check_repository, push
 from steer.commands.compare import compare_
+from steer.commands.exchange import export_, import_
 from steer.commands.options import (
     BatchSize,
     Count,
@@ -246,6 +247,8 @@ def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
 
 app.command("compare")(compare_)
 app.command("sweep")(sweep_)
+app.command("export")(export_)
+app.command("import")(import_)
 
 
 def main() -> None:
