@@ -11,7 +11,7 @@ from probes.hooks import captured
 from probes.sites import Site
 from steer.application import applied
 from steer.fold import NotFoldable, declare_bias, fold, fold_error, folded
-from steer.interventions import Ablate, Add, Clamp
+from steer.interventions import Ablate, Add, Clamp, Rotate, Scale
 from steer.recipes import Recipe
 
 SITES = ["L1.attn_out", "L1.mlp_out", "L0.mlp_out", "L1.z", "L1H2.z", "L1H2.result", "L1.resid_post"]
@@ -19,6 +19,7 @@ KINDS = {
     "add": lambda site, v: Add(site, v, 0.7),
     "ablate": lambda site, v: Ablate(site, v, 0.7),
     "replace": lambda site, v: Ablate(site, v, 1.0, target=0.4),
+    "scale": lambda site, v: Scale(site, 0.4),  # noqa: ARG005
 }
 
 
@@ -41,7 +42,7 @@ def folds(model, kind, site):
         return False
     if site.name in ("attn_out", "mlp_out") and model.config.model_type in POST_NORM:
         return False
-    if kind == "ablate":
+    if kind in ("ablate", "scale"):
         return True
     if site.name == "mlp_out":
         return f"mlp.{MLP_BIAS.get(model.config.model_type, 'down_proj.bias')}" in names_in(block_of(model, site.layer))
@@ -78,6 +79,7 @@ def test_a_recipe_that_folds_in_part_changes_nothing():
     for bad, words in (
         (Add(Site(2, "resid_post"), torch.ones(32)), "L2.resid_post is not written by one matrix, but by the whole"),
         (Clamp(Site(1, "result", 0), torch.ones(32), low=0.0), "A clamp at L1H0.result is not linear"),
+        (Rotate(Site(1, "attn_out"), torch.ones(32)), "A rotate at L1.attn_out is not linear"),
     ):
         with pytest.raises(NotFoldable, match=words):
             fold(model, Recipe.of(model, [good, bad]))

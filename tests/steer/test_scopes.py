@@ -241,6 +241,15 @@ def test_beam_search_with_a_cache_is_refused():
         model.generate(ids, attention_mask=mask, max_new_tokens=20, num_beams=2, do_sample=False)
 
 
+@pytest.mark.parametrize("scope", ["all", "thinking"])
+def test_assisted_decoding_is_refused_where_the_cache_is_cut_back(scope):
+    model, draft = build("llama"), build("llama", seed=1)
+    ids = torch.tensor([[1, 7, 8, 5, 3]])
+    steered = recipe(model, scope)
+    with applied(model, steered, must_fire=False), pytest.raises(ValueError, match="cannot follow .*assisted decoding"):
+        model.generate(ids, max_new_tokens=20, do_sample=False, assistant_model=draft)
+
+
 def test_a_static_cache_is_refused():
     model, ids = build("llama"), torch.tensor([[1, 7, 8, 5, 3]])
     with (
