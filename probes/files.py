@@ -60,13 +60,13 @@ def _stage(final: Path) -> Iterator[Path]:
     with ExitStack() as held:
         with ExitStack() as looking:
             within = final.parent.suffix == ".partial"  # a stage of our own, locked already
-            if not within and looking.enter_context(_locked(final.parent)):
+            if not within and looking.enter_context(locked(final.parent)):
                 for rest in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
-                    with _locked(rest, wait=False) as left_behind:
+                    with locked(rest, wait=False) as left_behind:
                         if left_behind:
                             shutil.rmtree(rest, ignore_errors=True)
             stage = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
-            held.enter_context(_locked(stage))
+            held.enter_context(locked(stage))
         try:
             yield stage
         finally:
@@ -74,7 +74,7 @@ def _stage(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Whether `path` could be locked; it is until the block ends, or the process."""
     if fcntl is None:
         yield False

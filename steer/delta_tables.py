@@ -1,0 +1,63 @@
+"""How large a weight delta is in each layer, and how it lies to others: norms and cosines, read once."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.tables import Table
+from steer.deltas import WeightDelta
+from steer.shards import blocks
+
+Gram = Float[Tensor, "deltas deltas"]
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
+
+
+def grams(deltas: Sequence[WeightDelta]) -> dict[str, Gram]:
+    """⟨Δᵢ, Δⱼ⟩ for every tensor of the first delta, in float64; zero for a delta that does not hold it."""
+    found = {}
+    for name in deltas[0].names:
+        shape = deltas[0].shape(name)
+        held = [i for i, delta in enumerate(deltas) if name in delta.names and delta.shape(name) == shape]
+        gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
+        for rows in blocks(shape):
+            values = torch.stack([deltas[i].block(name, rows).reshape(-1) for i in held])
+            gram[torch.tensor(held)[:, None], torch.tensor(held)] += values @ values.T
+        found[name] = gram
+    return found
+
+
+def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -> Table:
+    """‖Δ‖ per layer and kind of module, and the cosine to each of the others there; the last row is for all."""
+    others = others or {}
+    groups: dict[tuple[str, str], list[Gram]] = {}
+    for name, gram in grams([delta, *others.values()]).items():
+        groups.setdefault(place_in_model(name), []).append(gram)
+    rows = [(*key, *_row(held)) for key, held in sorted(groups.items(), key=lambda item: _order(item[0]))]
+    rows.append(("all", "", *_row([gram for held in groups.values() for gram in held])))
+    return Table(("layer", "module", "tensors", "norm", *(f"cosine to {name}" for name in others)), tuple(rows))
+
+
+def cosine(a: WeightDelta, b: WeightDelta) -> float:
+    """⟨a, b⟩ / ‖a‖‖b‖ over the tensors of a; NaN where one of them is zero there."""
+    return float(_row(list(grams([a, b]).values()))[2])
+
+
+def place_in_model(name: str) -> tuple[str, str]:
+    """Layer and kind of module of a tensor: `("3", "mlp.down_proj")`; embedding and head have no layer."""
+    found = LAYER.search(name)
+    layer, rest = found.groups() if found else ("", name)
+    return layer, re.sub(r"\.\d+\.", ".*.", rest.removesuffix(".weight"))
+
+
+def _row(held: Sequence[Gram]) -> tuple[int | float, ...]:
+    gram = sum(held, torch.zeros_like(held[0]))
+    lengths = gram.diag().sqrt()
+    return len(held), float(lengths[0]), *(gram[0, 1:] / (lengths[0] * lengths[1:])).tolist()
+
+
+def _order(key: tuple[str, str]) -> tuple[bool, int, str]:
+    layer, kind = key
+    return not layer, int(layer or 0), kind

@@ -1,0 +1,121 @@
+"""A weight delta on a loaded model: W + α Δ while a block runs, and the very same W after it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from probes.models import tokenizer_of
+from probes.quantised import is_packed
+from steer.deltas import WeightDelta, first, is_vocabulary, summed
+from steer.shards import as_rows, blocks, vocabulary_of
+
+
+@contextmanager
+def dialled(model: PreTrainedModel, delta: WeightDelta, alpha: float) -> Iterator[PreTrainedModel]:
+    """The model with W + alpha · delta in each tensor of the delta *(CoT-Valve, Ma et al. 2025)*.
+
+    Between 0 and 1 alpha interpolates, beyond 1 it extrapolates. Sums are made in float64 and rounded once to the
+    model's dtype. The old values of the touched tensors are kept, and put back bit for bit however the block ends.
+    Fused experts are taken apart and put together by transformers' own conversion.
+    Raises ValueError for tensors that the model does not have, of another shape, quantised, not on a device, or not
+    finite, and for the embeddings of another vocabulary.
+    """
+    changed = _parameters(model, delta)
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, parameter in changed.items() if alpha else ():
+            new = _turned(model, name, parameter.detach(), delta, alpha)
+            saved.append((parameter.detach(), parameter.detach().clone()))
+            parameter.detach().copy_(new)  # the same memory, unknown to autograd
+        yield model
+    finally:
+        for parameter, old in saved:
+            parameter.copy_(old)
+
+
+def _parameters(model: PreTrainedModel, delta: WeightDelta) -> dict[str, Tensor]:
+    """What the model holds that the delta changes, a tied parameter once. All is checked before any changes."""
+    wanted, found = set(delta.names), set[str]()
+    if any(map(is_vocabulary, wanted)) and delta.vocabulary not in (
+        None,
+        vocabulary_of(tokenizer_of(model).get_vocab()),
+    ):
+        raise ValueError(
+            "The delta changes the embeddings of another vocabulary than the model's, or of one that is not known: "
+            "take delta.selected(skip=['embed'])."
+        )
+    changed: dict[str, Tensor] = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if any(parameter is other for other in changed.values()):
+            continue  # tied
+        parts = _apart(model, name, torch.empty_like(parameter, device="meta"))
+        if not (held := wanted & parts.keys()):
+            continue
+        if is_packed(parameter) or parameter.is_meta:
+            raise ValueError(f"{name} is quantised or not loaded: load the model whole to turn a dial on it.")
+        for part in held:
+            if (here := tuple(parts[part].shape)) != delta.shape(part):
+                raise ValueError(f"{part} is {list(here)} in the model, but {list(delta.shape(part))} in the delta.")
+        changed[name] = parameter
+        found |= held
+    if lost := sorted(wanted - found):
+        raise ValueError(f"The model lacks tensors of the delta: {first(lost)}.")
+    return changed
+
+
+def _turned(model: PreTrainedModel, name: str, parameter: Tensor, delta: WeightDelta, alpha: float) -> Tensor:
+    parts = _apart(model, name, parameter)
+    if not torch.equal(_together(model, name, parts), parameter):
+        raise ValueError(f"{name} is not the same once it was taken apart and put together again: add on disk instead.")
+    held = set(delta.names)
+    return _together(model, name, {n: _sum(n, part, delta, alpha) if n in held else part for n, part in parts.items()})
+
+
+def _sum(name: str, old: Tensor, delta: WeightDelta, alpha: float) -> Tensor:
+    new = torch.empty(old.shape, dtype=old.dtype, device=old.device)
+    terms = [(term.weight * alpha, term.source) for term in delta.holders(name)]
+    for rows in blocks(old.shape):
+        total = summed(as_rows(old)[rows].double(), terms, name, rows)
+        as_rows(new)[rows] = total.to(new.dtype)
+    if not bool(new.isfinite().all()):
+        raise ValueError(f"{name} would hold numbers that are not finite at alpha {alpha}.")
+    return new
+
+
+def _apart(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that a parameter is on disk."""
+    return revert_weight_conversion(model, {name: tensor})
+
+
+def _together(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+    """The parameter that these tensors of a checkpoint become, as transformers loads them."""
+    if list(parts) == [name]:
+        return parts[name]
+    conversions = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    whole = None
+    for part in sorted(parts, key=dot_natural_key):
+        key, pattern = rename_source_key(part, renamings, converters)
+        if key != name:
+            raise ValueError(f"{part} is not a part of {name} to this version of transformers: add on disk instead.")
+        if pattern is None:
+            return parts[part]
+        whole = whole or deepcopy(by_pattern[pattern])
+        whole.add_tensor(key, part, pattern, parts[part])  # type: ignore[arg-type]  # saving gives tensors, too
+    assert whole is not None
+    made = whole.convert(name, model=model, config=model.config)[name]
+    return made[0] if isinstance(made, list) else made

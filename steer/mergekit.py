@@ -1,0 +1,71 @@
+"""A sum of checkpoints in mergekit's words, for the methods that are mergekit's own: TIES, DARE, SLERP."""
+
+from typing import Any, Literal
+
+import yaml
+
+from steer.deltas import WeightDelta
+from steer.shards import Checkpoint
+
+Method = Literal["linear", "task_arithmetic", "ties", "dare_ties", "dare_linear", "slerp"]
+METHODS: tuple[Method, ...] = ("linear", "task_arithmetic", "ties", "dare_ties", "dare_linear", "slerp")
+
+
+def to_mergekit(
+    target: Checkpoint,
+    delta: WeightDelta,
+    *,
+    strength: float = 1.0,
+    method: Method = "linear",
+    density: float | None = None,
+    dtype: str = "bfloat16",
+) -> str:
+    """The YAML that `mergekit-yaml` takes.
+
+    `linear` is target + strength · delta, weights not normalised *(Goddard et al. 2024)*. The others merge what
+    differs from a base model, which is the target: there the delta may subtract nothing but the target itself. SLERP
+    goes from the target to one checkpoint, `strength` of the way.
+    Raises ValueError for what mergekit's words cannot say: adapters, stored deltas, a selection of tensors.
+    """
+    if method not in METHODS:
+        raise ValueError(f"{method!r} is no method known here. Known: {', '.join(METHODS)}.")
+    if (density is not None) != (method in ("ties", "dare_ties", "dare_linear")):
+        raise ValueError(f"A density belongs to ties, dare_ties and dare_linear; {method} was asked for.")
+    weights = _weights(target, delta * strength)
+    words: dict[str, Any] = {"merge_method": method, "dtype": dtype}
+    home = str(target.folder)
+    if method == "linear":
+        words["models"] = [{"model": name, "parameters": {"weight": weight}} for name, weight in weights.items()]
+        words["parameters"] = {"normalize": False}
+    else:
+        others = {name: weight for name, weight in weights.items() if name != home}
+        if any(weight < 0 for weight in others.values()) or abs(sum(weights.values()) - 1) > 1e-9:
+            raise ValueError(
+                f"{method} merges differences from one base, and this delta subtracts another checkpoint than the "
+                f"target {home}: take `linear`, or merge onto the checkpoint that is subtracted."
+            )
+        words["base_model"] = home
+        if method == "slerp":
+            if len(others) != 1:
+                raise ValueError(f"slerp goes to one checkpoint, and the delta adds {len(others)}.")
+            words["models"] = [{"model": name} for name in (home, *others)]
+            words["parameters"] = {"t": strength}
+        else:
+            more = {} if density is None else {"density": density}
+            words["models"] = [{"model": name, "parameters": {"weight": w, **more}} for name, w in others.items()]
+            words["parameters"] = {"normalize": False}
+    return yaml.safe_dump(words, sort_keys=False)
+
+
+def _weights(target: Checkpoint, delta: WeightDelta) -> dict[str, float]:
+    """The weight of each checkpoint in target + delta, by its folder; the target is first."""
+    weights = {str(target.folder): 1.0}
+    for term in delta.terms:
+        if not isinstance(term.source, Checkpoint) or not term.whole:
+            raise ValueError(
+                "mergekit sums whole checkpoints: this delta has an adapter, stored tensors or a selection. Link the "
+                "delta instead of storing it, or write the sum with `steer vector add`."
+            )
+        folder = str(term.source.folder)
+        weights[folder] = weights.get(folder, 0.0) + term.weight
+    return weights

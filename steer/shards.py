@@ -1,0 +1,244 @@
+"""A Hugging Face checkpoint on disk, read tensor by tensor: its names, shapes and dtypes come without its data."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from probes.models import place_of
+
+WHOLE: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+COUNTS = ("I64", "I32", "I16", "BOOL")  # buffers: carried along, never summed
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+HEADS = ("lm_head.weight", "embed_out.weight")
+_PACKED_NAMES = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".quant_map")
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: `dtype` in the words of safetensors, bytes `begin` to `end` of the data of its shard."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One safetensors file. `header` is all that lies before the data; `places` are in the order of the data."""
+
+    path: Path
+    header: bytes
+    places: tuple[Place, ...]
+
+    @classmethod
+    def open(cls, path: Path) -> "Shard":
+        """Raises FileNotFoundError where it is not there, ValueError where it is not whole."""
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} lacks its shard {path.name}: fetch or copy the checkpoint again.")
+        try:
+            with safe_open(path, framework="pt"):  # checks the header, its offsets, and the size of the file
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}). It may be truncated.") from error
+        with path.open("rb") as file:
+            length = file.read(8)
+            header = length + file.read(int.from_bytes(length, "little"))
+        words = json.loads(header[8:])
+        words.pop("__metadata__", None)
+        found = [Place(name, w["dtype"], tuple(w["shape"]), *w["data_offsets"]) for name, w in words.items()]
+        return cls(path, header, tuple(sorted(found, key=lambda place: (place.begin, place.end))))
+
+    @cached_property
+    def file(self) -> Any:
+        """Opened for as long as the shard lives; what it gives is mapped, not read into memory."""
+        return safe_open(self.path, framework="pt")
+
+    def fingerprint(self) -> str:
+        """A checksum over the header, the size, and 64 evenly spaced pieces of 4 kB."""
+        size = self.path.stat().st_size
+        digest = hashlib.sha256(self.header + str(size).encode())
+        with self.path.open("rb") as file:
+            for i in range(64):
+                file.seek((size - 4096) * i // 63 if size > 4096 else 0)
+                digest.update(file.read(4096))
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The shards of one folder, and the words of its config. Nothing of a tensor is read before it is asked for."""
+
+    name: str
+    folder: Path
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    index: Path | None
+
+    @classmethod
+    def open(cls, source: str | Path, *, revision: str | None = None, stem: str = "model") -> "Checkpoint":
+        """A local folder, a hub id, or a name that `probes.load` knows.
+
+        Every file has to lie in the folder: an index or a link that leads outside it is refused, as are shards that
+        are missing, truncated, or that hold other tensors than the index says, and weights that are quantised.
+        Raises ValueError or FileNotFoundError.
+        """
+        folder = _folder(source, revision)
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        named: dict[str, str] | None = None
+        if not os.path.lexists(single):  # transformers, too, takes the single file where there are both
+            if not index.is_file():
+                raise FileNotFoundError(f"{folder} holds no {stem}.safetensors, nor an index of its shards.")
+            named = _weight_map(index)
+        files = [single.name] if named is None else sorted(set(named.values()))
+        shards = tuple(Shard.open(inside(folder, file)) for file in files)
+        if named is not None:
+            _check_index(index, named, shards)
+        path = folder / "config.json"
+        config = json.loads(inside(folder, path.name).read_text()) if os.path.lexists(path) else {}
+        checkpoint = cls(str(source), folder, shards, config, None if named is None else index)
+        checkpoint._check_whole()
+        return checkpoint
+
+    @cached_property
+    def places(self) -> dict[str, tuple[Shard, Place]]:
+        return {place.name: (shard, place) for shard in self.shards for place in shard.places}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that can be summed, tied embeddings once: a tied head is the embedding, whether stored or not."""
+        return tuple(
+            name
+            for name, (_, place) in self.places.items()
+            if place.dtype in WHOLE and not (self.tied and name.endswith(HEADS))
+        )
+
+    @property
+    def tied(self) -> bool:
+        """One matrix for embedding and head: there is no head on disk, or the config says so."""
+        return bool(self.config.get("tie_word_embeddings")) or not any(name.endswith(HEADS) for name in self.places)
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """A checksum of the tokenizer's tokens with their ids; empty where the folder has no tokenizer.json."""
+        path = self.folder / "tokenizer.json"
+        if not os.path.lexists(path):
+            return ""
+        tokens = Tokenizer.from_file(str(inside(self.folder, path.name))).get_vocab(with_added_tokens=True)
+        return vocabulary_of(tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells checkpoints apart; it is no proof of origin, since it reads 256 kB of each shard."""
+        return hashlib.sha256("".join(shard.fingerprint() for shard in self.shards).encode()).hexdigest()[:16]
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return {"checkpoint": self.name, "fingerprint": self.fingerprint}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.places[name][1].shape
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: its pages are read when they are touched, and belong to no process."""
+        return self.places[name][0].file.get_tensor(name)
+
+    def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]:
+        return as_rows(self.read(name))[rows]
+
+    def _check_whole(self) -> None:
+        method = self.config.get("quantization_config")
+        if method is not None:
+            named = method.get("quant_method", "?") if isinstance(method, Mapping) else method
+            raise ValueError(
+                f"{self.folder} is quantised ({named}): its numbers are codes, and sums of codes mean nothing. "
+                "Give the checkpoint it was quantised from."
+            )
+        for name, (_, place) in self.places.items():
+            if (place.dtype not in WHOLE and place.dtype not in COUNTS) or name.endswith(_PACKED_NAMES):
+                raise ValueError(
+                    f"{self.folder} holds {name} as {place.dtype}, which is quantised: known are {', '.join(WHOLE)}. "
+                    "Give the checkpoint it was quantised from."
+                )
+
+
+def vocabulary_of(tokens: Mapping[str, int]) -> str:
+    """A checksum of the tokens with their ids."""
+    return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name in the folder. Raises ValueError where it, or the link it is, leads outside.
+
+    The cache of the hub keeps what its folders hold as links into `blobs` of the same repository: those are inside.
+    """
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError(f"{folder} names the file {name!r}, which is not a file of its own folder.")
+    root = folder.resolve()
+    home = root.parents[1] if root.parent.name == "snapshots" else root
+    if not (folder / name).resolve().is_relative_to(home):
+        raise ValueError(f"{folder / name} is a link to a place outside its folder. Copy the file itself there.")
+    return folder / name
+
+
+def as_rows(tensor: Tensor) -> Float[Tensor, "rows width"]:
+    """Every tensor as a matrix: the last axis is the width; a vector is a column."""
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+
+
+def blocks(shape: Sequence[int], size: int = 1 << 18) -> list[slice]:
+    """Slices of the rows of `as_rows`, of about `size` numbers each, in order."""
+    width = shape[-1] if len(shape) > 1 else 1
+    rows, step = prod(shape) // max(width, 1), max(1, size // max(width, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _folder(source: str | Path, revision: str | None) -> Path:
+    folder = Path(place_of(source))
+    if folder.is_dir():
+        return folder
+    if Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise FileNotFoundError(f"{source} is not a folder.")
+    return Path(snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        named = json.loads(inside(index.parent, index.name).read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of shards: it holds no weight_map.") from error
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise ValueError(f"{index} is not an index of shards: its weight_map names no files.")
+    return named
+
+
+def _check_index(index: Path, named: Mapping[str, str], shards: Sequence[Shard]) -> None:
+    held = {(place.name, shard.path.name) for shard in shards for place in shard.places}
+    if odd := sorted(set(named.items()) ^ held):
+        name, file = odd[0]
+        what = "names it, but the shard lacks it" if (name, file) not in held else "does not name it there"
+        raise ValueError(f"{index} and its shards disagree on {name} in {file}: the index {what} ({len(odd)} in all).")

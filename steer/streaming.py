@@ -1,0 +1,160 @@
+"""Folders of safetensors written piece by piece: resumed at the last whole shard, named when all of it is there.
+
+Beside the output `x` lies, while it is made, `.x.resume`: the shards made so far, and a progress file that names the
+command and its inputs. A killed command, run again, goes on there. A shard counts from its last byte on; what a
+power cut takes from it before it reached the disk is not noticed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from probes.files import locked
+from steer.shards import WHOLE
+
+_PIECE = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One tensor of a shard: `chunks` give its numbers in order, in the dtype they are stored in."""
+
+    bytes: int
+    chunks: Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class ShardPlan:
+    """A safetensors file to be: all that lies before the data, and the data's pieces in order."""
+
+    name: str
+    header: bytes
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + sum(piece.bytes for piece in self.pieces)
+
+
+def stream(
+    output: str | Path, shards: Sequence[ShardPlan], job: Mapping[str, Any], finish: Callable[[Path], None]
+) -> None:
+    """Write the shards to a new folder; `finish` adds what else belongs there and checks it, then it gets its name.
+
+    `job` says, as JSON, what the command is and which inputs it has: only the same job goes on where a killed one
+    stopped. Raises FileExistsError where the output exists, ValueError where another job's shards lie in the way,
+    OSError, with the number of shards that are kept, where the system writes no further.
+    """
+    output = Path(output)
+    with _stage(output, job) as (made, done):
+        needed = sum(shard.bytes for shard in shards if done.get(shard.name) != shard.bytes)
+        if needed > (free := shutil.disk_usage(made).free):
+            raise OSError(f"it needs {needed / 1e6:,.1f} MB, but {output.parent} has {free / 1e6:,.1f} MB left")
+        with tqdm(total=needed, desc="writing", unit="B", unit_scale=True, delay=2, leave=False) as bar:
+            for shard in shards:
+                if done.get(shard.name) == shard.bytes == _length(made / shard.name):
+                    continue
+                _write(made / shard.name, shard, bar)
+                done[shard.name] = shard.bytes
+                _note(made.parent, job, done)
+        finish(made)
+        made.rename(output)
+
+
+def header_of(entries: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The head of a safetensors file with these tensors (name, dtype in its words, shape), in this order."""
+    words: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    at = 0
+    for name, dtype, shape in entries:
+        end = at + prod(shape) * WHOLE[dtype].itemsize
+        words[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(words).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def copied(tensor: Tensor) -> Iterator[Tensor]:
+    """The bytes of a tensor as they are."""
+    yield from tensor.reshape(-1).view(torch.uint8).split(_PIECE)
+
+
+@contextmanager
+def _stage(output: Path, job: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, int]]]:
+    """The folder to write into, which this run alone holds, and the bytes of the shards that are whole there."""
+    _refuse_existing(output)
+    stage = output.parent / f".{output.name}.resume"
+    try:
+        (stage / "made").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{output.parent} cannot be written to ({error.strerror}). Name another output.") from error
+    with locked(stage, wait=False) as alone:
+        if not alone and os.name == "posix":
+            raise OSError(f"Another run is writing {output} at this moment.")
+        _refuse_existing(output)
+        done = _progress(stage, job)
+        try:
+            yield stage / "made", done
+        except OSError as error:
+            if not done:
+                shutil.rmtree(stage)
+            kept = f"{len(done)} whole shards are kept in {stage}: the same command goes on there." if done else ""
+            reason = error.strerror or str(error)
+            raise OSError(f"{output} was not written: {reason}. {kept}".rstrip()) from error
+        except Exception:
+            shutil.rmtree(stage)  # the same inputs would end here again
+            raise
+        shutil.rmtree(stage)
+
+
+def _refuse_existing(output: Path) -> None:
+    if os.path.lexists(output):
+        raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
+
+
+def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
+    path = stage / "progress.json"
+    if not path.is_file():
+        _note(stage, job, {})
+        return {}
+    words = json.loads(path.read_text())
+    if words["job"] != json.loads(json.dumps(job)):
+        raise ValueError(
+            f"{stage} holds the unfinished work of another command, or of other inputs. Remove it, or name another "
+            "output."
+        )
+    return words["done"]
+
+
+def _note(stage: Path, job: Mapping[str, Any], done: Mapping[str, int]) -> None:
+    new = stage / "progress.new"
+    new.write_text(json.dumps({"job": job, "done": done}))
+    new.replace(stage / "progress.json")
+
+
+def _write(path: Path, shard: ShardPlan, bar: tqdm) -> None:
+    new = path.with_suffix(".new")
+    with new.open("wb") as file:
+        file.write(shard.header)
+        for piece in shard.pieces:
+            for chunk in piece.chunks():
+                data = chunk.contiguous().reshape(-1).view(torch.uint8).numpy()
+                file.write(data.data)
+                bar.update(len(data))
+    if _length(new) != shard.bytes:
+        raise ValueError(f"{path.name} came out with {_length(new)} bytes instead of {shard.bytes}.")
+    new.replace(path)
+
+
+def _length(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
