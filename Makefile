@@ -15,7 +15,7 @@ check: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 browser:  # the tests of the report draw it in one
 	@command -v chromium chromium-browser google-chrome google-chrome-stable chrome >/dev/null || \

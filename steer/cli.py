@@ -37,6 +37,7 @@ from steer.commands.options import (
     end,
 )
 from steer.commands.sweep import sweep_
+from steer.commands.vector import app as vector
 from steer.differences import diff as compare_checkpoints
 from steer.methods.thinkedit import Kind
 from steer.organism import train
@@ -249,6 +250,7 @@ app.command("compare")(compare_)
 app.command("sweep")(sweep_)
 app.command("export")(export_)
 app.command("import")(import_)
+app.add_typer(vector, name="vector")
 
 
 def main() -> None:
