@@ -1,5 +1,6 @@
 """A recipe: interventions with their scopes, and the file that travels. `steer.application` runs it."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -73,6 +74,19 @@ class Recipe:
             self.write(stage)
 
     def write(self, folder: Path) -> None:
+        words, tensors = self._parts()
+        (folder / "recipe.yaml").write_text(words)
+        write_tensors(folder / "recipe.safetensors", tensors)
+
+    def fingerprint(self) -> str:
+        """A checksum of all that the recipe's files hold."""
+        words, tensors = self._parts()
+        digest = hashlib.sha256(words.encode())
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _parts(self) -> tuple[str, dict[str, Tensor]]:
         words: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for i, step in enumerate(self.steps):
@@ -82,8 +96,7 @@ class Recipe:
             if step.intervention.vector is not None:
                 tensors[f"{i}.vector"] = step.intervention.vector
         whole = {"format": FORMAT, "method": self.method, "model": self.model, "steps": words}
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
-        write_tensors(folder / "recipe.safetensors", tensors)
+        return yaml.safe_dump(whole, sort_keys=False), tensors
 
     @classmethod
     def load(cls, folder: Path) -> "Recipe":
