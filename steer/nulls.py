@@ -14,7 +14,7 @@ def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
     Raises ValueError where no step has a vector: there is nothing to draw.
     """
     # Far from the seeds that vectors are drawn with elsewhere: a null of a random vector must not be that vector.
-    generator, drawn = torch.Generator().manual_seed(2**32 + seed), list[tuple[Tensor, Tensor]]()
+    generator, drawn = torch.Generator().manual_seed(1_000_003 + seed), list[tuple[Tensor, Tensor]]()
 
     def null(vector: Tensor) -> Tensor:
         for old, new in drawn:
