@@ -3,16 +3,25 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.clock import PHASES, Clock
 from probes.tables import Table
-from steer.clock import PHASES, Clock
-from steer.gates import Gate
 
 _NEVER = 2**62
+
+
+@runtime_checkable
+class Touched(Protocol):
+    """Which tokens of the current pass a step touches, and the multiple of its strength there. A gate is one."""
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch new"]: ...
+    def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]: ...
 
 
 @dataclass(eq=False)
@@ -55,7 +64,7 @@ class FireLog:
     """
 
     steps: Sequence[tuple[str, str, str]]  # site, kind, scope
-    gates: Sequence[Gate]  # of each step
+    gates: Sequence[Touched]  # of each step
     clock: Clock
     _sums: _Sums | None = field(default=None, repr=False)
     _pass: dict[int, tuple[Tensor, Tensor | float]] = field(default_factory=dict, repr=False)
@@ -86,10 +95,10 @@ class FireLog:
         self._pass.clear()
 
     @cached_property
-    def _by_gate(self) -> dict[Gate, list[int]]:
+    def _by_gate(self) -> dict[Touched, list[int]]:
         return {gate: [i for i, own in enumerate(self.gates) if own is gate] for gate in self.gates}
 
-    def _add(self, gate: Gate, ran: list[int], hit: Tensor, position: Tensor) -> None:
+    def _add(self, gate: Touched, ran: list[int], hit: Tensor, position: Tensor) -> None:
         """The steps behind one gate, which touch the same tokens; `hit` is [phases tokens]."""
         assert self._sums is not None
         before = torch.stack([self._pass[i][0].to(position.device, torch.float32) for i in ran]).flatten(1)
@@ -97,7 +106,7 @@ class FireLog:
         first, last = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
         self._sums.add(ran, hit.sum(1), ratios[:, None].where(hit, 0), first, last)
 
-    def _changes(self, gate: Gate, ran: list[int], device: torch.device) -> Float[Tensor, "steps tokens"]:
+    def _changes(self, gate: Touched, ran: list[int], device: torch.device) -> Float[Tensor, "steps tokens"]:
         """The norms of what each step changed."""
         changes = [self._pass[i][1] for i in ran]
         if all(isinstance(change, float) for change in changes):

@@ -4,13 +4,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.clock import Clock
 from probes.sites import SITE_NAMES, Site, SiteName
-from steer.clock import Clock
 from steer.scopes import Scope
 
 # In which order a block computes its sites; resid_pre comes first.
 _ORDER: tuple[SiteName, ...] = (
-    "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post",
+    "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "routing", "mlp_out", "resid_post",
 )  # fmt: skip
 assert set(_ORDER) == set(SITE_NAMES)
 
