@@ -3,25 +3,16 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.clock import PHASES, Clock
 from probes.tables import Table
+from steer.gates import Touched
 
 _NEVER = 2**62
-
-
-@runtime_checkable
-class Touched(Protocol):
-    """Which tokens of the current pass a step touches, and the multiple of its strength there. A gate is one."""
-
-    @property
-    def mask(self) -> Bool[Tensor, "batch new"]: ...
-    def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]: ...
 
 
 @dataclass(eq=False)

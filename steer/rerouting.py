@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +13,7 @@ from probes.architectures import config_of
 from probes.routers import Routing, SparseBlock, block_at
 from steer.experts import Forbid, Force, Reinforce, RoutingEdit
 from steer.firelog import FireLog
-from steer.gates import Gate
+from steer.gates import Gate, Touched
 
 MARGIN, FAR = 0.01, 1e4  # of SteerMoE's logit; of a bias, which sigmoid scores cannot outweigh
 BIAS = "e_score_correction_bias"
@@ -74,15 +74,18 @@ class Rule:
             )
 
 
-@dataclass(eq=False)
-class Chosen:
+class Chosen(Touched):
     """The tokens of a gate's pass at which a routing edit found its expert: a gate of its own for the log."""
 
-    gate: Gate
-    mask: Bool[Tensor, "batch new"] = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool), repr=False)
+    def __init__(self, gate: Gate) -> None:
+        self.gate, self.found = gate, torch.zeros(0, 0, dtype=torch.bool)
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch new"]:
+        return self.found
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
-        return self.mask[..., None].to(device, dtype)
+        return self.found[..., None].to(device, dtype)
 
 
 class Rerouting:
@@ -115,9 +118,9 @@ class Rerouting:
             if isinstance(edit, Reinforce):
                 new = _reinforced(now, edit, chosen.gate, scope)
                 change = torch.linalg.vector_norm((new.weights - now.weights).float(), dim=-1)
-                chosen.mask, now = scope & has[..., expert], new
+                chosen.found, now = scope & has[..., expert], new
             else:
-                chosen.mask = scope & (had[..., expert] != has[..., expert])
+                chosen.found = scope & (had[..., expert] != has[..., expert])
                 change = torch.linalg.vector_norm(now.dense - before.dense, dim=-1)
             self.log.note(number, norm, change)
         return now
