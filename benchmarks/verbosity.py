@@ -3,20 +3,23 @@
 The direction contrasts two instructions of our own, "Answer at length" and "Answer briefly", after the same 30
 questions, at the last token of the prompt, in the middle layer. It is added at every token the model writes, at five
 strengths fixed in advance (units: the stream's mean norm there). Mean answer length over 100 others; Spearman's
-correlation of strength with it, with a 95 % bootstrap interval over questions; the same along a random direction of
-the same norm. Nothing is selected.
+correlation of strength with it, and the tokens gained from the lowest strength to the highest, each with a 95 %
+bootstrap interval over questions; the same along three random directions of the same norm. Any direction moves the
+length in some order, so that the size of the effect tells more than the correlation. An answer that only repeats itself
+is long, too: the share of 4-grams that came before stands beside each length. Nothing is selected.
 
     python benchmarks/verbosity.py
 """
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from probes import Direction, Sampling, difference_in_means, generate, load
+from probes import Completion, Direction, Sampling, difference_in_means, generate, load
 from probes.activations import Span
 from probes.architectures import n_layers
 from probes.directions import random_direction
@@ -25,6 +28,7 @@ from probes.sites import Site
 from probes.tables import Table
 from probes.tokens import encode_prompt
 from steer import Add, Recipe, applied
+from steer.outcomes import repetition
 
 STRENGTHS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 BRIEF, LONG = "Answer briefly, in a few words.", "Answer at length, in great detail and with examples."
@@ -39,7 +43,7 @@ earthquake fountain goat helmet ivy jewel knot lemon moon notebook olive planet 
 valley waterfall robot museum honey comet bicycle compass dolphin embassy falcon grape hill igloo jury kite
 lizard mosque nurse onion pilot quartz road stone train
 """.split()  # noqa: SIM905
-N_READ, N_ASKED, NEW_TOKENS, BATCH = 30, 100, 128, 50
+N_READ, N_ASKED, N_RANDOM, NEW_TOKENS, BATCH = 30, 100, 3, 128, 50
 
 
 def main() -> None:
@@ -56,28 +60,39 @@ def main() -> None:
     asked = questions[N_READ : N_READ + N_ASKED]
     sampling = Sampling.of(model, max_new_tokens=NEW_TOKENS, seed=0)
 
-    def lengths(direction: Direction, strength: float) -> tuple[np.ndarray, float]:
+    def answers(direction: Direction, strength: float) -> list[Completion]:
         recipe = Recipe.of(model, [Add.of(direction, strength)], scope="thinking")
-        with applied(model, recipe):
-            done = generate(model, asked, sampling=sampling, batch_size=BATCH, label=f"{strength:+g}")
-        return np.array([len(c.ids) for c in done], dtype=float), float(np.mean([c.truncated for c in done]))
+        with applied(model, recipe) if strength else nullcontext():
+            return generate(model, asked, sampling=sampling, batch_size=BATCH, label=f"{strength:+g}")
 
-    rows, facts = [], {}
-    arms = {"verbosity": verbose, "random direction": random_direction(verbose, seed=0)}
-    for name, direction in arms.items():
-        found = [lengths(direction, strength) for strength in STRENGTHS]
-        table = np.stack([length for length, _ in found])  # [strengths, questions]
+    plain, rows, facts = answers(verbose, 0.0), [], {}
+    randoms = {f"random direction {seed}": random_direction(verbose, seed=seed) for seed in range(N_RANDOM)}
+    for name, direction in {"verbosity": verbose, **randoms}.items():
+        found = [answers(direction, strength) if strength else plain for strength in STRENGTHS]
+        table = np.array([[len(c.ids) for c in done] for done in found], dtype=float)  # [strengths, questions]
         rng = np.random.default_rng(0)
-        resampled = [table[:, rng.integers(0, N_ASKED, N_ASKED)].mean(1) for _ in range(2_000)]
-        rhos = [spearmanr(STRENGTHS, means).statistic for means in resampled]
-        rho, interval = spearmanr(STRENGTHS, table.mean(1)).statistic, np.percentile(rhos, [2.5, 97.5])
-        means = [f"{length.mean():.1f} ({truncated:.0%})" for length, truncated in found]
-        rows.append((name, *means, f"{rho:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"))
-        facts[name] = {"lengths": table.mean(1).tolist(), "spearman": rho, "interval": interval.tolist()}
-    columns = ("direction", *(f"{strength:+g}" for strength in STRENGTHS), "Spearman [95 %]")
-    title = f"Mean answer tokens (truncated at {NEW_TOKENS}); {verbose}, n = {N_ASKED}"
+        drawn = [table[:, rng.integers(0, N_ASKED, N_ASKED)].mean(1) for _ in range(2_000)]
+        rho, gain = (
+            _with_interval([spearmanr(STRENGTHS, means).statistic for means in (table.mean(1), *drawn)]),
+            (_with_interval([means[-1] - means[0] for means in (table.mean(1), *drawn)])),
+        )
+        repeated = [float(np.mean([repetition(c.ids) for c in done])) for done in found]
+        truncated = [float(np.mean([c.truncated for c in done])) for done in found]
+        cells = [f"{x:.0f} ({t:.0%}, {r:.0%})" for x, t, r in zip(table.mean(1), truncated, repeated, strict=True)]
+        rows.append(
+            (name, *cells, "{:+.2f} [{:+.2f}, {:+.2f}]".format(*rho), "{:+.0f} [{:+.0f}, {:+.0f}]".format(*gain))
+        )
+        facts[name] = {"lengths": table.mean(1).tolist(), "truncated": truncated, "repeated": repeated,
+                       "spearman": rho, "gain": gain}  # fmt: skip
+    columns = ("direction", *(f"{strength:+g}" for strength in STRENGTHS), "Spearman [95 %]", "gain [95 %]")
+    title = f"Answer tokens (truncated at {NEW_TOKENS}, repeated 4-grams); {verbose}, n = {N_ASKED}"
     Console(width=140).print(Table(columns, tuple(rows), title))
     print(json.dumps(facts))
+
+
+def _with_interval(values: list[float]) -> list[float]:
+    """The first value, and the middle 95 % of the others."""
+    return [float(values[0]), *np.percentile(values[1:], [2.5, 97.5]).tolist()]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,12 @@ class Rule:
         self.twin.hidden_dim = n  # type: ignore[assignment]
         if isinstance(getattr(self.twin, "bias", None), Tensor):
             self.twin.bias = torch.nn.Parameter(torch.zeros_like(block.router.bias), requires_grad=False)  # type: ignore[arg-type]
-        self.biased = isinstance(getattr(block.router, BIAS, None), Tensor)
+        self.holder = next(
+            (part for part in self.twin.modules() if isinstance(getattr(part, BIAS, None), Tensor)), None
+        )
+        self.own = torch.zeros(n) if self.holder is None else getattr(self.holder, BIAS).detach().reshape(n)
+        for held in () if self.holder is None else (self.holder._parameters, self.holder._buffers):
+            held.pop(BIAS, None)  # from here on a tensor with a row for each token
 
     @torch.no_grad()
     def __call__(
@@ -39,9 +44,8 @@ class Rule:
         forced: Bool[Tensor, "tokens experts"],
         forbidden: Bool[Tensor, "tokens experts"],
     ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
-        if self.biased:
-            own: Tensor = getattr(self.block.router, BIAS)
-            setattr(self.twin, BIAS, own + FAR * (forced.to(own.dtype) - forbidden.to(own.dtype)))
+        if self.holder is not None:
+            setattr(self.holder, BIAS, self.own + FAR * (forced.to(self.own.dtype) - forbidden.to(self.own.dtype)))
         else:
             logits = logits.where(~forced, logits.amax(-1, keepdim=True) + MARGIN)
             logits = logits.masked_fill(forbidden, torch.finfo(logits.dtype).min)

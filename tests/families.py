@@ -7,6 +7,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from probes.models import load
+from probes.routers import block_at, moe_layers
 
 D_VOCAB, N_LAYERS = 97, 3
 BASE = {
@@ -77,6 +78,14 @@ def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return load(model.to(dtype), tokenizer=build_tokenizer())
+
+
+def build_sparse(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """A model whose routers choose by what they read, and not by their biases alone."""
+    model = build(family, seed=seed)
+    for layer in moe_layers(model):
+        block_at(model, layer).router.weight.data *= 12
+    return model
 
 
 def build_tokenizer(words: tuple[str, ...] = SPECIAL, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:

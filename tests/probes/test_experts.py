@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import MOE, UNLISTED_MOE, build
+from families import MOE, UNLISTED_MOE, build_sparse
 
 from probes.experts import ExpertCounts, counting, read_experts
 from probes.generation import generate
@@ -27,7 +27,7 @@ def organism():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def sparse(request):
-    return build(request.param)
+    return build_sparse(request.param)
 
 
 def rows(count=5, seed=0, vocabulary=97):
@@ -92,7 +92,7 @@ def test_counts_are_those_of_the_families_rule(sparse):
 
 @torch.no_grad()
 def test_groups_and_a_bias_decide_as_the_rule_says():
-    model = build("deepseek_v3")
+    model = build_sparse("deepseek_v3")
     block = block_at(model, 1)
     router = block.router
     router.num_group, router.topk_group = 2, 1
@@ -131,7 +131,7 @@ def test_prefill_and_decoding_equal_one_pass(sparse):
 
 
 def test_classes_are_the_phases_and_the_markers():
-    model = build("qwen3_moe")
+    model = build_sparse("qwen3_moe")
     with counting(model, ["<think>", "w9", "nowhere"]) as seen:
         model(input_ids=torch.tensor([[1, 9, 5, 3, 9, 9, 4, 8, 8]]))
     assert seen.classes == ("all", "prompt", "thinking", "answer", "<think>", "w9")
@@ -202,11 +202,11 @@ def test_a_routers_weights_are_laid_out_by_expert(organism):
 )
 def test_what_cannot_be_read_is_refused(family, call, sentence):
     with pytest.raises(ValueError, match=sentence):
-        call(build(family))
+        call(build_sparse(family))
 
 
 def test_a_router_of_another_kind_is_refused_by_name():
-    model = build("qwen3_moe")
+    model = build_sparse("qwen3_moe")
     router = block_at(model, 1).router
     whole = type(router).forward
     router.forward = lambda x: whole(router, x)[:2]
@@ -218,7 +218,7 @@ def test_a_router_of_another_kind_is_refused_by_name():
 
 
 def test_a_routing_site_is_no_activation():
-    model = build("qwen3_moe")
+    model = build_sparse("qwen3_moe")
     with (
         pytest.raises(ValueError, match="L1E2.routing is no activation but a router's choice"),
         attached(model, Site(1, "routing", expert=2), lambda _: None),
