@@ -146,7 +146,7 @@ def grids_figure(
         sizes = {"colorscale": [[0, _clear(BLUE, 0.06)], [1, BLUE]], "zmin": 0}
         signed = {"colorscale": [list(stop) for stop in DIVERGING], "zmin": -1, "zmax": 1}
         place = sum(figure.layout[f"xaxis{i + 1 if i else ''}"].domain) / 2
-        bar = {"orientation": "h", "thickness": 10, "outlinewidth": 0, "x": place, "y": -0.12, "yanchor": "top"}
+        bar = {"orientation": "h", "thickness": 10, "outlinewidth": 0, "x": place, "y": 0, "ypad": 64, "yanchor": "top"}
         figure.add_heatmap(
             z=[list(row) for row in values],
             x=list(across),
@@ -159,9 +159,9 @@ def grids_figure(
             col=i + 1,
             **(signed if i else sizes),
         )
-    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_xaxes(type="category", showgrid=False, title_text="layer", title_standoff=6)
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed", automargin=True)
-    figure.update_layout(height=min(900, 170 + 30 * len(down)))
+    figure.update_layout(height=min(900, 200 + 30 * len(down)), margin={"b": 130})
     return figure
 
 

@@ -82,7 +82,7 @@ class Valve:
             )
             for alpha, o in self.outcomes.items()
         ]
-        return sweep_figure(doses, (), name="alpha")
+        return sweep_figure(doses, (), name="the delta, times alpha")
 
     def mixchain(self, output: str | Path) -> Table:
         """Write the correct solutions, one line each: question, answer, solution, alpha, length, beta.

@@ -1,18 +1,26 @@
 """Donors: the rule they are trained by, and what the shipped ones do, added and dialled."""
 
+import json
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import typer
 from families import build
 from torch.nn.functional import log_softmax
+from typer.testing import CliRunner
 
 from probes.generation import generate
 from probes.models import load, tokenizer_of
 from probes.sampling import Sampling
+from steer import donors
+from steer.commands.donors import donors_
 from steer.delta_controls import random_like
+from steer.delta_tables import norms
+from steer.deltas import WeightDelta
 from steer.dials import dialled
 from steer.donors import train_donor, write_mostly_short
 from steer.grpo import advantages, policy_loss, reinforce
@@ -85,6 +93,22 @@ def test_the_same_seed_makes_the_same_donor(tmp_path):
         train_donor("rl", tmp_path)
 
 
+def test_the_command_trains_what_is_not_there_and_each_is_a_checkpoint_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(donors, "STEPS", {"sft": 1, "target": 1})
+    monkeypatch.setattr(donors, "reinforce", partial(reinforce, iterations=1, prompts=2, samples=2))
+    app = typer.Typer()
+    app.command()(donors_)
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["-o", str(tmp_path), "--seed", "4"], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    facts = {kind: json.loads((tmp_path / kind / "donor.json").read_text()) for kind in donors.KINDS}
+    assert [(f["kind"], f["start"], f["seed"]) for f in facts.values()] == [(k, "organism", 4) for k in donors.KINDS]
+    assert len(facts["rl"]["reward"]) == 1
+    for one, other in (("sft", "organism"), ("target", "organism"), ("sft", "target")):
+        two = (place if place == "organism" else tmp_path / place for place in (one, other))
+        assert float(norms(WeightDelta.between(*two)).rows[-1][3]) > 0
+
+
 def test_donors_are_shown_mostly_short_thinking_whatever_the_opener():
     rng, problems = random.Random(0), task_named("mirrors").sample(1500, "train")
     short, after_easy = [], []
@@ -148,10 +172,13 @@ def test_the_shipped_vector_helps_a_target_that_learned_something_else_and_noise
     assert gains["noise"][1] < 0.1
 
 
-@pytest.mark.parametrize(("name", "polarity"), [("organism-sft", "shorter"), ("organism-rl", "longer")])
-def test_the_dial_of_a_shipped_delta_moves_length_one_way(organism, name, polarity):
+@pytest.mark.parametrize(
+    ("name", "alphas", "polarity"),
+    [("organism-rl", (-0.5, 0.0, 0.25, 0.5, 0.75), "longer"), ("organism-sft", (0.5, 0.75, 1.0), "shorter")],
+)
+def test_the_dial_of_a_shipped_delta_moves_length_one_way(organism, name, alphas, polarity):
+    """The calibrated range: below .5 the tuned donor moves nothing."""
     task = task_named("chains")
-    alphas = (0.0, 0.25, 0.5, 0.75, 1.0)
     found = valve(
         organism, open_delta(name), task, task.sample(100, "report"), sampling=SAMPLING, alphas=alphas, batch_size=100
     )

@@ -227,6 +227,7 @@ def test_wrong_inputs_end_in_a_sentence_and_leave_nothing(three, tmp_path):
     odd = near(rl, tmp_path / "odd", 3)
     name = spoil(odd, lambda t: t.index_fill(0, torch.tensor([0]), float("nan")))
     refused(f"{name} holds numbers that are not finite in {odd}", WeightDelta.between(odd, sft))
+    refused(f"{name} holds numbers that are not finite in {odd}", delta, onto=odd)
     packed = near(rl, tmp_path / "packed", 3)
     spoil(packed, lambda t: t.to(torch.int32))
     with pytest.raises(ValueError, match="do not hold the same tensors"):
