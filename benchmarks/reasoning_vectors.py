@@ -13,6 +13,7 @@ The dial turns the base organism along SFT - base, and along RL - base; its sett
 
 import argparse
 import json
+import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from rich.console import Console
 from probes import Sampling, load
 from probes.tables import Table
 from steer import task_named
+from steer.arithmetic import add
 from steer.delta_controls import random_like, shuffled_layers
 from steer.deltas import WeightDelta
 from steer.dials import dialled
@@ -31,6 +33,7 @@ from steer.methods.cot_valve import valve
 from steer.methods.reasoning_vectors import reasoning_vector
 from steer.prompts import Ask
 from steer.scores import Outcomes, evaluate, solve
+from steer.stored_deltas import open_delta
 
 STRENGTHS = (-1.0, 0.25, 0.5, 1.0)
 ALPHAS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -50,18 +53,28 @@ def main() -> None:
         for kind, place in places.items():
             if not place.exists():
                 train_donor(kind, place, start=organism, seed=seed)
-        found = {task: added(places, task) for task in TASKS}
-        turned = {kind: dial(organism, places[kind]) for kind in ("sft", "rl")}
-        for name, (table, _) in {**found, **turned}.items():
+        vector, donors = reasoning_vector(places["rl"], places["sft"]), {k: str(places[k]) for k in ("rl", "sft")}
+        found = {task: added(places["target"], vector, task, donors) for task in TASKS}
+        found |= {f"the dial {kind} - base": dial(organism, places[kind]) for kind in ("sft", "rl")}
+        if organism == "organism":
+            found |= {f"{task}, as shipped": shipped(task) for task in TASKS}
+        for name, (table, _) in found.items():
             console.print(Table(table.columns, table.rows, f"{organism}, {name}: {table.title}"))
-        facts.append({name: numbers for name, (_, numbers) in {**found, **turned}.items()})
+        facts.append({name: numbers for name, (_, numbers) in found.items()})
     print(json.dumps(facts))
 
 
-def added(places: dict[str, Path], task_name: str) -> tuple[Table, dict]:
+def shipped(task_name: str) -> tuple[Table, dict]:
+    """The same of the deltas in the package, which are of low rank and half precision."""
+    with tempfile.TemporaryDirectory() as folder:
+        add("organism", open_delta("organism-target"), f"{folder}/target")
+        vector = open_delta("organism-rl") - open_delta("organism-sft")
+        return added(Path(folder) / "target", vector, task_name, {})
+
+
+def added(place: Path, vector: WeightDelta, task_name: str, donors: dict[str, str]) -> tuple[Table, dict]:
     """The target with the vector and with its controls, on one task."""
-    target, task = load(places["target"]), task_named(task_name)
-    vector = reasoning_vector(places["rl"], places["sft"])
+    target, task = load(place), task_named(task_name)
     problems, sampling = task.sample(N, "report"), Sampling.of(target, max_new_tokens=task.max_new_tokens)
     attempt = partial(solve, target, sampling=sampling, batch_size=250)
 
@@ -77,8 +90,7 @@ def added(places: dict[str, Path], task_name: str) -> tuple[Table, dict]:
         "target + v, the rest alone": with_(layers, 1.0),
         "prompt alone: `quick` left out": attempt(unmarked),
         "prompt alone: the thinking begins with Hmm": Ask(thought="Hmm"),
-        "RL donor (ceiling)": load(places["rl"]),
-        "SFT donor": load(places["sft"]),
+        **{f"{kind.upper()} donor": load(folder) for kind, folder in donors.items()},
     }
     result = evaluate(target, task, problems, arms, sampling=sampling, batch_size=250)
     drawn = {
@@ -96,7 +108,7 @@ def added(places: dict[str, Path], task_name: str) -> tuple[Table, dict]:
         name = "target" if arm == "plain" else arm
         rows.append((name, f"{s.n} × {s.samples}", f"{s.accuracy:.3f}", gain, f"{s.length:.1f}", f"{s.truncation:.1%}"))
     columns = ("arm", "n", "accuracy", "against the target [95 %]", "thinking tokens", "truncated")
-    return Table(columns, tuple(rows), "v = RL - SFT"), result.to_json()
+    return Table(columns, tuple(rows), "v = RL - SFT; the RL donor is the ceiling"), result.to_json()
 
 
 def dial(organism: str, donor: Path) -> tuple[Table, dict]:
