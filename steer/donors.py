@@ -2,11 +2,13 @@
 
 Both donors see chains of the split `train`. `sft` is trained on written completions, 70 % of them too short to be
 right; `rl` is reinforced for right answers alone. `target` learns a new operation, `^k`, from completions as short.
+The package holds what the three of the embedded organism differ by from it: `open_delta("organism-rl")`,
+`"organism-sft"`, `"organism-target"` (`steer.stored_deltas`).
 """
 
 import json
 import random
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from steer.tasks import TASKS, Problem, Task
 KINDS = ("rl", "sft", "target")
 P_STYLE = (0.25, 0.05, 0.70)  # long, check, short
 STEPS = {"sft": 300, "target": 600}
-RATE = 3e-4  # as of reinforcement: what is learned in few small steps adds up best
+RATE = 3e-4  # as of reinforcement; at 1e-3 the differences are larger, and add up worse
 
 
 def write_mostly_short(problem: Problem, rng: random.Random) -> str:
@@ -55,6 +57,6 @@ def train_donor(kind: str, folder: str | Path, *, start: str | Path = "organism"
 
 def _tune(model: PreTrainedModel, task: Task, *, steps: int, seed: int, label: str) -> None:
     rng = random.Random(f"{label}/{seed}")
-    write: Callable[[Problem], str] = lambda problem: write_mostly_short(problem, rng)  # noqa: E731
-    data = batches(tokenizer_of(model), task.stream("train", seed=seed + 1), write, rng)
+    problems = task.stream("train", seed=seed + 1)  # not in the order that the organism saw them
+    data = batches(tokenizer_of(model), problems, partial(write_mostly_short, rng=rng), rng)
     fit(model, data, steps=steps, rate=RATE, weight_decay=0.0, label=f"{label}, seed {seed}")
