@@ -26,7 +26,8 @@ from probes.tables import Table
 from steer import Add, Controller, Recipe, Scope, applied, evaluate, task_named
 from steer.governor import Governor
 from steer.methods.thinkedit import LengthSplit
-from steer.scores import Outcomes, interval_of_mean, solve
+from steer.outcomes import Outcomes
+from steer.scores import interval_of_mean, solve
 
 SET_POINTS = (10, 13, 16)
 STRENGTHS, GAINS, LAYERS = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (2, 3)

@@ -93,7 +93,7 @@ def span_means(
     """
     top = max(site.layer for site in sites)
     with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
-        for rows in _batches(spans, batch_tokens):
+        for rows in batches(spans, batch_tokens):
             batch = [spans[row] for row in rows]
             width = max(len(span.ids) for span in batch)
             ids = torch.tensor([[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=model.device)
@@ -145,7 +145,7 @@ def _reducer(site: Site, weights: Tensor, means: dict[Site, Tensor], norms: dict
     return reduce_spans
 
 
-def _batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
+def batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of spans, longest first, at most `batch_tokens` padded tokens a batch."""
     order = sorted(range(len(spans)), key=lambda i: -len(spans[i].ids))
     while order:

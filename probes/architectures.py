@@ -281,6 +281,8 @@ def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
         )
     if site.head is not None and not site.head < n_heads(model):
         raise IndexError(f"Head {site.head} is out of range: the model has heads 0 to {n_heads(model) - 1}.")
+    if site.name == "routing":
+        raise ValueError(f"{site} is no activation but a router's choice: read it with probes.experts.")
     if site.name == "result" and site.head is None:
         raise ValueError(f"{site} needs a head: write L{site.layer}H0.result.")
     tap = taps[site.name]

@@ -1,7 +1,8 @@
 """Batched generation: prompts in, completions out, in the order of the prompts."""
 
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def generate(
     prefill: Sequence[int] = (),
     decoding: Decoding | None = None,
     store: Path | None = None,
+    judge: Callable[[Completion], bool] | None = None,
     label: str = "generating",
 ) -> list[Completion]:
     """`samples` completions of each prompt, prompt by prompt.
@@ -36,7 +38,8 @@ def generate(
     token ids that begin the model's turn, is part of the prompt. `decoding` decides over tokens beside the model. With
     `store`, each batch is appended to that JSONL file, what it already holds is not generated again, and in the end it
     is in the order of the prompts: a run that was killed and started again ends with the same bytes. Randomness belongs
-    to prompt and sample number, so batch size and order change nothing but speed.
+    to prompt and sample number, so batch size and order change nothing but speed. The progress bar shows tokens a
+    second, and with `judge` the share of new completions that it calls right.
     """
     sampling = sampling or Sampling.of(model)
     names = [str(i) for i in range(len(prompts))] if ids is None else list(ids)
@@ -51,8 +54,9 @@ def generate(
     rows = sorted(
         ((n, sample) for n in range(len(prompts)) for sample in range(samples)), key=lambda row: -len(encoded[row[0]])
     )
-    done = {} if store is None else _held(Path(store), dict(zip(names, encoded, strict=True)), sampling, name)
+    done = {} if store is None else _held(model, Path(store), dict(zip(names, encoded, strict=True)), sampling, name)
     missing = sum((names[n], sample) not in done for n, sample in rows)
+    progress = _Progress(judge)
     with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
         for start in range(0, len(rows), batch_size):  # the same batches, whatever is done already
             batch = [(names[n], encoded[n], sample) for n, sample in rows[start : start + batch_size]]
@@ -62,11 +66,29 @@ def generate(
             if store is not None:
                 write_completions(store, new)
             done.update({(c.id, c.sample): c for c in new})
-            bar.update(len(new))
+            progress.show(bar, new)
     completions = [done[name, sample] for name in names for sample in range(samples)]
     if store is not None and completions:
         order_completions(store, completions)
     return completions
+
+
+class _Progress:
+    """What has been generated so far, in words beside the bar."""
+
+    def __init__(self, judge: Callable[[Completion], bool] | None) -> None:
+        self.judge, self.began = judge, time.monotonic()
+        self.tokens = self.count = self.right = 0
+
+    def show(self, bar: "tqdm[Any]", new: Sequence[Completion]) -> None:
+        self.tokens += sum(len(c.ids) for c in new)
+        self.count += len(new)
+        words = {"tokens/s": f"{self.tokens / (time.monotonic() - self.began):.0f}"}
+        if self.judge is not None:
+            self.right += sum(map(self.judge, new))
+            words["accuracy"] = f"{self.right / self.count:.3f}"
+        bar.set_postfix(words, refresh=False)
+        bar.update(len(new))
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:
@@ -77,11 +99,13 @@ def end_ids(model: PreTrainedModel) -> list[int]:
 
 
 def _held(
-    store: Path, prompts: Mapping[str, list[int]], sampling: Sampling, decoding: str
+    model: PreTrainedModel, store: Path, prompts: Mapping[str, list[int]], sampling: Sampling, decoding: str
 ) -> dict[tuple[str, int], Completion]:
-    """What the store holds already. Raises ValueError where it was made from other prompts or otherwise sampled."""
-    held = read_completions(store) if store.exists() else []
+    """What the store holds already. Raises ValueError where it is another model's, or otherwise prompted or sampled."""
+    held, origin = read_completions(store) if store.exists() else [], origin_of(model).name
     for c in held:
+        if c.model != origin:
+            raise ValueError(f"{store} was written by the model {c.model!r}, not by {origin!r}. Name another file.")
         if c.sampling != sampling:
             raise ValueError(f"{store} was sampled as {c.sampling}, not as {sampling}. Name another file.")
         if c.decoding != decoding:

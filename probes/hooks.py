@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.architectures import block_of, head_matrices, multiplier_of, n_heads, tap_of
+from probes.routers import Routing, block_at, read_routing
 from probes.sites import Site
 
 Edit = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
@@ -153,6 +154,52 @@ def _refuse_beams(*_: Any) -> None:
     raise ValueError(
         "A scope cannot follow beam search, which swaps rows between steps: use sampling or greedy search."
     )
+
+
+@contextmanager
+def routed(
+    model: nn.Module,
+    layer: int,
+    *,
+    see: Callable[[Routing], None] | None = None,
+    edit: Callable[[Routing], Routing | None] | None = None,
+) -> Iterator[None]:
+    """While open, `see` gets what the router of a sparse block chose, and what `edit` returns is what the experts get.
+
+    `see` never sees an edit of its own layer. Raises ValueError, naming the family, where routers are not readable.
+    """
+    parts = block_at(model, layer)
+    shape: list[tuple[int, ...]] = []
+    found: list[Routing] = []
+
+    def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        shape[:] = [tuple((args[0] if args else kwargs["hidden_states"]).shape[:-1])]
+
+    def chosen(_module: nn.Module, _args: tuple, output: Any) -> None:
+        found[:] = [read_routing(parts, output, shape[0])]
+        if see is not None:
+            see(found[0])
+
+    def change(_module: nn.Module, args: tuple) -> tuple | None:
+        if len(args) != 3:
+            raise ValueError(f"The experts of layer {layer} are not called with hidden states, ids and weights.")
+        assert edit is not None
+        new = edit(found[0])
+        if new is None:
+            return None
+        k = new.ids.shape[-1]
+        return args[0], new.ids.reshape(-1, k), new.weights.reshape(-1, k)
+
+    handles = [
+        parts.block.register_forward_pre_hook(begin, with_kwargs=True),
+        parts.router.register_forward_hook(chosen),
+        *([] if edit is None else [parts.experts.register_forward_pre_hook(change)]),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Reached(Exception):

@@ -7,16 +7,19 @@
 
 `attn_out` and `mlp_out` are what is added to the stream. `z` is the input of `o_proj`, head by head.
 `L5H7.result` is what head 7 contributes to the output of `o_proj`: its columns of the matrix times its `z`.
+`L5E7.routing` is the weight that the router of a sparse block gives expert 7; `probes.routers` reads it.
 """
 
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-SiteName = Literal["resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "z", "result"]
+SiteName = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "z", "result", "routing"
+]
 SITE_NAMES: tuple[SiteName, ...] = get_args(SiteName)
 
-_OURS = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+))?\.(?P<name>\w+)")
+_OURS = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+))?(?:E(?P<expert>\d+))?\.(?P<name>\w+)")
 _THEIRS = re.compile(r"blocks\.(?P<layer>\d+)\.(?P<path>[\w.]+)")
 _TRANSFORMER_LENS: dict[SiteName, str] = {
     "resid_pre": "hook_resid_pre",
@@ -28,18 +31,22 @@ _TRANSFORMER_LENS: dict[SiteName, str] = {
     "mlp_out": "hook_mlp_out",
     "z": "attn.hook_z",
     "result": "attn.hook_result",
+    "routing": "mlp.hook_expert_weights",
 }
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One place in one layer, written as the field writes it: `L12.resid_post`, `L12H7.z`."""
+    """One place in one layer, written as the field writes it: `L12.resid_post`, `L12H7.z`, `L12E7.routing`."""
 
     layer: int
     name: SiteName
     head: int | None = None
+    expert: int | None = None
 
     def __post_init__(self) -> None:
+        if self.expert is not None and self.name != "routing":
+            raise ValueError(f"{self.name} is not split into experts: write L{self.layer}.{self.name}.")
         if self.head is not None and self.name not in ("z", "result"):
             raise ValueError(f"{self.name} is not split into heads: write L{self.layer}.{self.name}.")
 
@@ -53,16 +60,17 @@ class Site:
         match = _OURS.fullmatch(text)
         if match is None or match["name"] not in SITE_NAMES:
             raise ValueError(
-                f"{text!r} is not a site. Write L<layer>.<name> or L<layer>H<head>.z, where <name> is one of "
-                f"{', '.join(SITE_NAMES)}, or a TransformerLens name such as blocks.12.hook_resid_post."
+                f"{text!r} is not a site. Write L<layer>.<name>, L<layer>H<head>.z or L<layer>E<expert>.routing, where "
+                f"<name> is one of {', '.join(SITE_NAMES)}, or a TransformerLens name: blocks.12.hook_resid_post."
             )
-        head = match["head"]
-        return cls(int(match["layer"]), match["name"], None if head is None else int(head))
+        head, expert = (None if match[part] is None else int(match[part]) for part in ("head", "expert"))
+        return cls(int(match["layer"]), match["name"], head, expert)
 
     @property
     def transformer_lens(self) -> str:
-        """The hook's name in TransformerLens, where a head is an index into its tensor."""
+        """The hook's name in TransformerLens, where a head or an expert is an index into its tensor."""
         return f"blocks.{self.layer}.{_TRANSFORMER_LENS[self.name]}"
 
     def __str__(self) -> str:
-        return f"L{self.layer}{'' if self.head is None else f'H{self.head}'}.{self.name}"
+        part = f"H{self.head}" if self.head is not None else f"E{self.expert}" if self.expert is not None else ""
+        return f"L{self.layer}{part}.{self.name}"

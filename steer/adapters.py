@@ -94,7 +94,8 @@ def low_rank(model: PreTrainedModel, recipe: Recipe) -> dict[int, LowRank]:
             path = architecture_of(model).o_proj
             b, a = _factored(output_first(model, path, delta), float(weight.float().norm()))
             layers[layer] = LowRank(a.cpu(), b.cpu(), shift.cpu())
-    if others := [name for name, p in twin.named_parameters() if p in draft and p not in ours]:
+    named = (*twin.named_parameters(), *twin.named_buffers())
+    if others := [name for name, p in named if p in draft and p not in ours]:
         raise NotFoldable(
             f"The recipe changes {', '.join(others)}, and an adapter of ours holds changes of o_proj alone: "
             "export a checkpoint, or keep it as a run-time intervention."

@@ -10,13 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.architectures import o_proj_of
-from probes.hooks import attached, observed, watched
+from probes.clock import Clock
+from probes.hooks import attached, observed, routed, watched
 from probes.sites import Site
-from steer.clock import Clock
+from steer.experts import RoutingEdit
 from steer.firelog import FireLog
 from steer.gates import Gate, precedes
 from steer.interventions import Add, Intervention, placed, widened
 from steer.recipes import Recipe, Step
+from steer.rerouting import Chosen, Rerouting
 
 
 class NeverFired(ValueError):
@@ -40,7 +42,13 @@ def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -
     for step in steps:
         _check_order(step, clock)
     words = [(str(_site(step)), step.intervention.kind, str(step.scope)) for step in steps]
-    log = FireLog(words, [gates[step.scope] for step in steps], clock)
+    routes = {
+        number: (step.intervention, Chosen(gates[step.scope]))
+        for number, step in enumerate(steps)
+        if isinstance(step.intervention, RoutingEdit)
+    }
+    own = [routes[number][1] if number in routes else gates[step.scope] for number, step in enumerate(steps)]
+    log = FireLog(words, own, clock)
 
     def see(ids: Tensor, mask: Tensor | None, n_past: int) -> None:
         log.end_pass()
@@ -54,10 +62,13 @@ def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -
         for scope, gate in gates.items():
             if scope.gauge is not None:
                 stack.enter_context(observed(model, scope.gauge, gate.see))
-        order = sorted(range(len(steps)), key=lambda number: _place(steps[number]))
+        for layer in dict.fromkeys(edit.site.layer for edit, _ in routes.values()):
+            edits = [(number, edit, gate) for number, (edit, gate) in routes.items() if edit.site.layer == layer]
+            stack.enter_context(routed(model, layer, edit=Rerouting(model, layer, edits, log)))
+        order = sorted(set(range(len(steps))) - set(routes), key=lambda number: _place(steps[number]))
         for site, found in groupby(order, key=lambda number: _site(steps[number])):
-            edits = [_Edit.of(model, number, steps[number], gates[steps[number].scope], log) for number in found]
-            stack.enter_context(attached(model, site, partial(_apply, edits=edits)))
+            here = [_Edit.of(model, number, steps[number], gates[steps[number].scope], log) for number in found]
+            stack.enter_context(attached(model, site, partial(_apply, edits=here)))
         yield log
         log.end_pass()
     if must_fire and steps and not log.tokens:
@@ -79,6 +90,7 @@ class _Edit:
     @classmethod
     def of(cls, model: PreTrainedModel, number: int, step: Step, gate: Gate, log: FireLog) -> "_Edit":
         device = next(o_proj_of(model, _site(step).layer).parameters()).device
+        assert not isinstance(step.intervention, RoutingEdit)
         return cls(number, placed(step.intervention, device), gate, log)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import transformers
@@ -16,11 +15,11 @@ from probes.activations import text_spans
 from probes.completions import read_completions
 from probes.directions import Direction, difference_in_means
 from probes.models import load
-from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tables import Table
 from steer.checkpoints import check_repository, push
 from steer.commands.compare import compare_
+from steer.commands.evaluate import evaluate_
 from steer.commands.exchange import export_, import_
 from steer.commands.options import (
     BatchSize,
@@ -32,9 +31,13 @@ from steer.commands.options import (
     MaxNewTokens,
     Model,
     Output,
+    SplitName,
     TaskName,
+    Temperature,
     console,
     end,
+    sampling_of,
+    split_named,
 )
 from steer.commands.sweep import sweep_
 from steer.commands.vector import app as vector
@@ -45,8 +48,8 @@ from steer.recipes import Recipe
 from steer.records import record
 from steer.report import write_report
 from steer.runs import HEADS, KINDS, ThinkEditRun, grid, thinkedit
-from steer.scores import Arm, evaluate, solve
-from steer.tasks import SPLITS, Split, task_named
+from steer.scores import solve
+from steer.tasks import task_named
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -108,7 +111,7 @@ def thinkedit_(
         n_select=n_select,
         n_report=n_report,
         samples=samples,
-        sampling=Sampling.of(loaded, max_new_tokens=max_new_tokens or source.max_new_tokens, seed=seed),
+        sampling=sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=None, seed=seed),
         batch_size=batch_size,
         seed=seed,
     )
@@ -123,9 +126,9 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="A JSONL file; what it holds is not done again.")],
     task: TaskName = "chains",
     n: Count = 100,
-    split: Annotated[str, typer.Option(help="train, probe, select or report.")] = "probe",
+    split: SplitName = "probe",
     samples: int = 1,
-    temperature: Annotated[float | None, typer.Option(help="The model's own, if left out; 0 is greedy.")] = None,
+    temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
@@ -136,8 +139,8 @@ def generate(
 ) -> None:
     """Completions of a task's problems, as a JSONL file."""
     loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
-    sampling = _sampling(loaded, source.max_new_tokens, max_new_tokens, temperature, seed)
-    problems = source.sample(n, _split(split), seed=seed)
+    sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    problems = source.sample(n, split_named(split), seed=seed)
     done = solve(loaded, problems, sampling=sampling, samples=samples, batch_size=batch_size, store=output)
     truncated = sum(completion.truncated for completion in done)
     length = sum(completion.thinking_tokens for completion in done) / len(done)
@@ -166,42 +169,6 @@ def direction(
     console.print(found.tokens(loaded, 8))
     facts = {"site": str(where), "norm": found.norm, "norm_over_stream_norm": found.norm / found.stream_norm}
     end(found.summary(), facts, as_json)
-
-
-@app.command("evaluate")
-def evaluate_(
-    model: Model,
-    task: TaskName = "chains",
-    recipe: Annotated[list[Path] | None, typer.Option(help="A recipe folder, applied at run time.")] = None,
-    checkpoint: Annotated[list[Path] | None, typer.Option(help="Another checkpoint to compare.")] = None,
-    n: Count = 1000,
-    split: Annotated[str, typer.Option(help="train, probe, select or report.")] = "report",
-    samples: int = 1,
-    temperature: Annotated[float | None, typer.Option(help="The model's own, if left out; 0 is greedy.")] = None,
-    max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = 64,
-    dtype: Dtype = "auto",
-    device_map: DeviceMap = None,
-    delimiters: Delimit = None,
-    seed: int = 0,
-    as_json: Json = False,
-) -> None:
-    """Accuracy, thinking length and truncation of a model, of recipes on it, and of other checkpoints, in pairs."""
-    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
-    arms: dict[str, Arm] = {str(path): Recipe.load(path) for path in recipe or []}
-    arms |= {
-        str(path): load(path, dtype=dtype, device_map=device_map, delimiters=delimiters) for path in checkpoint or []
-    }
-    result = evaluate(
-        loaded,
-        source,
-        source.sample(n, _split(split), seed=seed),
-        arms,
-        sampling=_sampling(loaded, source.max_new_tokens, max_new_tokens, temperature, seed),
-        samples=samples,
-        batch_size=batch_size,
-    )
-    end(result.table(), result.to_json(), as_json)
 
 
 @app.command()
@@ -247,6 +214,7 @@ def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
 
 
 app.command("compare")(compare_)
+app.command("evaluate")(evaluate_)
 app.command("sweep")(sweep_)
 app.command("export")(export_)
 app.command("import")(import_)
@@ -272,20 +240,9 @@ def _finish_thinkedit(run: ThinkEditRun, folder: Path, sweep: int, batch_size: i
     end(run.table(), {**run.to_json(), "checkpoint": str(folder)}, as_json)
 
 
-def _sampling(model: Any, own: int, wanted: int | None, temperature: float | None, seed: int) -> Sampling:
-    sampling = Sampling.of(model, max_new_tokens=wanted or own, seed=seed)
-    return sampling if temperature is None else replace(sampling, temperature=temperature)
-
-
 def _kind(name: str) -> Kind:
     if name not in KINDS:
         raise ValueError(f"{name!r} is not a kind of edit. Known: {', '.join(KINDS)}.")
-    return name
-
-
-def _split(name: str) -> Split:
-    if name not in SPLITS:
-        raise ValueError(f"{name!r} is not a split. Known: {', '.join(SPLITS)}.")
     return name
 
 

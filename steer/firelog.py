@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes.clock import PHASES, Clock
 from probes.tables import Table
-from steer.clock import PHASES, Clock
-from steer.gates import Gate
+from steer.gates import Touched
 
 _NEVER = 2**62
 
@@ -55,7 +55,7 @@ class FireLog:
     """
 
     steps: Sequence[tuple[str, str, str]]  # site, kind, scope
-    gates: Sequence[Gate]  # of each step
+    gates: Sequence[Touched]  # of each step
     clock: Clock
     _sums: _Sums | None = field(default=None, repr=False)
     _pass: dict[int, tuple[Tensor, Tensor | float]] = field(default_factory=dict, repr=False)
@@ -86,10 +86,10 @@ class FireLog:
         self._pass.clear()
 
     @cached_property
-    def _by_gate(self) -> dict[Gate, list[int]]:
+    def _by_gate(self) -> dict[Touched, list[int]]:
         return {gate: [i for i, own in enumerate(self.gates) if own is gate] for gate in self.gates}
 
-    def _add(self, gate: Gate, ran: list[int], hit: Tensor, position: Tensor) -> None:
+    def _add(self, gate: Touched, ran: list[int], hit: Tensor, position: Tensor) -> None:
         """The steps behind one gate, which touch the same tokens; `hit` is [phases tokens]."""
         assert self._sums is not None
         before = torch.stack([self._pass[i][0].to(position.device, torch.float32) for i in ran]).flatten(1)
@@ -97,7 +97,7 @@ class FireLog:
         first, last = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
         self._sums.add(ran, hit.sum(1), ratios[:, None].where(hit, 0), first, last)
 
-    def _changes(self, gate: Gate, ran: list[int], device: torch.device) -> Float[Tensor, "steps tokens"]:
+    def _changes(self, gate: Touched, ran: list[int], device: torch.device) -> Float[Tensor, "steps tokens"]:
         """The norms of what each step changed."""
         changes = [self._pass[i][1] for i in ran]
         if all(isinstance(change, float) for change in changes):

@@ -22,6 +22,9 @@ from probes.models import origin_of
 from probes.quantised import is_quantised
 from probes.sites import Site, SiteName
 from steer.application import applied
+from steer.drafts import Draft, NeedsBias, NotFoldable
+from steer.experts import RoutingEdit
+from steer.folded_routing import fold_routing
 from steer.interventions import Ablate, Add, Affine, Scale
 from steer.recipes import Recipe, Step
 from steer.scopes import Scope
@@ -31,35 +34,11 @@ from steer.scopes import Scope
 _ORDER: tuple[SiteName, ...] = ("result", "z", "attn_out", "mlp_out")
 
 
-class NotFoldable(ValueError):
-    """No change of weights equals the intervention at this site."""
-
-
-class NeedsBias(NotFoldable):
-    """A bias would make it foldable, and the matrix has none."""
-
-
 @dataclass(frozen=True)
 class FoldReport:
     """What was written: the names of the tensors that changed."""
 
     changed: tuple[str, ...]
-
-
-class _Draft:
-    """Float32 copies of the tensors that change, written back once: several edits round once, a refusal leaves none."""
-
-    def __init__(self) -> None:
-        self.copies: dict[nn.Parameter, Tensor] = {}
-
-    def __getitem__(self, parameter: nn.Parameter) -> Tensor:
-        if parameter not in self.copies:
-            self.copies[parameter] = parameter.detach().float().clone()
-        return self.copies[parameter]
-
-    def write(self) -> None:
-        for parameter, value in self.copies.items():
-            parameter.data.copy_(value.to(parameter.dtype))
 
 
 def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
@@ -71,7 +50,7 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
     recipe.check(model)
     draft = drafted(model, recipe)
     draft.write()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     return FoldReport(tuple(sorted(names[id(parameter)] for parameter in draft.copies)))
 
 
@@ -127,16 +106,20 @@ def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, id
 
 
 @torch.no_grad()
-def drafted(model: PreTrainedModel, recipe: Recipe) -> _Draft:
+def drafted(model: PreTrainedModel, recipe: Recipe) -> Draft:
     """What the recipe makes of the weights; the model is not touched."""
     if is_quantised(model):
         raise NotFoldable(
             f"The weights of {origin_of(model).name!r} are quantised, and an edit of packed numbers would be another "
             "one. Fold into the model loaded unquantised, then quantise the export; at run time the recipe works as is."
         )
-    draft = _Draft()
+    draft = Draft()
     affines: dict[Site, Affine] = {}
     for step in recipe.steps:
+        if isinstance(step.intervention, RoutingEdit):
+            _refuse_scope(step)
+            fold_routing(model, step.intervention, draft)
+            continue
         site, affine = step.intervention.site, _affine_of(model, step)
         affines[site] = affines[site].then(affine) if site in affines else affine
     for site in sorted(affines, key=_rank):
@@ -158,8 +141,7 @@ def _rank(site: Site) -> tuple[int, int, bool]:
 
 def _affine_of(model: PreTrainedModel, step: Step) -> Affine:
     intervention, site = step.intervention, step.intervention.site
-    if step.scope != Scope():
-        raise NotFoldable(f"{site} is changed in scope '{step.scope}', but weights act on every token.")
+    _refuse_scope(step)
     if not isinstance(intervention, Add | Ablate | Scale):
         raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
     affine = intervention.affine(width_of(model, site))
@@ -167,7 +149,14 @@ def _affine_of(model: PreTrainedModel, step: Step) -> Affine:
     return Affine(*(tensor.float().to(device) for tensor in (affine.down, affine.up, affine.shift)))
 
 
-def _fold_affine(model: PreTrainedModel, site: Site, affine: Affine, draft: _Draft) -> None:
+def _refuse_scope(step: Step) -> None:
+    if step.scope != Scope():
+        raise NotFoldable(
+            f"{step.intervention.site} is changed in scope '{step.scope}', but weights act on every token."
+        )
+
+
+def _fold_affine(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft) -> None:
     row = architecture_of(model)
     match site.name:
         case "z":
@@ -193,7 +182,7 @@ def _fold_output(
     model: PreTrainedModel,
     site: Site,
     affine: Affine,
-    draft: _Draft,
+    draft: Draft,
     *,
     writers: tuple[str, ...],
     loose: tuple[str, ...] = (),
@@ -219,7 +208,7 @@ def _fold_output(
         value += (value @ affine.down) @ affine.up + affine.shift / multiplier_of(model)
 
 
-def _fold_input(model: PreTrainedModel, site: Site, affine: Affine, draft: _Draft) -> None:
+def _fold_input(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft) -> None:
     """y = x Wᵀ + b becomes (x + (x down) up + shift) Wᵀ + b."""
     weight, bias = _columns(model, site, draft), _bias_for(model, site, affine)
     if bias is not None:
@@ -227,7 +216,7 @@ def _fold_input(model: PreTrainedModel, site: Site, affine: Affine, draft: _Draf
     weight += (weight @ affine.up.T) @ affine.down.T
 
 
-def _fold_head(model: PreTrainedModel, site: Site, affine: Affine, draft: _Draft) -> None:
+def _fold_head(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft) -> None:
     """A head's write w = W_h z becomes w + (w down) up + shift; the bias belongs to no head."""
     weight, bias = _columns(model, site, draft), _bias_for(model, site, affine)
     weight += affine.up.T @ (affine.down.T @ weight)
@@ -245,7 +234,7 @@ def _bias_for(model: PreTrainedModel, site: Site, affine: Affine) -> nn.Paramete
     return bias
 
 
-def _columns(model: PreTrainedModel, site: Site, draft: _Draft) -> Tensor:
+def _columns(model: PreTrainedModel, site: Site, draft: Draft) -> Tensor:
     """The part of `o_proj` that reads the site, `[d_model, width]`: a view of the draft."""
     stored = draft[o_proj_of(model, site.layer).get_parameter("weight")]
     weight = output_first(model, architecture_of(model).o_proj, stored)

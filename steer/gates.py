@@ -1,21 +1,35 @@
 """A scope at work: which tokens of the current pass it lets a step touch, and how strongly."""
 
+from abc import ABC, abstractmethod
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.clock import Clock
 from probes.sites import SITE_NAMES, Site, SiteName
-from steer.clock import Clock
 from steer.scopes import Scope
 
 # In which order a block computes its sites; resid_pre comes first.
 _ORDER: tuple[SiteName, ...] = (
-    "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post",
+    "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "routing", "mlp_out", "resid_post",
 )  # fmt: skip
 assert set(_ORDER) == set(SITE_NAMES)
 
 
-class Gate:
+class Touched(ABC):
+    """Which tokens of the current pass a step touches."""
+
+    @property
+    @abstractmethod
+    def mask(self) -> Bool[Tensor, "batch new"]: ...
+
+    @abstractmethod
+    def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
+        """The strength's multiple at each token of this pass; 0 where it is not touched."""
+
+
+class Gate(Touched):
     """One scope during one run. Its state is constant per row, and nothing of it leaves the device."""
 
     def __init__(self, scope: Scope, clock: Clock) -> None:
@@ -69,7 +83,6 @@ class Gate:
         return self._mask
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
-        """The strength's multiple at each token of this pass; 0 where it is not touched."""
         if (dtype, device) not in self._weights:
             weight = self.mask if self._multiple is None else self.mask * self._multiple
             self._weights[dtype, device] = weight[..., None].to(device, dtype)

@@ -1,5 +1,6 @@
 """A recipe: interventions with their scopes, and the file that travels. `steer.application` runs it."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,10 +17,12 @@ from probes.models import identity_of
 from probes.quantised import is_quantised
 from probes.sites import Site
 from probes.tables import Table
+from steer.experts import Forbid, Force, Reinforce, RoutingEdit, check_expert
 from steer.interventions import KINDS, Intervention
 from steer.scopes import Scope
 
 FORMAT = "thinksteer recipe 1"
+_ROUTING: dict[str, type[Reinforce] | type[Force] | type[Forbid]] = {k.kind: k for k in (Reinforce, Force, Forbid)}
 _IDENTITY = ("name", "revision", "model_type", "n_layers", "n_heads", "d_model", "fingerprint")
 
 
@@ -27,7 +30,7 @@ _IDENTITY = ("name", "revision", "model_type", "n_layers", "n_heads", "d_model",
 class Step:
     """One intervention, and the tokens it touches."""
 
-    intervention: Intervention
+    intervention: Intervention | RoutingEdit
     scope: Scope = Scope()
 
 
@@ -43,7 +46,7 @@ class Recipe:
     def of(
         cls,
         model: PreTrainedModel,
-        interventions: Sequence[Intervention],
+        interventions: Sequence[Intervention | RoutingEdit],
         *,
         scope: str | Scope = "all",
         method: str = "",
@@ -62,7 +65,10 @@ class Recipe:
                 "Derive it again on this model."
             )
         for step in self.steps:
-            _check_vector(model, step.intervention.site, step.intervention.vector, step.intervention.kind)
+            if isinstance(step.intervention, RoutingEdit):
+                check_expert(model, step.intervention.site)
+            else:
+                _check_vector(model, step.intervention.site, step.intervention.vector, step.intervention.kind)
             for part in (step.scope.condition, step.scope.controller):
                 if part is not None and part.site is not None:
                     _check_vector(model, part.site, part.vector, "projection")
@@ -73,6 +79,19 @@ class Recipe:
             self.write(stage)
 
     def write(self, folder: Path) -> None:
+        words, tensors = self._parts()
+        (folder / "recipe.yaml").write_text(words)
+        write_tensors(folder / "recipe.safetensors", tensors)
+
+    def fingerprint(self) -> str:
+        """A checksum of all that the recipe's files hold."""
+        words, tensors = self._parts()
+        digest = hashlib.sha256(words.encode())
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _parts(self) -> tuple[str, dict[str, Tensor]]:
         words: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
         for i, step in enumerate(self.steps):
@@ -82,8 +101,7 @@ class Recipe:
             if step.intervention.vector is not None:
                 tensors[f"{i}.vector"] = step.intervention.vector
         whole = {"format": FORMAT, "method": self.method, "model": self.model, "steps": words}
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
-        write_tensors(folder / "recipe.safetensors", tensors)
+        return yaml.safe_dump(whole, sort_keys=False), tensors
 
     @classmethod
     def load(cls, folder: Path) -> "Recipe":
@@ -121,7 +139,7 @@ class Recipe:
         return self.table()._repr_html_()
 
 
-def _numbers(intervention: Intervention) -> dict[str, Any]:
+def _numbers(intervention: Intervention | RoutingEdit) -> dict[str, Any]:
     """Every field but the tensor, as YAML holds it: infinite bounds are null."""
     values = {f.name: getattr(intervention, f.name) for f in fields(intervention) if f.name != "vector"}  # type: ignore[arg-type]
     values["site"] = str(values["site"])
@@ -130,9 +148,10 @@ def _numbers(intervention: Intervention) -> dict[str, Any]:
 
 def _read_step(i: int, words: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Step:
     where = f"Step {i} in {path}"
-    kind = KINDS.get(str(words.get("kind")))
+    known: dict[str, Any] = {**KINDS, **_ROUTING}
+    kind = known.get(str(words.get("kind")))
     if kind is None:
-        raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
+        raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(known)}.")
     names = [f.name for f in fields(kind) if f.name != "vector"]
     check_keys(words, ("kind", "scope", *names), where)
     own = {name: tensors.get(f"{i}.{name}") for name in ("vector", "condition", "controller")}
@@ -143,6 +162,9 @@ def _read_step(i: int, words: dict[str, Any], tensors: Mapping[str, Tensor], pat
     for name in names[1:]:
         if words[name] is None and name in ("low", "high"):
             continue  # infinite
+        if name == "renormalise" and isinstance(words[name], bool):
+            values[name] = words[name]
+            continue
         if isinstance(words[name], bool) or not isinstance(words[name], int | float):
             raise ValueError(f"{where} has {name} {words[name]!r}, which is no number.")
         values[name] = float(words[name])

@@ -11,8 +11,9 @@ from probes.files import check_keys
 from probes.models import identity_of
 from steer.examples import side_by_side
 from steer.methods.thinkedit import LengthReading
+from steer.outcomes import Outcomes
 from steer.recipes import Recipe
-from steer.scores import Outcomes, Score, evaluate, interval_of_mean
+from steer.scores import Score, evaluate, interval_of_mean
 from steer.tasks import Problem
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from probes.clock import Clock
 from probes.sampling import Event
 from probes.tokens import Delimiters
-from steer.clock import Clock
 
 Ids = Int[Tensor, "batch pos"]
 Scores = Float[Tensor, "batch d_vocab"]

@@ -24,9 +24,10 @@ from steer.checkpoints import export
 from steer.differences import Difference
 from steer.fold import NotFoldable, check_folds, fold_error, folded
 from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
+from steer.outcomes import Outcomes
 from steer.recipes import Recipe
 from steer.records import record
-from steer.scores import Arm, Evaluation, Outcomes, evaluate, solve
+from steer.scores import Arm, Evaluation, evaluate, solve
 from steer.tasks import Task, task_named
 
 KINDS: tuple[Kind, ...] = ("project", "replace", "one_sided")

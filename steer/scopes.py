@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.clock import Ids
 from probes.directions import Direction
 from probes.files import check_keys
 from probes.lengths import LengthProbe
@@ -16,7 +17,6 @@ from probes.models import markers_of, tokenizer_of
 from probes.segments import step_ids
 from probes.sites import Site
 from probes.tokens import present_markers
-from steer.clock import Ids
 
 Phase = Literal["all", "prompt", "thinking", "answer"]
 SCOPES: tuple[Phase, ...] = get_args(Phase)

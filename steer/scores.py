@@ -1,79 +1,33 @@
 """Compare arms on one set of problems: accuracy, thinking length and truncation, paired, with intervals."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from transformers import PreTrainedModel
 
-from probes.completions import Completion, by_problem
+from probes.completions import Completion
 from probes.generation import generate
+from probes.models import fingerprint
 from probes.sampling import Sampling
 from probes.tables import Table
 from steer.application import applied
 from steer.controls import Control, Controlled
 from steer.grading import is_correct
+from steer.outcomes import Outcomes
 from steer.prompts import Ask
 from steer.recipes import Recipe
 from steer.statistics import adjusted, interval_of_mean, paired_p
-from steer.tasks import Problem, Task
+from steer.tasks import Grader, Problem, Task
 
 Arm = None | Recipe | PreTrainedModel | Control | Ask | Sequence[Completion]
 SHORTEST = (0.05, 0.10, 0.20)
-
-
-@dataclass(frozen=True, eq=False)
-class Outcomes:
-    """What one arm did: a row a problem, a column a sample. `repeated`: see `repetition`; None where not known."""
-
-    correct: Bool[np.ndarray, "problems samples"]
-    length: Int[np.ndarray, "problems samples"]
-    truncated: Bool[np.ndarray, "problems samples"]
-    repeated: Float[np.ndarray, "problems samples"] | None = None
-
-    @classmethod
-    def of(cls, completions: Sequence[Completion], problems: Sequence[Problem], task: Task) -> "Outcomes":
-        groups = by_problem(completions)
-        rows = [groups[problem.id] for problem in problems]
-        right = [[is_correct(c, p, task.grader) for c in row] for p, row in zip(problems, rows, strict=True)]
-        return cls(
-            np.array(right),
-            np.array([[c.thinking_tokens for c in row] for row in rows]),
-            np.array([[c.truncated for c in row] for row in rows]),
-            np.array([[_repetition_of(c) for c in row] for row in rows]),
-        )
-
-    @classmethod
-    def pooled(cls, draws: Sequence["Outcomes"]) -> "Outcomes":
-        """Several draws of one control, as samples of one arm."""
-        repeated = [d.repeated for d in draws if d.repeated is not None]
-        return cls(
-            np.concatenate([d.correct for d in draws], axis=1),
-            np.concatenate([d.length for d in draws], axis=1),
-            np.concatenate([d.truncated for d in draws], axis=1),
-            np.concatenate(repeated, axis=1) if len(repeated) == len(draws) else None,
-        )
-
-    def only(self, rows: Bool[np.ndarray, " problems"]) -> "Outcomes":
-        repeated = None if self.repeated is None else self.repeated[rows]
-        return Outcomes(self.correct[rows], self.length[rows], self.truncated[rows], repeated)
-
-    def shortest(self, share: float) -> tuple[float, float]:
-        """Accuracy and length of the floor(share * n) shortest completions of a run, averaged over runs (ThinkEdit).
-
-        A run is one sample of every problem. NaN where the share is no whole completion.
-        """
-        count = int(share * len(self.length))
-        if count == 0:
-            return float("nan"), float("nan")
-        order = np.argsort(self.length, axis=0, kind="stable")[:count]
-        pick = (np.take_along_axis(values, order, axis=0).mean() for values in (self.correct, self.length))
-        accuracy, length = pick
-        return float(accuracy), float(length)
 
 
 @dataclass(frozen=True)
@@ -211,14 +165,18 @@ def evaluate(
     sampling: Sampling,
     samples: int = 1,
     batch_size: int = 64,
+    store: Path | None = None,
 ) -> Evaluation:
     """Run every arm on the same problems.
 
     None is the plain model; a recipe is applied at run time; a model is run; a control decides over tokens beside the
     model; an `Ask` puts the questions otherwise; completions made elsewhere are graded.
 
-    All arms draw with the same noise per problem and sample, so that they are compared in pairs.
+    All arms draw with the same noise per problem and sample, so that they are compared in pairs. With `store`, a
+    folder, completions are kept there, a file for each arm, and what it holds is not generated again.
     """
+    if store is not None:
+        Path(store).mkdir(parents=True, exist_ok=True)
     outcomes = {}
     for name, arm in {"plain": None, **arms}.items():
         if arm is None or isinstance(arm, Recipe | PreTrainedModel | Control | Ask):
@@ -232,6 +190,8 @@ def evaluate(
                     batch_size=batch_size,
                     control=arm if isinstance(arm, Control) else None,
                     ask=arm if isinstance(arm, Ask) else Ask(),
+                    store=None if store is None else Path(store) / _file_of(name, subject, arm),
+                    grader=task.grader,
                     label=name,
                 )
         else:
@@ -250,9 +210,14 @@ def solve(
     control: Control | None = None,
     ask: Ask = Ask(),  # noqa: B008
     store: Path | None = None,
+    grader: Grader | None = None,
     label: str = "solving",
 ) -> list[Completion]:
-    """Completions of the problems' questions, put as `ask` says, under a control; named by the problems' ids."""
+    """Completions of the problems' questions, put as `ask` says, under a control; named by the problems' ids.
+
+    `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far.
+    """
+    named = {problem.id: problem for problem in problems}
     questions, ids = [ask.question(problem.question) for problem in problems], [problem.id for problem in problems]
     return generate(
         model,
@@ -265,20 +230,16 @@ def solve(
         prefill=ask.prefill(model),
         decoding=None if control is None else Controlled(model, control),
         store=store,
+        judge=None if grader is None else lambda c: is_correct(c, named[c.id], grader),
         label=label,
     )
 
 
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """The share of the n-grams of tokens that have come before: 1 - different ones / all. 0 where there are none."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def _repetition_of(completion: Completion) -> float:
-    """Of the thinking, its delimiters included where the model wrote them."""
-    span = completion.span
-    return 0.0 if span is None else repetition(completion.all_ids[span.start : span.end])
+def _file_of(name: str, subject: PreTrainedModel, arm: Arm) -> str:
+    """The arm's name in a store, with a checksum of all that the completions' own words do not tell."""
+    own = arm.fingerprint() if isinstance(arm, Recipe) else str(arm) if isinstance(arm, Control | Ask) else ""
+    words = f"{name} {fingerprint(subject)} {own}"
+    return f"{re.sub('[^-+.0-9A-Za-z]+', '_', name)[:60]}-{sha256(words.encode()).hexdigest()[:8]}.jsonl"
 
 
 def _strict(numbers: Sequence[float]) -> list[float | None]:

@@ -210,7 +210,7 @@ def as_rows(tensor: Tensor) -> Float[Tensor, "rows width"]:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
 
 
-def blocks(shape: Sequence[int], size: int = 1 << 18) -> list[slice]:
+def blocks(shape: Sequence[int], size: int = 1 << 17) -> list[slice]:
     """Slices of the rows of `as_rows`, of about `size` numbers each, in order."""
     width = shape[-1] if len(shape) > 1 else 1
     rows, step = prod(shape) // max(width, 1), max(1, size // max(width, 1))

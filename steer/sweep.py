@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import plotly.graph_objects as go
 import torch
@@ -14,8 +16,9 @@ from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tables import Table
 from steer.calibration import calibrated, divergence
+from steer.outcomes import Outcomes
 from steer.recipes import Recipe
-from steer.scores import Evaluation, Outcomes, evaluate
+from steer.scores import Evaluation, evaluate
 from steer.tasks import Problem, Task
 
 MakeRecipe = Callable[[Direction, float], Recipe]
@@ -85,22 +88,23 @@ def sweep(
     samples: int = 1,
     draws: int = 3,
     batch_size: int = 64,
+    store: Path | None = None,
     seed: int = 0,
 ) -> Sweep:
     """Run `make(direction, strength)` at every strength; choose by accuracy on `select`; report everything on `report`.
 
     Controls at the chosen strength, `draws` pooled: random directions of the same norm; directions of shuffled labels,
     at the same norm; random directions at the strength that moves the next token as far on `judge` as the chosen one
-    does (same KL). Raises ValueError where select and report share a problem.
+    does (same KL). With `store`, a folder, completions are kept there: a sweep that was killed, started again, goes on
+    where it stopped. Raises ValueError where select and report share a problem.
     """
     if shared := {p.id for p in select} & {p.id for p in report}:
         raise ValueError(f"{len(shared)} problems are in both splits, such as {min(shared)!r}: choose on others.")
     arms = {_name(strength): make(contrast.direction, strength) for strength in strengths}
 
-    def compare(problems: Sequence[Problem], recipes: dict[str, Recipe]) -> Evaluation:
-        return evaluate(model, task, problems, recipes, sampling=sampling, samples=samples, batch_size=batch_size)
-
-    selection = compare(select, arms)
+    attempt = partial(evaluate, model, task, sampling=sampling, samples=samples, batch_size=batch_size)
+    kept = {split: None if store is None else Path(store) / split for split in ("select", "report")}
+    selection = attempt(select, arms, store=kept["select"])
     chosen = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
     kl = divergence(model, arms[_name(chosen)], judge)
     randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
@@ -111,12 +115,13 @@ def sweep(
         if kl > 0
         else [],
     }
-    measured = compare(report, arms)
-    for name, recipes in controls.items():
-        if recipes:
-            drawn = compare(report, {str(i): recipe for i, recipe in enumerate(recipes)})
-            measured.arms[name] = Outcomes.pooled([drawn.arms[str(i)] for i in range(len(recipes))])
-    return Sweep(tuple(strengths), chosen, selection, measured, kl)
+    drawn = {name: {f"{name} {i}": recipe for i, recipe in enumerate(found)} for name, found in controls.items()}
+    every = {name: recipe for found in drawn.values() for name, recipe in found.items()}
+    report_arms = attempt(report, {**arms, **every}, store=kept["report"]).arms
+    measured = {name: report_arms[name] for name in ("plain", *arms)} | {
+        name: Outcomes.pooled([report_arms[draw] for draw in found]) for name, found in drawn.items() if found
+    }
+    return Sweep(tuple(strengths), chosen, selection, Evaluation(task, tuple(report), measured), kl)
 
 
 def _name(strength: float) -> str:

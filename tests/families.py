@@ -47,6 +47,15 @@ FAMILIES = {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
     },
 }  # fmt: skip
+# Sparse families without a row: the generic one holds, and their routers are read.
+UNLISTED_MOE = {
+    "glm4_moe": SPARSE | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+                          "first_k_dense_replace": 1, "head_dim": 8},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+}  # fmt: skip
 POST_NORM = ("gemma2", "gemma3_text", "olmo2", "glm4")
 PARALLEL = ("cohere2", "gpt_neox")
 MOE = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3")
@@ -62,7 +71,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?")
 def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A loaded tiny model of the family, `+bias` for its biased variant."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.split("+")[0], **BASE | FAMILIES[family])
+    config = AutoConfig.for_model(family.split("+")[0], **BASE | (FAMILIES | UNLISTED_MOE)[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():  # zero biases and unit norms would hide mistakes
         if name.endswith("bias") or "norm" in name:

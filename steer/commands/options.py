@@ -3,13 +3,17 @@
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers import PreTrainedModel
 
+from probes.sampling import Sampling
 from probes.tables import Table
+from steer.tasks import SPLITS, Split, Task
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -25,6 +29,11 @@ Delimit = Annotated[
     tuple[str, str] | None,
     typer.Option("--delimiters", help="What opens and what closes the thinking, where the tokenizer does not tell."),
 ]
+Temperature = Annotated[float | None, typer.Option(help="The model's own, if left out; 0 is greedy.")]
+SplitName = Annotated[str, typer.Option("--split", help="train, probe, select or report.")]
+Store = Annotated[
+    Path | None, typer.Option(help="A folder that keeps the completions: what it holds is not done again.")
+]
 DeviceMap = Annotated[str | None, typer.Option(help="Where layers go, e.g. auto (accelerate).")]
 
 
@@ -32,3 +41,17 @@ def end(table: Table, facts: Mapping[str, Any], as_json: bool) -> None:
     console.print(table)
     if as_json:
         console.file.write(json.dumps(facts) + "\n")
+
+
+def sampling_of(
+    model: PreTrainedModel, task: Task, *, max_new_tokens: int | None, temperature: float | None, seed: int
+) -> Sampling:
+    """The model's own sampling, but for what was asked for."""
+    sampling = Sampling.of(model, max_new_tokens=max_new_tokens or task.max_new_tokens, seed=seed)
+    return sampling if temperature is None else replace(sampling, temperature=temperature)
+
+
+def split_named(name: str) -> Split:
+    if name not in SPLITS:
+        raise ValueError(f"{name!r} is not a split. Known: {', '.join(SPLITS)}.")
+    return name

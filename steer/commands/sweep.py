@@ -1,6 +1,6 @@
 """`steer sweep`: a direction's effect over strengths, with its controls."""
 
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,8 +8,8 @@ import typer
 
 from probes.activations import text_spans
 from probes.directions import Direction
+from probes.files import staged_folder
 from probes.models import load
-from probes.sampling import Sampling
 from probes.sites import Site
 from steer.commands.options import (
     BatchSize,
@@ -21,8 +21,10 @@ from steer.commands.options import (
     Model,
     Output,
     TaskName,
+    Temperature,
     console,
     end,
+    sampling_of,
 )
 from steer.interventions import Add
 from steer.recipes import Recipe
@@ -44,7 +46,7 @@ def sweep_(
     n_report: int = 1000,
     samples: int = 1,
     draws: Annotated[int, typer.Option(help="Of each control.")] = 3,
-    temperature: Annotated[float | None, typer.Option(help="The model's own, if left out; 0 is greedy.")] = None,
+    temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
@@ -53,12 +55,15 @@ def sweep_(
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
-    """Choose a strength on a selection split, report it on another beside its controls, and write its recipe."""
+    """Choose a strength on a selection split, report it on another beside its controls, and write its recipe.
+
+    Completions are kept in OUTPUT.completions: a sweep that was killed, started again, goes on where it stopped.
+    """
     if output.exists():
         raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
     loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
-    sampling = Sampling.of(loaded, max_new_tokens=max_new_tokens or source.max_new_tokens, seed=seed)
-    sampling = sampling if temperature is None else replace(sampling, temperature=temperature)
+    sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    kept = output.with_name(f"{output.name}.completions")
     contrast = Contrast.of(loaded, text_spans(loaded, positive), text_spans(loaded, negative), Site.parse(site))
     touched = Scope.of(scope)
 
@@ -78,9 +83,17 @@ def sweep_(
         samples=samples,
         draws=draws,
         batch_size=batch_size,
+        store=kept,
         seed=seed,
     )
-    make(contrast.direction, found.chosen).save(output)
-    console.print(f"Chosen on the selection split: {found.chosen:g}. Its recipe: {output}")
-    facts: dict[str, Any] = {"chosen": found.chosen, "kl": found.kl, "report": found.report.to_json()}
+    facts: dict[str, Any] = {
+        "chosen": found.chosen,
+        "kl": found.kl,
+        "selection": found.selection.to_json(),
+        "report": found.report.to_json(),
+    }
+    with staged_folder(output) as stage:
+        make(contrast.direction, found.chosen).write(stage)
+        (stage / "sweep.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
+    console.print(f"Chosen on the selection split: {found.chosen:g}. Its recipe: {output}; completions: {kept}")
     end(found.table(), facts, as_json)

@@ -19,7 +19,8 @@ from probes.tables import Table
 from steer.deltas import WeightDelta
 from steer.dials import dialled
 from steer.grading import is_correct
-from steer.scores import Outcomes, interval_of_mean, solve
+from steer.outcomes import Outcomes
+from steer.scores import interval_of_mean, solve
 from steer.tasks import Problem, Task
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

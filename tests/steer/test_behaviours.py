@@ -18,7 +18,8 @@ from probes.sites import Site
 from probes.tokens import ThinkingSpan
 from steer.methods.behaviours import behaviour_vectors, label_span, strongest_layer
 from steer.methods.efficiency import Setting, correct_pairs, efficiency_vectors, most_efficient, recipes
-from steer.scores import Evaluation, Outcomes
+from steer.outcomes import Outcomes
+from steer.scores import Evaluation
 from steer.tasks import Problem, task_named
 
 IDS = tuple(torch.randint(6, 97, (40,), generator=torch.Generator().manual_seed(0)).tolist())

@@ -4,9 +4,13 @@ import json
 import sys
 
 import pytest
+import torch
 
-from probes.models import ORGANISM
+from probes.models import ORGANISM, load
+from probes.sites import Site
 from steer.cli import main
+from steer.interventions import Add
+from steer.recipes import Recipe
 
 
 @pytest.fixture
@@ -49,6 +53,28 @@ def test_demo_ends_with_one_json_object(steer, tmp_path):
     assert compared["out"]["accuracy"] >= compared["plain"]["accuracy"]
 
 
+def test_evaluate_sets_every_kind_of_arm_beside_its_controls_and_keeps_the_completions(steer, tmp_path):
+    model = load("organism")
+    vector = torch.randn(96, generator=torch.Generator().manual_seed(0))
+    for name, scale in (("r", 0.5), ("s", 0.0)):
+        Recipe.of(model, [Add(Site(1, "resid_post"), scale * vector, 1.0)], scope="thinking").save(tmp_path / name)
+    options = ("--recipe", "r", "--recipe", "s", "--draws", 2, "--prompt", "empty-thinking", "--store", "kept")
+    words = ("evaluate", "organism", "-n", 30, *options, "--control", "budget:4/3", "--control", "wait:1", "--json")
+    first = steer(*words)
+    facts = last_json(first)
+    nulls = ["r: random, same norm", "r: random, same KL", "s: random, same norm"]
+    assert list(facts) == ["plain", "r", "s", "budget:4/3", "wait:1", "empty-thinking", *nulls]
+    assert [facts[null]["samples"] for null in nulls] == [2, 2, 2]
+    assert facts["s"] == facts["plain"] | {key: facts["s"][key] for key in ("p", "p_adjusted", "marked")}
+    assert facts["budget:4/3"]["length"] <= 6
+    assert facts["empty-thinking"]["length"] == 0  # its block is part of the prompt
+    assert "s is reported without some of its random directions" in first[1].replace("\n", " ")
+    held = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    assert len(held) == 6 + 6
+    assert last_json(steer(*words)) == facts
+    assert held == {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+
+
 def test_generate_continues_and_direction_reads_what_it_wrote(steer, tmp_path):
     for n in (20, 40):
         arguments = ("--task", "chains", "-n", n, "-o", "c.jsonl", "--json")
@@ -78,6 +104,9 @@ def test_diff_of_equals_names_nothing(steer):
         (("thinkedit", "organism", "-o", "there"), "there exists. Name another output folder, or remove it first."),
         (("thinkedit", "organism", "--short", "9", "-o", "x"), "Give both --short and --long, or neither"),
         (("evaluate", "organism", "--task", "gsm9k"), "'gsm9k' is neither a task nor a JSONL file."),
+        (("evaluate", "organism", "--control", "budget"), "'budget' is not a decoding control: budget:THINKING"),
+        (("evaluate", "organism", "--control", "wait:-1"), "A marker is inserted 0 times or more, but got n=-1."),
+        (("evaluate", "organism", "--prompt", "shout"), "'shout' is not a prompt: step-by-step, ellipsis"),
         (("generate", "organism", "--split", "test", "-o", "x"), "'test' is not a split. Known: train, probe"),
         (("evaluate", "organism", "--recipe", "there"), "there holds no recipe.yaml: it is not a recipe."),
         (

@@ -5,12 +5,12 @@ import torch
 from families import build
 from transformers import LogitsProcessorList
 
+from probes.clock import Clock
 from probes.hooks import captured
 from probes.models import load, tokenizer_of
 from probes.sites import Site
 from probes.tokens import Delimiters
 from steer.application import NeverFired, applied
-from steer.clock import Clock
 from steer.interventions import Ablate, Add, Rotate
 from steer.recipes import Recipe, Step
 from steer.scopes import Condition, Controller, Schedule, Scope

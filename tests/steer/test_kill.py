@@ -39,11 +39,12 @@ LONGEST = 120.0  # seconds that no run here takes
 
 @dataclass(frozen=True)
 class Job:
-    """A command that writes one output, the name of the output, and how many kills it has to survive."""
+    """A command that writes one output, its name, how many kills it has to survive, and what it keeps beside."""
 
     run: Callable[[Path], object]
     output: str
     kills: int
+    kept: str = ""
 
 
 def steer(*words):
@@ -60,6 +61,12 @@ def directed(output, texts):
     steer("direction", "organism", *there, "-o", output)
 
 
+def swept(output, texts):
+    there = ("--positive", texts / "probe.jsonl", "--negative", texts / "select.jsonl", "--site", "L2.resid_post")
+    sizes = ("--n-select", 64, "--n-report", 96, "--batch-size", 32, "--draws", 1)
+    steer("sweep", "organism", *there, "-o", output, *sizes, "--strength", -0.5, "--strength", 0.5)
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory):
     texts = tmp_path_factory.mktemp("texts")
@@ -71,12 +78,13 @@ def jobs(tmp_path_factory):
     return {
         "generate": Job(generated, "completions.jsonl", 30),
         "direction": Job(partial(directed, texts=texts), "direction.safetensors", 20),
+        "sweep": Job(partial(swept, texts=texts), "swept", 20, "swept.completions"),
         "export": Job(lambda folder: export(model, recipe, folder), "edited", 25),
         "adapter": Job(lambda folder: export_adapter(model, recipe, folder), "adapter", 25),
     }
 
 
-NAMES = ["generate", "direction", "export", "adapter"]
+NAMES = ["generate", "direction", "sweep", "export", "adapter"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,27 +95,28 @@ def test_killed_at_any_moment_and_run_again_it_ends_with_the_same_bytes(name, jo
         output = tmp_path / str(seen["rounds"]) / job.output
         for _ in range(4):
             seen["killed"] += killed(job, output, timing, rng)
-            seen.update(check(output, calm))
+            seen.update(check(output, calm, job))
             if seen["killed"] == job.kills or contents(output) == contents(calm):
                 break
         finish(job, output, calm)
         seen["rounds"] += 1
-    assert seen["stores in part" if name == "generate" else "killed"] > 0
-    assert seen["rests"] > 0 or name in ("generate", "direction")  # those write in a moment
+    assert seen["stores in part" if name in ("generate", "sweep") else "killed"] > 0
+    assert seen["rests"] > 0 or name in ("generate", "direction", "sweep")  # those write in a moment
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ended_at_any_byte_and_run_again_it_ends_with_the_same_bytes(name, jobs, tmp_path):
     job, rng, seen = jobs[name], random.Random(name), Counter()
     calm, _ = undisturbed(job, tmp_path)
-    largest = max(path.stat().st_size for path in (calm, *calm.rglob("*")) if path.is_file())
+    written = (calm, *calm.rglob("*"), *(calm.parent / job.kept).rglob("*"))
+    largest = max(path.stat().st_size for path in written if path.is_file())
     for turn in range(10):
         output = tmp_path / str(turn) / job.output
         end = attempt(job, output, largest=rng.randrange(largest))
         assert end.status == -signal.SIGXFSZ, end.words
-        seen.update(check(output, calm))
+        seen.update(check(output, calm, job))
         finish(job, output, calm)
-    assert seen["cut lines" if name == "generate" else "rests"] > 0
+    assert seen["cut lines" if name in ("generate", "sweep") else "rests"] > 0
 
 
 def undisturbed(job, folder):
@@ -124,7 +133,8 @@ def finish(job, output, calm):
         last = attempt(job, output)
         assert last.status == 0, last.words
     assert contents(output) == contents(calm)
-    assert [path.name for path in output.parent.iterdir()] == [job.output]
+    assert not job.kept or contents(output.parent / job.kept) == contents(calm.parent / job.kept)
+    assert {path.name for path in output.parent.iterdir()} == {job.output, job.kept or job.output}
 
 
 @dataclass(frozen=True)
@@ -206,19 +216,28 @@ def contents(path):
     return path.read_bytes() if path.is_file() else None
 
 
-def check(output, calm):
-    """What lies there after a kill: a whole result or none, a store of whole completions, and stages of this output."""
-    seen = Counter()
-    if output.suffix == ".jsonl" and output.exists():
-        wanted = {(c.id, c.sample): c for c in read_completions(calm)}
-        held = read_completions(output)
-        assert all(wanted[c.id, c.sample] == c for c in held)
-        assert len({(c.id, c.sample) for c in held}) == len(held)
-        seen["stores in part"] += len(held) < len(wanted)
-        seen["cut lines"] += not output.read_bytes().endswith(b"\n")
+def check(output, calm, job):
+    """What lies there after a kill: a whole result or none, stores of whole completions, and stages of this output."""
+    seen, kept = Counter(), output.parent / job.kept
+    if output.suffix == ".jsonl":
+        check_store(output, calm, seen)
     else:
         assert contents(output) in (None, contents(calm))
-    rests = [path.name for path in output.parent.iterdir() if path != output]
+    for store in kept.rglob("[!.]*.jsonl") if job.kept else ():
+        check_store(store, calm.parent / store.relative_to(output.parent), seen)
+    rests = [path.name for path in output.parent.iterdir() if path not in (output, kept)]
     assert all(name.startswith(f".{output.name}.") and name.endswith(".partial") for name in rests)
     seen["rests"] += bool(rests)
     return seen
+
+
+def check_store(store, calm, seen):
+    """All that it holds is whole, once, and what an undisturbed run writes."""
+    if not store.exists():
+        return
+    wanted = {(c.id, c.sample): c for c in read_completions(calm)}
+    held = read_completions(store)
+    assert all(wanted[c.id, c.sample] == c for c in held)
+    assert len({(c.id, c.sample) for c in held}) == len(held)
+    seen["stores in part"] += len(held) < len(wanted)
+    seen["cut lines"] += not store.read_bytes().endswith(b"\n")

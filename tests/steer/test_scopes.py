@@ -7,12 +7,12 @@ import torch
 from families import build
 from transformers import LogitsProcessorList
 
+from probes.clock import Clock
 from probes.hooks import attached, watched
 from probes.models import load, tokenizer_of
 from probes.sites import Site
 from probes.tokens import Delimiters, thinking_span
 from steer.application import applied
-from steer.clock import Clock
 from steer.interventions import Add
 from steer.recipes import Recipe
 from steer.scopes import SCOPES

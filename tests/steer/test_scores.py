@@ -18,8 +18,9 @@ from probes.sites import Site
 from probes.tokens import ThinkingSpan
 from steer.grading import is_correct
 from steer.interventions import Add
+from steer.outcomes import Outcomes
 from steer.recipes import Recipe
-from steer.scores import SHORTEST, Evaluation, Outcomes, evaluate, interval_of_mean, solve
+from steer.scores import SHORTEST, Evaluation, evaluate, interval_of_mean, solve
 from steer.tasks import SPLITS, TASKS, Problem, draw_chain, split_of, task_named
 
 CHAINS = TASKS["chains"]

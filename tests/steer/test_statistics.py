@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from steer.scores import Evaluation, Outcomes, repetition
+from steer.outcomes import Outcomes, repetition
+from steer.scores import Evaluation
 from steer.statistics import adjusted, mcnemar, paired_p
 from steer.tasks import TASKS, Problem
 

@@ -1,0 +1,201 @@
+"""How often each expert of each layer is chosen, by class of tokens: counts alone are kept, no logits."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from probes.activations import Span, batches
+from probes.clock import PHASES, Clock
+from probes.completions import Completion
+from probes.hooks import forward_through, routed, watched
+from probes.models import tokenizer_of
+from probes.routers import Routing, block_at, moe_layers
+from probes.tables import Table
+from probes.tokens import present_markers
+
+Ways = Sequence[tuple[int, ...]]  # the token ids a marker may be written with
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertCounts:
+    """By class of tokens: how many there were, and how many of them chose each expert.
+
+    Classes are `all`, the phases `prompt`, `thinking` and `answer`, and each marker: the tokens at which it ends.
+    `layers` are the model's numbers of its sparse layers. A token counts once for each pass it is in.
+    """
+
+    layers: tuple[int, ...]
+    classes: tuple[str, ...]
+    counts: Int[Tensor, "classes layers experts"]
+    tokens: Int[Tensor, " classes"]
+
+    def load(self, kind: str = "all") -> Float[Tensor, "layers experts"]:
+        """The share of a class's tokens that chose each expert. Raises ValueError where the class has no token."""
+        if kind not in self.classes:
+            raise ValueError(f"{kind!r} is no class of these tokens. Known: {', '.join(self.classes)}.")
+        at = self.classes.index(kind)
+        if not int(self.tokens[at]):
+            raise ValueError(f"No token of the class {kind!r} was seen, so that it has no load.")
+        return self.counts[at].double() / self.tokens[at]
+
+    def __add__(self, other: "ExpertCounts") -> "ExpertCounts":
+        if (self.layers, self.classes) != (other.layers, other.classes):
+            raise ValueError("Counts of other layers or other classes do not add up.")
+        return ExpertCounts(self.layers, self.classes, self.counts + other.counts, self.tokens + other.tokens)
+
+    def table(self, kind: str = "all") -> Table:
+        """Every expert, the busiest first."""
+        load = self.load(kind)
+        order = load.flatten().sort(descending=True, stable=True).indices.tolist()
+        width = load.shape[1]
+        rows = [
+            (f"L{self.layers[i // width]}E{i % width}", int(self.counts[self.classes.index(kind)].flatten()[i]),
+             float(load.flatten()[i]))
+            for i in order
+        ]  # fmt: skip
+        return Table(("expert", "chosen", "share"), tuple(rows), f"{kind} tokens")
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertReading:
+    """`ExpertCounts` of each completion, so that completions can be resampled. `lacking` markers are not in the
+    vocabulary."""
+
+    layers: tuple[int, ...]
+    classes: tuple[str, ...]
+    counts: Int[Tensor, "completions classes layers experts"]
+    tokens: Int[Tensor, "completions classes"]
+    lacking: tuple[str, ...] = ()
+
+    def total(self) -> ExpertCounts:
+        return ExpertCounts(self.layers, self.classes, self.counts.sum(0), self.tokens.sum(0))
+
+
+def read_experts(
+    model: PreTrainedModel,
+    completions: Sequence[Completion],
+    markers: Sequence[str] = (),
+    *,
+    batch_tokens: int = 16_384,
+) -> ExpertReading:
+    """Which experts the tokens of completions choose, prompt included, in one pass over each.
+
+    A marker is searched as token ids, with and without a space before it; one that the vocabulary lacks is named in
+    the reading and left out. Raises ValueError for a family whose routers cannot be read.
+    """
+    found, lacking = present_markers(tokenizer_of(model), markers)
+    tally = _Tally(model, found)
+    spans = [Span(c.all_ids, 0, len(c.all_ids)) for c in completions]
+    if not spans:
+        raise ValueError("Experts are read off completions, but there is none.")
+    n_experts = block_at(model, tally.layers[0]).n_experts
+    counts = torch.zeros(len(spans), len(tally.classes), len(tally.layers), n_experts, dtype=torch.int32)
+    tokens = torch.zeros(len(spans), len(tally.classes), dtype=torch.int32)
+    with tqdm(total=len(spans), desc="reading experts", unit="completion", delay=2, leave=False) as bar:
+        for rows in batches(spans, batch_tokens):
+            seen, many = tally.of_rows(model, [spans[row].ids for row in rows])
+            counts[rows], tokens[rows] = seen.int().cpu(), many.int().cpu()
+            bar.update(len(rows))
+    return ExpertReading(tally.layers, tally.classes, counts, tokens, lacking)
+
+
+@contextmanager
+def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[ExpertCounts]:
+    """While open, counts what every pass of the model chooses, under prefill and decoding alike.
+
+    The counts are filled as the model runs, on its device, pads left out; what steers the routing does not change
+    what is counted in the same layer. Raises ValueError for a family whose routers cannot be read.
+    """
+    tally = _Tally(model, present_markers(tokenizer_of(model), markers)[0])
+    n_experts, device = block_at(model, tally.layers[0]).n_experts, model.device
+    counts = torch.zeros(len(tally.classes), len(tally.layers), n_experts, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(tally.classes), dtype=torch.long, device=device)
+
+    def begin(ids: Tensor, mask: Tensor | None, n_past: int) -> None:
+        tally.begin(ids, mask, n_past)
+        tokens.add_(tally.masks.sum((1, 2)).to(device).long())
+
+    def see(row: int, routing: Routing) -> None:
+        counts[:, row] += _chosen(tally.masks, routing).sum(1).to(device).long()
+
+    with ExitStack() as stack:
+        stack.enter_context(watched(model, begin))
+        for row, layer in enumerate(tally.layers):
+            stack.enter_context(routed(model, layer, see=partial(see, row)))
+        yield ExpertCounts(tally.layers, tally.classes, counts, tokens)
+
+
+class _Tally:
+    """Which tokens of the current pass are in which class: `masks` is [classes batch new], as numbers."""
+
+    def __init__(self, model: PreTrainedModel, markers: Mapping[str, Ways]) -> None:
+        self.layers = moe_layers(model)
+        self.clock = Clock.of(model, needed=False)
+        self.classes = ("all", *(PHASES if self.clock.knows_phases else ()), *markers)
+        self.markers = tuple(markers.values())
+        self.masks = torch.zeros(0)
+        self._memory = max((len(ids) for ways in self.markers for ids in ways), default=1) - 1
+        self._tail = torch.zeros(0, 0, dtype=torch.long)
+
+    def begin(self, ids: Int[Tensor, "batch new"], mask: Tensor | None, n_past: int) -> None:
+        self.clock.advance(ids, mask, n_past)
+        real = self.clock.real
+        if n_past == 0:
+            self._tail = ids.new_full((len(ids), self._memory), -1)
+        window = torch.cat([self._tail, ids.where(real, -1)], dim=1)
+        self._tail = window[:, window.shape[1] - self._memory :]
+        phases = self.clock.mask_of_phases() if self.clock.knows_phases else real[:0].expand(0, *real.shape)
+        ends = [_ends_any(window, ways, ids.shape[1]) & real for ways in self.markers]
+        self.masks = torch.cat([real[None], phases, *(end[None] for end in ends)]).float()
+
+    def of_rows(
+        self, model: PreTrainedModel, rows: Sequence[tuple[int, ...]]
+    ) -> tuple[Float[Tensor, "rows classes layers experts"], Float[Tensor, "rows classes"]]:
+        """Row by row, in one pass over all of them, padded on the right."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=model.device)
+        real = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+        found: dict[int, Tensor] = {}
+
+        def see(layer: int, routing: Routing) -> None:
+            found[layer] = _chosen(self.masks, routing).transpose(0, 1)
+
+        with ExitStack() as stack:
+            stack.enter_context(watched(model, self.begin))
+            for layer in self.layers:
+                stack.enter_context(routed(model, layer, see=partial(see, layer)))
+            forward_through(model, self.layers[-1], ids, real.long().to(ids.device))
+        if missing := [layer for layer in self.layers if layer not in found]:
+            raise ValueError(
+                f"The routers of layers {str(missing)[1:-1]} were not heard from: a fused kernel may stand in "
+                "for them. Load the model without kernels, and dequantised."
+            )
+        seen = [found[layer].to(ids.device) for layer in self.layers]
+        return torch.stack(seen, dim=2), self.masks.sum(2).T
+
+
+def _chosen(masks: Float[Tensor, "classes batch new"], routing: Routing) -> Float[Tensor, "classes batch experts"]:
+    """In each row, how many tokens of each class chose each expert."""
+    one = torch.zeros(*routing.ids.shape[:-1], routing.logits.shape[-1], device=routing.ids.device)
+    return torch.einsum("cbt,bte->cbe", masks.to(one.device), one.scatter_(-1, routing.ids, 1.0))
+
+
+def _ends_any(window: Int[Tensor, "batch tail_and_new"], ways: Ways, new: int) -> Bool[Tensor, "batch new"]:
+    """Where, among the last `new` tokens, one of the ways ends."""
+    found = torch.zeros(len(window), new, dtype=torch.bool, device=window.device)
+    for ids in ways:
+        hit = torch.ones_like(found)
+        for back, token in enumerate(reversed(ids)):
+            hit &= window[:, window.shape[1] - new - back : window.shape[1] - back] == token
+        found |= hit
+    return found

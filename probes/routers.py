@@ -1,0 +1,91 @@
+"""Sparse blocks: where a model's routers and experts are, and what a router chose."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from probes.architectures import block_of, config_of, n_layers
+
+Expert = tuple[int, int]  # layer and number, as the model counts them
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """One pass of one layer: the router's logits, which `k` experts each token gets, and with what weights."""
+
+    logits: Float[Tensor, "batch pos n_experts"]
+    weights: Float[Tensor, "batch pos k"]
+    ids: Int[Tensor, "batch pos k"]
+
+    @property
+    def dense(self) -> Float[Tensor, "batch pos n_experts"]:
+        """The weight of every expert, 0 where it was not chosen, in float32."""
+        zero = self.weights.new_zeros(*self.ids.shape[:-1], self.logits.shape[-1]).float()
+        return zero.scatter(-1, self.ids, self.weights.float())
+
+
+@dataclass(frozen=True, eq=False)
+class SparseBlock:
+    """The modules of one layer's sparse block."""
+
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+
+    @property
+    def n_experts(self) -> int:
+        return int(self.router.num_experts)  # type: ignore[arg-type]
+
+    @property
+    def k(self) -> int:
+        return int(self.router.top_k)  # type: ignore[arg-type]
+
+
+def sparse_block(model: nn.Module, layer: int) -> SparseBlock | None:
+    """The sparse block of a layer; None where it is dense."""
+    for module in block_of(model, layer).modules():
+        parts = dict(module.named_children())
+        router = parts.get("gate", parts.get("router"))
+        if router is not None and "experts" in parts:
+            return SparseBlock(module, router, parts["experts"])
+    return None
+
+
+def moe_layers(model: nn.Module) -> tuple[int, ...]:
+    """The layers with a sparse block, as the model counts layers. Raises ValueError, naming the family, where there is
+    none, or where its routers are not of the kind that is read here."""
+    found = {layer: sparse_block(model, layer) for layer in range(n_layers(model))}
+    blocks = {layer: block for layer, block in found.items() if block is not None}
+    family = config_of(model).model_type
+    if not blocks:
+        raise ValueError(f"{family} has no sparse block with a router and experts: there is nothing to route.")
+    if any(not hasattr(block.router, name) for block in blocks.values() for name in ("num_experts", "top_k")):
+        raise ValueError(
+            f"The routers of {family} do not tell num_experts and top_k: they are of another kind than those read here."
+        )
+    return tuple(blocks)
+
+
+def block_at(model: nn.Module, layer: int) -> SparseBlock:
+    """The sparse block of a layer. Raises ValueError, naming the layers that have one, where it has none."""
+    layers = moe_layers(model)
+    found = sparse_block(model, layer)
+    if found is None:
+        raise ValueError(
+            f"Layer {layer} has no sparse block. The layers of this {config_of(model).model_type} that have one: "
+            f"{', '.join(map(str, layers))}."
+        )
+    return found
+
+
+def read_routing(block: SparseBlock, output: object, batch: tuple[int, ...]) -> Routing:
+    """What a router gave back, as `[batch pos ...]`. Raises ValueError, naming it, where that is something else."""
+    if isinstance(output, tuple) and len(output) == 3 and all(isinstance(part, Tensor) for part in output):
+        logits, weights, ids = output
+        fits = logits.shape[-1] == block.n_experts and weights.shape == ids.shape and ids.shape[-1] == block.k
+        if fits and not ids.is_floating_point() and weights.is_floating_point():
+            return Routing(*(part.reshape(*batch, part.shape[-1]) for part in output))
+    raise ValueError(
+        f"A {type(block.router).__name__} does not give back logits, weights and ids: its experts cannot be read here."
+    )

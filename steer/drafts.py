@@ -1,0 +1,27 @@
+"""New weights before they are written: made in float32, rounded once, or refused whole."""
+
+from torch import Tensor
+
+
+class NotFoldable(ValueError):
+    """No change of weights equals the intervention at this site."""
+
+
+class NeedsBias(NotFoldable):
+    """A bias would make it foldable, and the matrix has none."""
+
+
+class Draft:
+    """Float32 copies of the tensors that change, written back once: several edits round once, a refusal leaves none."""
+
+    def __init__(self) -> None:
+        self.copies: dict[Tensor, Tensor] = {}
+
+    def __getitem__(self, parameter: Tensor) -> Tensor:
+        if parameter not in self.copies:
+            self.copies[parameter] = parameter.detach().float().clone()
+        return self.copies[parameter]
+
+    def write(self) -> None:
+        for parameter, value in self.copies.items():
+            parameter.data.copy_(value.to(parameter.dtype))
