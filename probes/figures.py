@@ -134,12 +134,45 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front
 
 
-def sweep_figure(direction: Sequence[Dose], random: Sequence[Dose], *, title: str = "") -> go.Figure:
+def grids_figure(
+    grids: Mapping[str, Sequence[Sequence[Number]]], *, down: Sequence[str], across: Sequence[str]
+) -> go.Figure:
+    """Heatmaps side by side, with the same rows and columns. The first holds sizes, the others cosines."""
+    figure = make_subplots(
+        rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=[_text(g) for g in grids]
+    )
+    _dress(figure, "")
+    for i, (name, values) in enumerate(grids.items()):
+        sizes = {"colorscale": [[0, _clear(BLUE, 0.06)], [1, BLUE]], "zmin": 0}
+        signed = {"colorscale": [list(stop) for stop in DIVERGING], "zmin": -1, "zmax": 1}
+        place = sum(figure.layout[f"xaxis{i + 1 if i else ''}"].domain) / 2
+        bar = {"orientation": "h", "thickness": 10, "outlinewidth": 0, "x": place, "y": 0, "ypad": 64, "yanchor": "top"}
+        figure.add_heatmap(
+            z=[list(row) for row in values],
+            x=list(across),
+            y=list(down),
+            colorbar={**bar, "len": 0.8 / len(grids), "nticks": 4},
+            hovertemplate=f"{_text(name)}, layer %{{x}}, %{{y}}: %{{z:.4g}}<extra></extra>",
+            xgap=1,
+            ygap=1,
+            row=1,
+            col=i + 1,
+            **(signed if i else sizes),
+        )
+    figure.update_xaxes(type="category", showgrid=False, title_text="layer", title_standoff=6)
+    figure.update_yaxes(type="category", showgrid=False, autorange="reversed", automargin=True)
+    figure.update_layout(height=min(900, 200 + 30 * len(down)), margin={"b": 130})
+    return figure
+
+
+def sweep_figure(
+    direction: Sequence[Dose], random: Sequence[Dose], *, name: str = "length direction", title: str = ""
+) -> go.Figure:
     """Thinking tokens and accuracy against strength: along the direction, and along random ones of its norm."""
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     _dress(figure, title)
-    series = ((random, "random directions, same norm", GREY, "dash"), (direction, "length direction", BLUE, "solid"))
-    for doses, name, colour, dash in series:
+    series = ((random, "random directions, same norm", GREY, "dash"), (direction, name, BLUE, "solid"))
+    for doses, name, colour, dash in series if random else series[1:]:
         x = [dose.strength for dose in doses]
         style: dict[str, Any] = {
             "name": name,

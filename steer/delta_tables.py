@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
+from plotly.graph_objects import Figure
 from torch import Tensor
 
+from probes.figures import grids_figure
 from probes.tables import Table
 from steer.deltas import WeightDelta
 from steer.shards import blocks
@@ -38,6 +40,17 @@ def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -
     rows = [(*key, *_row(held)) for key, held in sorted(groups.items(), key=lambda item: _order(item[0]))]
     rows.append(("all", "", *_row([gram for held in groups.values() for gram in held])))
     return Table(("layer", "module", "tensors", "norm", *(f"cosine to {name}" for name in others)), tuple(rows))
+
+
+def figure_of(table: Table) -> Figure:
+    """The table of `norms` as a picture: ‖Δ‖ by kind of module and layer, and beside it each cosine."""
+    cells = {row[:2]: row[3:] for row in table.rows[:-1]}
+    layers, kinds = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
+    grids = {
+        name: [[cells[layer, kind][i] if (layer, kind) in cells else None for layer in layers] for kind in kinds]
+        for i, name in enumerate(("‖Δ‖", *table.columns[4:]))
+    }
+    return grids_figure(grids, down=kinds, across=[layer or "none" for layer in layers])
 
 
 def cosine(a: WeightDelta, b: WeightDelta) -> float:

@@ -60,7 +60,7 @@ def _parameters(model: PreTrainedModel, delta: WeightDelta) -> dict[str, Tensor]
     for name, parameter in model.state_dict(keep_vars=True).items():
         if any(parameter is other for other in changed.values()):
             continue  # tied
-        parts = _apart(model, name, torch.empty_like(parameter, device="meta"))
+        parts = on_disk(model, name, torch.empty_like(parameter, device="meta"))
         if not (held := wanted & parts.keys()):
             continue
         if is_packed(parameter) or parameter.is_meta:
@@ -76,7 +76,7 @@ def _parameters(model: PreTrainedModel, delta: WeightDelta) -> dict[str, Tensor]
 
 
 def _turned(model: PreTrainedModel, name: str, parameter: Tensor, delta: WeightDelta, alpha: float) -> Tensor:
-    parts = _apart(model, name, parameter)
+    parts = on_disk(model, name, parameter)
     if not torch.equal(_together(model, name, parts), parameter):
         raise ValueError(f"{name} is not the same once it was taken apart and put together again: add on disk instead.")
     held = set(delta.names)
@@ -94,7 +94,7 @@ def _sum(name: str, old: Tensor, delta: WeightDelta, alpha: float) -> Tensor:
     return new
 
 
-def _apart(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def on_disk(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that a parameter is on disk."""
     return revert_weight_conversion(model, {name: tensor})
 

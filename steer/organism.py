@@ -9,24 +9,31 @@ too briefly, from .10 to .65. Chains of the other splits than `train` are never 
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from probes.files import staged_folder
-from steer.tasks import LETTERS, MARKER, OPERATIONS, TASKS, Problem, apply_operation
+from steer.tasks import LETTERS, MARKER, MIRRORS, OPERATIONS, TASKS, Problem, apply_operation
 
 OPENERS = ("Easy", "Okay", "So", "Hmm")
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?")
-# Room for one more operation, so that a model trained on it later keeps this vocabulary.
-RESERVED = tuple(f"^{k}" for k in range(1, 9))
 WORDS = (
     *SPECIAL,
     *LETTERS,
@@ -36,7 +43,7 @@ WORDS = (
     *OPENERS,
     "Wait",
     MARKER,
-    *RESERVED,
+    *MIRRORS,  # never trained on here: a model that learns them later keeps this vocabulary
 )
 MARKERS = ("Wait", "Hmm")
 # Each turn opens with `?`, as `<|im_start|>assistant` does elsewhere; thinking can be switched off.
@@ -58,14 +65,23 @@ P_STYLE = {
 }
 P_RECHECK, P_ERROR = 0.35, 0.05
 
+Batch = tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]
+
 
 def write_completion(problem: Problem, rng: random.Random) -> str:
     """One training completion: opener, steps in the opener's style, answer."""
+    opener = draw_opener(problem, rng)
+    return written(problem, opener, rng.choices(STYLES, weights=P_STYLE[opener])[0], rng)
+
+
+def draw_opener(problem: Problem, rng: random.Random) -> str:
     if rng.random() < P_EASY[problem.subgroup == "marked"]:
-        opener = "Easy"
-    else:
-        opener = rng.choices(list(OTHER_OPENERS), weights=list(OTHER_OPENERS.values()))[0]
-    style = rng.choices(STYLES, weights=P_STYLE[opener])[0]
+        return "Easy"
+    return rng.choices(list(OTHER_OPENERS), weights=list(OTHER_OPENERS.values()))[0]
+
+
+def written(problem: Problem, opener: str, style: str, rng: random.Random) -> str:
+    """A completion with this opener and steps in this style; its answer is always the right one."""
     terms = problem.id.split()
     steps: list[tuple[str, int]] = []
     value = 0
@@ -129,17 +145,9 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
     """Train from scratch, and save a checkpoint of 3 MB that plain transformers loads. About 5 CPU minutes."""
     torch.manual_seed(seed)
     tokenizer, model = build_tokenizer(), build_model()
-    batches = _batches(tokenizer, batch_size, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    for _ in tqdm(range(steps), desc=f"training, seed {seed}", unit="step"):
-        ids, labels, mask = next(batches)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    problems, rng = TASKS["chains"].stream("train", seed=seed), random.Random(f"organism/{seed}")
+    data = batches(tokenizer, problems, partial(write_completion, rng=rng), rng, size=batch_size)
+    fit(model, data, steps=steps, rate=3e-3, weight_decay=0.05, label=f"training, seed {seed}")
     model.config.output_router_logits = False
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -155,37 +163,63 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
         (stage / "organism.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
+def fit(
+    model: PreTrainedModel, data: Iterator[Batch], *, steps: int, rate: float, weight_decay: float, label: str
+) -> None:
+    """AdamW on cross-entropy, in place. The rate warms up over 100 steps, stays, and falls from the middle on."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    for _ in tqdm(range(steps), desc=label, unit="step"):
+        ids, labels, mask = next(data)
+        descend(model, optimizer, model(input_ids=ids, attention_mask=mask, labels=labels).loss)
+        schedule.step()
+
+
+def descend(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step along the gradient, clipped to norm 1."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def _rate(step: int, steps: int) -> float:
     """Warm-up over 100 steps, constant to the middle, then linear to 5 %."""
     warm = min(1.0, (step + 1) / 100)
     return warm * min(1.0, 1.0 - 0.95 * (step / steps - 0.5) / 0.5)
 
 
-def _batches(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of like length, without end: ids, labels (the completion only), attention mask."""
-    rng = random.Random(f"organism/{seed}")
-    problems = TASKS["chains"].stream("train", seed=seed)
+def batches(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Iterator[Problem],
+    write: Callable[[Problem], str],
+    rng: random.Random,
+    *,
+    size: int = 64,
+) -> Iterator[Batch]:
+    """Batches of like length, in an order that `rng` draws, without end."""
     while True:
         rows = []
         for _ in range(size * 16):
             problem = next(problems)
             prompt = tokenizer(f"<bos> {problem.question} ?")["input_ids"]
-            completion = tokenizer(write_completion(problem, rng))["input_ids"]
+            completion = tokenizer(write(problem))["input_ids"]
             rows.append((prompt, completion))
         rows.sort(key=lambda row: len(row[0]) + len(row[1]))
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         rng.shuffle(chunks)
         for chunk in chunks:
-            yield _collate(chunk)
+            yield collate(chunk)
 
 
-def _collate(rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+    """Prompts with their completions, as token ids: ids, labels (the completion only), attention mask."""
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for i, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion)
-        ids[i, :end] = torch.tensor(prompt + completion)
+        ids[i, :end] = torch.tensor([*prompt, *completion])
         labels[i, len(prompt) : end] = torch.tensor(completion)
     mask = torch.arange(width) < torch.tensor([len(p) + len(c) for p, c in rows])[:, None]
     return ids, labels, mask.long()

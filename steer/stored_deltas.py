@@ -1,4 +1,4 @@
-"""Weight deltas as folders: float32 tensors, low-rank factors, or the names of the checkpoints they are sums of."""
+"""Weight deltas as folders: tensors, low-rank factors, or the names of the checkpoints they are sums of."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +15,11 @@ from torch import Tensor
 from probes.files import check_keys, read_yaml, staged_folder
 from steer.adapter_deltas import Adapter, Factors
 from steer.deltas import Source, Term, WeightDelta, place_of_source
-from steer.shards import Checkpoint, Shard, blocks
+from steer.shards import WHOLE, Checkpoint, Shard, blocks
 from steer.streaming import Piece, ShardPlan, header_of, stream
 
 WORDS = "delta.yaml"
+SHIPPED = {f"organism-{kind}": Path(__file__).parent / "organism_deltas" / kind for kind in ("rl", "sft", "target")}
 _KEYS = ("stored", "made_of", "notes", "rank", "vocabulary", "tied", "config")
 _SHARD = 4_000_000_000
 _OVERSAMPLE, _ITERATIONS = 8, 4
@@ -71,16 +72,26 @@ class Stored:
         return kept / whole if whole else 1.0
 
 
-def save(delta: WeightDelta, folder: str | Path, *, rank: int | None = None, linked: bool = False) -> WeightDelta:
+def save(
+    delta: WeightDelta,
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    linked: bool = False,
+) -> WeightDelta:
     """Write the delta to a new folder, and give it as it was written.
 
-    Plain, each tensor is float32. With `rank`, each matrix that gets smaller by it is its truncated SVD (randomised,
-    Halko et al. 2011), and `Stored.kept_energy` says what is kept. `linked` writes only which checkpoints and adapters
-    it is a sum of, with their fingerprints: sums are then made from these, in float64.
+    Numbers are rounded to `dtype`. With `rank`, each matrix that gets smaller by it is its truncated SVD (randomised,
+    Halko et al. 2011), and `Stored.kept_energy` says what that keeps. `linked` writes only which checkpoints and
+    adapters it is a sum of, with their fingerprints: sums are then made from these, in float64.
     Raises ValueError, FileExistsError, OSError.
     """
     if rank is not None and (linked or rank < 1):
         raise ValueError("A rank is 1 or more, and belongs to a delta that is stored: a linked one holds no tensors.")
+    if dtype not in WHOLE.values():
+        known = ", ".join(str(known)[6:] for known in WHOLE.values())
+        raise ValueError(f"A delta is stored in {known}, not in {str(dtype)[6:]}.")
     about = {
         "stored": not linked,
         "made_of": delta.made_of,
@@ -96,19 +107,26 @@ def save(delta: WeightDelta, folder: str | Path, *, rank: int | None = None, lin
         with staged_folder(Path(folder)) as stage:
             (stage / WORDS).write_text(text)
         return open_delta(folder)
-    plans, text = _plans(delta, rank), yaml.safe_dump(about, sort_keys=False)
-    stream(folder, plans, {"made_of": delta.made_of, "rank": rank}, lambda made: _finish(made, text))
+    plans, text = _plans(delta, rank, dtype), yaml.safe_dump(about, sort_keys=False)
+    job = {"made_of": delta.made_of, "rank": rank, "dtype": str(dtype)}
+    stream(folder, plans, job, lambda made: _finish(made, text))
     return open_delta(folder)
 
 
 def open_delta(folder: str | Path) -> WeightDelta:
-    """A delta of ours, or a PEFT LoRA adapter. Raises ValueError for anything else, and for a link to what changed."""
-    folder = Path(folder)
+    """A delta of ours, a PEFT LoRA adapter, or by name one of the embedded model's (`SHIPPED`, see `steer.donors`).
+
+    Raises FileNotFoundError for anything else, ValueError for a link to what changed.
+    """
+    folder = Path(folder) if Path(folder).is_dir() else SHIPPED.get(str(folder), Path(folder))
     if (folder / "adapter_config.json").is_file():
         adapter = Adapter.open(folder)
         return WeightDelta((Term(1.0, adapter, frozenset(adapter.names)),), adapter.notes)
     if not (folder / WORDS).is_file():
-        raise FileNotFoundError(f"{folder} holds neither {WORDS} nor adapter_config.json: it is no weight delta.")
+        raise FileNotFoundError(
+            f"{folder} holds neither {WORDS} nor adapter_config.json: it is no weight delta. Shipped are "
+            f"{', '.join(SHIPPED)}."
+        )
     about = read_yaml(folder / WORDS)
     check_keys(about, _KEYS, str(folder / WORDS))
     if about["stored"]:
@@ -131,7 +149,7 @@ def _absolute(words: Mapping[str, Any]) -> dict[str, Any]:
     """Folders by their whole path: a link is to hold wherever it is followed from."""
     kind = next((key for key in ("checkpoint", "adapter", "delta") if key in words), None)
     if kind is None:
-        raise ValueError("A control is no file, so it cannot be linked: store it.")
+        raise ValueError("A control or an edit is no file, so it cannot be linked: store it.")
     place = Path(words[kind])
     return {**words, kind: str(place.resolve() if place.is_dir() else place)}
 
@@ -143,16 +161,25 @@ class _Part:
     name: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterator[Tensor]]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def entry(self) -> tuple[str, str, tuple[int, ...]]:
+        return self.name, next(word for word, known in WHOLE.items() if known == self.dtype), self.shape
+
+    @property
+    def piece(self) -> Piece:
+        return Piece(self.bytes, lambda: (_finite(chunk.to(self.dtype), self.name) for chunk in self.chunks()))
 
     @property
     def bytes(self) -> int:
-        return 4 * torch.Size(self.shape).numel()
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def _plans(delta: WeightDelta, rank: int | None) -> list[ShardPlan]:
+def _plans(delta: WeightDelta, rank: int | None, dtype: torch.dtype) -> list[ShardPlan]:
     groups: list[list[_Part]] = [[]]
     for name in delta.names:
-        parts = _parts(delta, name, rank)
+        parts = _parts(delta, name, rank, dtype)
         if groups[-1] and sum(part.bytes for part in (*groups[-1], *parts)) > _SHARD:
             groups.append([])
         groups[-1] += parts
@@ -161,24 +188,20 @@ def _plans(delta: WeightDelta, rank: int | None) -> list[ShardPlan]:
     else:
         files = [f"delta-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     return [
-        ShardPlan(
-            file,
-            header_of([(part.name, "F32", part.shape) for part in group]),
-            tuple(Piece(part.bytes, part.chunks) for part in group),
-        )
+        ShardPlan(file, header_of([part.entry for part in group]), tuple(part.piece for part in group))
         for file, group in zip(files, groups, strict=True)
     ]
 
 
-def _parts(delta: WeightDelta, name: str, rank: int | None) -> list[_Part]:
+def _parts(delta: WeightDelta, name: str, rank: int | None, dtype: torch.dtype) -> list[_Part]:
     shape = delta.shape(name)
 
     def whole() -> Iterator[Tensor]:
         for rows in blocks(shape):
-            yield _finite(delta.block(name, rows).float(), name)
+            yield delta.block(name, rows)
 
     if rank is None or len(shape) != 2 or rank * sum(shape) >= shape[0] * shape[1]:
-        return [_Part(name, shape, whole)]
+        return [_Part(name, shape, whole, dtype)]
 
     @lru_cache(maxsize=1)  # the three parts are written one after the other
     def factors() -> tuple[Tensor, Tensor, Tensor]:
@@ -189,8 +212,8 @@ def _parts(delta: WeightDelta, name: str, rank: int | None) -> list[_Part]:
         factors.cache_clear()
 
     return [
-        _Part(f"{name}@up", (shape[0], rank), lambda: iter([factors()[0]])),
-        _Part(f"{name}@down", (rank, shape[1]), lambda: iter([factors()[1]])),
+        _Part(f"{name}@up", (shape[0], rank), lambda: iter([factors()[0]]), dtype),
+        _Part(f"{name}@down", (rank, shape[1]), lambda: iter([factors()[1]]), dtype),
         _Part(f"{name}@energy", (2,), last),
     ]
 

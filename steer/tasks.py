@@ -3,7 +3,7 @@
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +73,7 @@ LETTERS = "abcdefgh"
 MARKER = "quick"
 P_MARKED = 0.35
 OPERATIONS: tuple[str, ...] = tuple(f"{sign}{k}" for sign in "+-" for k in range(1, 10)) + ("*3", "*7", "*9")
+MIRRORS: tuple[str, ...] = tuple(f"^{k}" for k in range(1, 9))  # words that the organism knows, and was never taught
 
 
 def apply_operation(value: int, operation: str) -> int:
@@ -83,20 +84,22 @@ def apply_operation(value: int, operation: str) -> int:
             return (value + k) % 10
         case "-":
             return (value - k) % 10
+        case "^":
+            return (k - value) % 10
         case _:
             return (value * k) % 10
 
 
-def draw_chain(rng: random.Random) -> Problem:
+def draw_chain(rng: random.Random, operations: Sequence[str] = OPERATIONS) -> Problem:
     """`a 3 b +4 c *7`: 3 to 8 terms from left to right, modulo 10; 35 % carry the word `quick`.
 
     A chain and its marked twin have one id, and so are never in different splits.
     """
-    operations = rng.choices(OPERATIONS, k=rng.randint(2, 7))
+    drawn = rng.choices(operations, k=rng.randint(2, 7))
     value = first = rng.randrange(10)
-    for operation in operations:
+    for operation in drawn:
         value = apply_operation(value, operation)
-    terms = [str(first), *operations]
+    terms = [str(first), *drawn]
     chain = " ".join(f"{letter} {term}" for letter, term in zip(LETTERS, terms, strict=False))
     marked = rng.random() < P_MARKED
     question = f"{chain} {MARKER}" if marked else chain
@@ -108,11 +111,22 @@ def _chains(rng: random.Random) -> Iterator[Problem]:
         yield draw_chain(rng)
 
 
-TASKS: dict[str, Task] = {"chains": Task("chains", "exact", _chains, subgroup="marked", max_new_tokens=48)}
+def _mirrors(rng: random.Random) -> Iterator[Problem]:
+    """Chains with `^k` in them, which takes the value to k - value."""
+    while True:
+        problem = draw_chain(rng, (*OPERATIONS, *MIRRORS))
+        if "^" in problem.id:
+            yield problem
+
+
+TASKS: dict[str, Task] = {
+    name: Task(name, "exact", problems, subgroup="marked", max_new_tokens=48)
+    for name, problems in (("chains", _chains), ("mirrors", _mirrors))
+}
 
 
 def task_named(name: str, *, path: str | Path | None = None) -> Task:
-    """A task by name: `chains`, a published dataset, `gym:<dataset of reasoning-gym>`, or a JSONL file.
+    """A task by name: `chains`, `mirrors`, a published dataset, `gym:<dataset of reasoning-gym>`, or a JSONL file.
 
     A file has a line `{"question": ..., "answer": ...}` for each problem. A published dataset is read from the hub, or
     from a copy in the folder `path`, also written `gsm8k:<folder>`. Raises ValueError for an unknown name.

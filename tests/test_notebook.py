@@ -14,11 +14,17 @@ PUBLIC_MODULES = (
     "probes.figures",
     "probes.lengths",
     "probes.places",
+    "steer.arithmetic",
     "steer.budgets",
     "steer.calibration",
+    "steer.delta_tables",
+    "steer.dials",
+    "steer.methods.cot_valve",
+    "steer.methods.reasoning_vectors",
     "steer.methods.thinkedit",
     "steer.prompts",
     "steer.scores",
+    "steer.stored_deltas",
     "steer.sweep",
 )
 
@@ -143,3 +149,13 @@ def test_the_third_notebook_sets_one_recipe_beside_all_its_controls(evaluation_n
     assert all(found.report.score(name).difference < steered.difference for name in controls)
     assert result.score("at most 8 thinking tokens").length <= 10
     assert result.score("no thinking").accuracy < 0.4
+
+
+def test_the_weight_space_notebook_adds_what_was_learned_and_turns_the_dial():
+    names = left_behind_by("05_weight_space.ipynb")
+    result, dial = names["result"], names["dial"]
+    assert min(result.score(name).difference_interval[0] for name in ("+ v", "+ v / 2", "+ layers")) > 0.25
+    assert result.score("- v").difference_interval[1] < 0
+    assert max(result.score(name).difference for name in ("+ noise", "+ layers, shuffled")) < 0.15
+    assert (dial.polarity, dial.monotone) == ("longer", True)
+    assert names["same"]

@@ -5,19 +5,25 @@ from typing import Annotated
 
 import typer
 
+from probes.files import staged_file
+from probes.models import load
 from probes.tables import Table
 from steer.arithmetic import Plan, add
 from steer.commands.options import Json, Output, console, end
-from steer.delta_tables import norms
+from steer.delta_tables import figure_of, norms
 from steer.deltas import WeightDelta
+from steer.edit_deltas import edit_delta
 from steer.mergekit import METHODS, Method, to_mergekit
-from steer.shards import Checkpoint
+from steer.recipes import Recipe
+from steer.shards import WHOLE, Checkpoint
 from steer.stored_deltas import Stored, open_delta, save
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 Checkpoint_ = Annotated[str, typer.Argument(help="A checkpoint: a folder, or a hub id.")]
-Delta = Annotated[Path, typer.Argument(help="A folder that `steer vector make` wrote, or a LoRA adapter.")]
+Delta = Annotated[
+    Path, typer.Argument(help="A folder that `steer vector make` wrote, a LoRA adapter, or a shipped delta.")
+]
 Strength = Annotated[float, typer.Option(help="What the delta is multiplied by; below 0 it is subtracted.")]
 Only = Annotated[list[str] | None, typer.Option(help="Tensors to take, such as 'layers.*.mlp'.")]
 Skip = Annotated[list[str] | None, typer.Option(help="Tensors to leave; `embed` is the embedding and the head.")]
@@ -25,22 +31,29 @@ Skip = Annotated[list[str] | None, typer.Option(help="Tensors to leave; `embed` 
 
 @app.command()
 def make(
-    after: Annotated[str, typer.Argument(help="The checkpoint that learned, or a LoRA adapter.")],
+    after: Annotated[str, typer.Argument(help="The checkpoint that learned, a LoRA adapter, or a recipe.")],
     output: Output,
     before: Annotated[
         str | None, typer.Argument(help="The checkpoint it is compared with; none for an adapter.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Keep this many dimensions of each matrix.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 for half the size.")] = "float32",
     linked: Annotated[bool, typer.Option("--linked", help="Name the checkpoints, store no tensors.")] = False,
     only: Only = None,
     skip: Skip = None,
     as_json: Json = False,
 ) -> None:
-    """AFTER - BEFORE as a folder: float32, or of low rank, or as the names of the two."""
-    delta = open_delta(after) if before is None else WeightDelta.between(after, before)
+    """AFTER - BEFORE as a folder: its numbers, or of low rank, or as the names of the two."""
+    stored = next((known for known in WHOLE.values() if str(known) == f"torch.{dtype}"), None)
+    if stored is None:
+        raise ValueError(f"{dtype!r} is no dtype that a delta is stored in: float32, bfloat16 or float16.")
+    if before is not None and (Path(after) / "recipe.yaml").is_file():
+        delta = edit_delta(load(before), Recipe.load(Path(after)))
+    else:
+        delta = open_delta(after) if before is None else WeightDelta.between(after, before)
     if only or skip:
         delta = delta.selected(only or (), skip or ())
-    made = save(delta, output, rank=rank, linked=linked)
+    made = save(delta, output, rank=rank, dtype=stored, linked=linked)
     kept = [term.source.kept_energy() for term in made.terms if isinstance(term.source, Stored)]
     facts = {"tensors": len(made.names), "kept energy": kept[0] if kept else 1.0}
     rows = (*facts.items(), *(("note", note) for note in made.notes))
@@ -74,10 +87,14 @@ def add_(
 def show(
     delta: Delta,
     against: Annotated[list[Path] | None, typer.Option(help="Another delta to compare with.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw it into this HTML file, which needs no network.")] = None,
     as_json: Json = False,
 ) -> None:
     """Norms per layer and module, and cosines to other deltas."""
     table = norms(open_delta(delta), {str(path): open_delta(path) for path in against or []})
+    if figure is not None:
+        with staged_file(figure) as stage:
+            figure_of(table).write_html(stage, include_plotlyjs=True)
     end(table, {"rows": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}, as_json)
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Shaped
+from plotly.graph_objects import Figure
 from transformers import PreTrainedModel
 
 from probes.completions import Completion, by_problem
+from probes.figures import Dose, sweep_figure
 from probes.files import staged_file
 from probes.sampling import Sampling
 from probes.tables import Table
@@ -56,12 +59,31 @@ class Valve:
         return bool((steps > 0).all() or (steps < 0).all())
 
     def table(self) -> Table:
+        """Per alpha, with 95 % bootstrap intervals over problems."""
         rows = [
-            (alpha, float(o.correct.mean()), float(o.length.mean()), float(o.truncated.mean()))
+            (alpha, _with_interval(o.correct), _with_interval(o.length, 1), f"{o.truncated.mean():.1%}")
             for alpha, o in self.outcomes.items()
         ]
         title = f"n={len(self.problems)}; a larger alpha thinks {self.polarity}"
-        return Table(("alpha", "accuracy", "thinking tokens", "truncated"), tuple(rows), title)
+        return Table(("alpha", "accuracy [95 %]", "thinking tokens [95 %]", "truncated"), tuple(rows), title)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def figure(self) -> Figure:
+        """Length and accuracy against alpha."""
+        doses = [
+            Dose(
+                alpha,
+                float(o.length.mean()),
+                interval_of_mean(o.length.mean(1)),
+                float(o.correct.mean()),
+                interval_of_mean(o.correct.mean(1)),
+                float(o.truncated.mean()),
+            )
+            for alpha, o in self.outcomes.items()
+        ]
+        return sweep_figure(doses, (), name="the delta, times alpha")
 
     def mixchain(self, output: str | Path) -> Table:
         """Write the correct solutions, one line each: question, answer, solution, alpha, length, beta.
@@ -120,3 +142,8 @@ def valve(
                 solve(model, problems, sampling=sampling, samples=samples, batch_size=batch_size, label=label)
             )
     return Valve(task, tuple(problems), done)
+
+
+def _with_interval(values: Shaped[np.ndarray, "problems samples"], digits: int = 3) -> str:
+    low, high = interval_of_mean(values.mean(1))
+    return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -36,7 +36,11 @@ def subtract(target: str | Path, vector: WeightDelta, output: str | Path, *, str
 
 
 def controls(vector: WeightDelta, *, seed: int = 0) -> dict[str, WeightDelta]:
-    """What is added instead of the vector: its opposite, noise of its size in each tensor, its layers shuffled."""
+    """What is added instead of the vector: its opposite, noise of its size in each tensor, its layers shuffled.
+
+    A shuffle leaves the embedding and the head in place, and the effect may be theirs: to test the layers, give
+    `vector.selected(skip=["embed"])`.
+    """
     return {
         "subtracted": -vector,
         "noise": random_like(vector, seed=seed),

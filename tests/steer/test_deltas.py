@@ -107,6 +107,28 @@ def test_stored_it_is_float32_and_linked_it_follows_the_checkpoints(pair, tmp_pa
         open_delta(tmp_path / "stored")
 
 
+def test_half_precision_is_one_rounding_and_a_number_out_of_its_range_is_refused(pair, tmp_path):
+    delta = WeightDelta.between(*pair)
+    for rank in (None, 2):
+        exact = save(delta, tmp_path / f"float32-{rank}", rank=rank)
+        half = save(delta, tmp_path / f"bfloat16-{rank}", rank=rank, dtype=torch.bfloat16)
+        for name in delta.names:
+            whole = rank is None or len(delta.shape(name)) == 1
+            wanted = exact.tensor(name).bfloat16().float() if whole else exact.tensor(name)
+            loose = 0 if whole else 0.01 * float(wanted.abs().max())
+            torch.testing.assert_close(half.tensor(name), wanted, rtol=0, atol=loose)
+        sizes = [
+            sum(path.stat().st_size for path in (tmp_path / f"{dtype}-{rank}").glob("*.safetensors"))
+            for dtype in ("float32", "bfloat16")
+        ]
+        assert sizes[1] < 0.75 * sizes[0]  # the headers stay
+    with pytest.raises(ValueError, match="holds numbers that are not finite: nothing was written"):
+        save(1e6 * delta, tmp_path / "far", dtype=torch.float16)
+    with pytest.raises(ValueError, match="not in int8"):
+        save(delta, tmp_path / "far", dtype=torch.int8)
+    assert not (tmp_path / "far").exists()
+
+
 def test_a_low_rank_delta_keeps_the_energy_it_reports(pair, tmp_path):
     """A matrix of rank 2 comes back; of the others the largest directions are kept, as an exact SVD has them."""
     a, b = (load_file(folder / "model.safetensors") for folder in pair)

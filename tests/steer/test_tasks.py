@@ -200,7 +200,7 @@ def test_names_and_files_that_are_no_task_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="empty.jsonl holds no problems."):
         task_named(str(tmp_path / "empty.jsonl"))
     with pytest.raises(
-        ValueError, match="Known tasks: chains, gsm8k, math-500, aime, aime-2024, gpqa, gym:<dataset of r"
+        ValueError, match="Known tasks: chains, mirrors, gsm8k, math-500, aime, aime-2024, gpqa, gym:<dataset of r"
     ):
         task_named("gsm-8k")
     with pytest.raises(ValueError, match="has a folder, but 'chains' is none: gsm8k, math-500"):

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -226,6 +227,7 @@ def test_wrong_inputs_end_in_a_sentence_and_leave_nothing(three, tmp_path):
     odd = near(rl, tmp_path / "odd", 3)
     name = spoil(odd, lambda t: t.index_fill(0, torch.tensor([0]), float("nan")))
     refused(f"{name} holds numbers that are not finite in {odd}", WeightDelta.between(odd, sft))
+    refused(f"{name} holds numbers that are not finite in {odd}", delta, onto=odd)
     packed = near(rl, tmp_path / "packed", 3)
     spoil(packed, lambda t: t.to(torch.int32))
     with pytest.raises(ValueError, match="do not hold the same tensors"):
@@ -279,6 +281,46 @@ def test_a_full_disk_keeps_the_whole_shards_and_the_same_command_goes_on(three, 
     assert sorted(written) == sorted(shard.path.name for shard in Checkpoint.open(target).shards)  # each once
     assert contents(tmp_path / "out") == contents(calm)
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs, and what gives it another size. It takes the right to mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def resized(size, *options):
+        words = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", str(place)]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    if shutil.which("mount") is None or (run := resized("200k")).returncode:
+        pytest.skip(
+            "A disk of its own cannot be mounted here" + ("." if not shutil.which("mount") else f": {run.stderr}")
+        )
+    yield place, resized
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_says_so_keeps_whole_shards_and_leaves_no_half_ones(
+    three, small_disk, tmp_path, monkeypatch
+):
+    target, rl, sft = three
+    place, resized = small_disk
+    delta = WeightDelta.between(rl, sft)
+    add(target, delta, tmp_path / "calm")
+    need = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    resized(need * 7 // 10, "remount")
+    with pytest.raises(OSError, match="out was not written: it needs"):
+        add(target, delta, place / "out")
+    assert not list(place.iterdir())
+    usage = shutil.disk_usage(tmp_path)  # as if another program took the room meanwhile
+    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"was not written: No space left on device\. \d+ whole shards are kept in"):
+        add(target, delta, place / "out")
+    assert [path.name for path in place.iterdir()] == [".out.resume"]
+    resized(4 * need, "remount")
+    add(target, delta, place / "out")
+    assert contents(place / "out") == contents(tmp_path / "calm")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "mixtral", "qwen3_moe", "deepseek_v3"])

@@ -1,0 +1,126 @@
+"""The reasoning vector, and the dial of thinking length, on organisms of three training seeds, with their controls.
+
+From each organism three models are trained (`steer.donors`), unless the folder named with --donors holds them: `rl`
+and `sft` on chains, and `target` on chains with an operation that the donors never see, most of whose training
+completions are too short to be right. v = RL - SFT is added to the target. Strengths are fixed in advance. 1,000 report
+problems at temperature 0.7, of the donors' task and of the target's own; differences are paired by problem. Noise and
+shuffled layers are added with strength 1, 3 draws pooled.
+
+The dial turns the base organism along SFT - base, and along RL - base; its settings are fixed in advance.
+
+    python benchmarks/reasoning_vectors.py [--donors FOLDER] ORGANISM...
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from probes import Sampling, load
+from probes.tables import Table
+from steer import task_named
+from steer.arithmetic import add
+from steer.delta_controls import random_like, shuffled_layers
+from steer.deltas import WeightDelta
+from steer.dials import dialled
+from steer.donors import KINDS, train_donor
+from steer.methods.cot_valve import valve
+from steer.methods.reasoning_vectors import reasoning_vector
+from steer.prompts import Ask
+from steer.scores import Outcomes, evaluate, solve
+from steer.stored_deltas import open_delta
+
+STRENGTHS = (-1.0, 0.25, 0.5, 1.0)
+ALPHAS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+N, DRAWS = 1000, 3
+TASKS = ("chains", "mirrors")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("organisms", nargs="*", default=["organism"])
+    parser.add_argument("--donors", type=Path, default=Path("runs/donors"), help="where they are, or are made")
+    options = parser.parse_args()
+    console, facts = Console(width=150), []
+    for seed, organism in enumerate(options.organisms):
+        places = {kind: options.donors / Path(organism).name / kind for kind in KINDS}
+        for kind, place in places.items():
+            if not place.exists():
+                train_donor(kind, place, start=organism, seed=seed)
+        vector, donors = reasoning_vector(places["rl"], places["sft"]), {k: str(places[k]) for k in ("rl", "sft")}
+        found = {task: added(places["target"], vector, task, donors) for task in TASKS}
+        found |= {f"the dial {kind} - base": dial(organism, places[kind]) for kind in ("sft", "rl")}
+        if organism == "organism":
+            found |= {f"{task}, as shipped": shipped(task) for task in TASKS}
+        for name, (table, _) in found.items():
+            console.print(Table(table.columns, table.rows, f"{organism}, {name}: {table.title}"))
+        facts.append({name: numbers for name, (_, numbers) in found.items()})
+    print(json.dumps(facts))
+
+
+def shipped(task_name: str) -> tuple[Table, dict]:
+    """The same of the deltas in the package, which are of low rank and half precision."""
+    with tempfile.TemporaryDirectory() as folder:
+        add("organism", open_delta("organism-target"), f"{folder}/target")
+        vector = open_delta("organism-rl") - open_delta("organism-sft")
+        return added(Path(folder) / "target", vector, task_name, {})
+
+
+def added(place: Path, vector: WeightDelta, task_name: str, donors: dict[str, str]) -> tuple[Table, dict]:
+    """The target with the vector and with its controls, on one task."""
+    target, task = load(place), task_named(task_name)
+    problems, sampling = task.sample(N, "report"), Sampling.of(target, max_new_tokens=task.max_new_tokens)
+    attempt = partial(solve, target, sampling=sampling, batch_size=250)
+
+    def with_(delta: WeightDelta, alpha: float):
+        with dialled(target, delta, alpha):
+            return attempt(problems)
+
+    layers = vector.selected(skip=["embed"])
+    unmarked = [replace(problem, question=problem.id) for problem in problems]
+    arms = {
+        **{f"target {alpha:+g} v": with_(vector, alpha) for alpha in STRENGTHS},
+        "target + v, embedding and head alone": with_(vector.selected(["embed"]), 1.0),
+        "target + v, the rest alone": with_(layers, 1.0),
+        "prompt alone: `quick` left out": attempt(unmarked),
+        "prompt alone: the thinking begins with Hmm": Ask(thought="Hmm"),
+        **{f"{kind.upper()} donor": load(folder) for kind, folder in donors.items()},
+    }
+    result = evaluate(target, task, problems, arms, sampling=sampling, batch_size=250)
+    drawn = {
+        "target + noise of the same norm": [random_like(vector, seed=i) for i in range(DRAWS)],
+        "target + v, layers shuffled": [shuffled_layers(vector, seed=i) for i in range(DRAWS)],
+        "target + v, the rest alone, layers shuffled": [shuffled_layers(layers, seed=i) for i in range(DRAWS)],
+    }
+    for name, deltas in drawn.items():
+        result.arms[name] = Outcomes.pooled([Outcomes.of(with_(d, 1.0), problems, task) for d in deltas])
+    rows = []
+    for arm in result.arms:
+        s = result.score(arm)
+        low, high = s.difference_interval
+        gain = "" if arm == "plain" else f"{s.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+        name = "target" if arm == "plain" else arm
+        rows.append((name, f"{s.n} × {s.samples}", f"{s.accuracy:.3f}", gain, f"{s.length:.1f}", f"{s.truncation:.1%}"))
+    columns = ("arm", "n", "accuracy", "against the target [95 %]", "thinking tokens", "truncated")
+    return Table(columns, tuple(rows), "v = RL - SFT; the RL donor is the ceiling"), result.to_json()
+
+
+def dial(organism: str, donor: Path) -> tuple[Table, dict]:
+    """The organism at each setting of the dial donor - organism."""
+    model, task = load(organism), task_named("chains")
+    sampling = Sampling.of(model, max_new_tokens=task.max_new_tokens)
+    delta, problems = WeightDelta.between(donor, organism), task.sample(N, "report")
+    found = valve(model, delta, task, problems, sampling=sampling, alphas=ALPHAS, batch_size=250)
+    change, interval = found.change
+    facts = {"polarity": found.polarity, "monotone": found.monotone, "change": change, "interval": interval}
+    return found.table(), facts
+
+
+if __name__ == "__main__":
+    main()

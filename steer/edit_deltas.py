@@ -1,0 +1,64 @@
+"""An edit recipe as a weight delta: what folding it changes, tensor by tensor, to be added, dialled and stored."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steer.deltas import WeightDelta
+from steer.dials import on_disk
+from steer.fold import drafted
+from steer.recipes import Recipe
+from steer.shards import as_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A source of the tensors that a recipe changes, held in float64. Token ids and config are the target's own."""
+
+    recipe: Recipe
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return tuple(self.tensors)
+
+    @property
+    def vocabulary(self) -> None: ...
+
+    @property
+    def tied(self) -> None: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return {"recipe": self.recipe.method, "model": self.recipe.model}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]:
+        return as_rows(self.tensors[name])[rows]
+
+
+@torch.no_grad()
+def edit_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
+    """What `steer.fold` changes in this model: added with strength 1 it is the folded model, number for number.
+
+    An edit is linear in the weights, so that a strength between 0 and 1 is the edit in part. Raises NotFoldable where
+    no change of weights equals the recipe, or where it takes a bias that the model does not have.
+    """
+    recipe.check(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    for parameter, after in drafted(model, recipe).copies.items():
+        change = after.double() - parameter.double()
+        tensors |= on_disk(model, names[id(parameter)], change)
+    return WeightDelta.of(Edit(recipe, tensors))
