@@ -19,6 +19,7 @@ from probes.sites import Site
 from probes.tables import Table
 from steer.checkpoints import check_repository, push
 from steer.commands.compare import compare_
+from steer.commands.donors import donors_
 from steer.commands.evaluate import evaluate_
 from steer.commands.exchange import export_, import_
 from steer.commands.options import (
@@ -216,6 +217,7 @@ def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
 app.command("compare")(compare_)
 app.command("evaluate")(evaluate_)
 app.command("sweep")(sweep_)
+app.command("donors")(donors_)
 app.command("export")(export_)
 app.command("import")(import_)
 app.add_typer(vector, name="vector")

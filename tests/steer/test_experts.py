@@ -279,7 +279,7 @@ def test_a_planted_expert_is_found_and_reinforcing_it_changes_the_markers_rate()
     block.router.weight[expert] = 30 * away / ((at.mean(0) - others.mean(0)) @ away)
     out, gate_up = model.lm_head.weight[written], block.experts.gate_up_proj
     gate_up[expert, gate_up.shape[1] // 2 :] = gate_up[expert, : gate_up.shape[1] // 2]  # silu(g) g is never below 0
-    block.experts.down_proj[expert] = 0.05 * out[:, None] / out.norm()
+    block.experts.down_proj[expert] = 0.5 * out[:, None] / out.norm()
 
     rows = [completion_of(text.tolist()) for text in texts]
     found = associate(read_experts(model, rows, [f"w{marker}"]), {f"w{marker}": 1.0})
@@ -298,7 +298,7 @@ def test_a_planted_expert_is_found_and_reinforcing_it_changes_the_markers_rate()
     gains = [
         abs(rate([e]) - plain) for e in (found.matched([(layer, expert)], seed=seed, near=7)[0] for seed in range(8))
     ]
-    assert rate([(layer, expert)]) - plain > 4 * max(gains)
+    assert rate([(layer, expert)]) - plain > 2 * max(gains)
 
 
 def completion_of(ids):
