@@ -39,6 +39,7 @@ from steer.commands.options import (
     sampling_of,
     split_named,
 )
+from steer.commands.rice import rice_
 from steer.commands.sweep import sweep_
 from steer.commands.vector import app as vector
 from steer.differences import diff as compare_checkpoints
@@ -216,6 +217,7 @@ def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
 app.command("compare")(compare_)
 app.command("evaluate")(evaluate_)
 app.command("sweep")(sweep_)
+app.command("rice")(rice_)
 app.command("export")(export_)
 app.command("import")(import_)
 app.add_typer(vector, name="vector")
