@@ -1,7 +1,6 @@
 """`steer rice`: the experts that go with the start of thinking, reinforced, with their controls."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,7 +32,9 @@ def rice_(
     model: Model,
     output: Output,
     task: TaskName = "chains",
-    top: Annotated[list[int] | None, typer.Option(help="How many experts; several to choose from. The paper: 2.")] = None,
+    top: Annotated[
+        list[int] | None, typer.Option(help="How many experts; several to choose from. The paper: 2.")
+    ] = None,
     strength: Annotated[
         list[float] | None, typer.Option(help="What their weights are multiplied by; several to choose from.")
     ] = None,
@@ -43,7 +44,8 @@ def rice_(
     ] = None,
     scope: Annotated[str, typer.Option(help="all, prompt, thinking or answer; only all folds into weights.")] = "all",
     control: Annotated[
-        list[str] | None, typer.Option(help="Decoding controls beside it: budget:THINKING[/SOLUTION], wait:N, close:BIAS.")
+        list[str] | None,
+        typer.Option(help="Decoding controls beside it: budget:THINKING[/SOLUTION], wait:N, close:BIAS."),
     ] = None,
     draws: Annotated[int, typer.Option(help="Of random experts.")] = 3,
     minimum: Annotated[int, typer.Option(help="An expert chosen less often is not scored.")] = 10,

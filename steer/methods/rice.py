@@ -1,10 +1,10 @@
-"""RICE: find the few experts that go with the start of thinking, and reinforce them (Wang et al. 2025, arXiv 2505.14681).
+"""RICE: find the few experts that go with the start of thinking, and reinforce them (Wang et al. 2025).
 
-Experts are scored by nPMI with `<think>`, less that with `</think>` and with "Alternatively" (`probes.association`); the
-paper reinforces the top 2 by 64, everywhere, and chooses both numbers on a set that it then reports. No code of it is
-public, and all that is known of it here is second-hand, so no fidelity is claimed. Here the choice is made on one split
-and reported on another, beside what the paper's numbers lack: experts of about the same load drawn at random, those
-with the lowest score, the weights normalised again, and decoding controls.
+arXiv 2505.14681. Experts are scored by nPMI with `<think>`, less that with `</think>` and with "Alternatively" (see
+`probes.association`); the paper reinforces the top 2 by 64, both numbers chosen on a set that is among those reported.
+No code of it is public, and all that is known of it here is second-hand, so no fidelity is claimed. Here the choice is
+made on one split and reported on another, beside what is not known of the paper: experts of about the same load drawn
+at random, those with the lowest score, the weights normalised again, decoding controls, and intervals.
 """
 
 import json
@@ -98,8 +98,8 @@ class RiceRun:
         marked = ", ".join(f"{sign:+g} {marker} ({a.occurrences[marker]} times)" for marker, sign in a.signs.items())
         left = f" Left out, as they never occur: {', '.join(a.left_out)}." if a.left_out else ""
         words = (
-            f"Score: sum of sign × nPMI over {marked}, among {a.tokens} tokens.{left} Setting: {self.chosen}, chosen by "
-            f"accuracy among {len(self.selection.arms) - 1} on a split of its own. Sampling: {self.sampling}."
+            f"Score: sum of sign × nPMI over {marked}, among {a.tokens} tokens.{left} Setting: {self.chosen}, chosen "
+            f"by accuracy among {len(self.selection.arms) - 1} on a split of its own. Sampling: {self.sampling}."
         )
         sections = [
             Section("Before and after", "On problems that no selection saw, paired by problem.", self.report.table()),
