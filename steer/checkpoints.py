@@ -50,8 +50,9 @@ def export(
         own = [
             Section("Recipe", "Also in `recipe/`, as a file that the run time takes.", recipe.table()),
             Section("Tensors that differ", f"Against {origin_of(model).name}.", changes.table()),
-            Section("Projection of the edited heads", _PROJECTION, projections(model, twin, recipe)),
         ]
+        if (projected := projections(model, twin, recipe)).rows:
+            own.append(Section("Projection of the edited heads", _PROJECTION, projected))
         write_card(stage / "README.md", origin_of(model).name, recipe.method, [*sections, *own])
         for name, text in (extras or {}).items():
             (stage / name).write_text(text)

@@ -40,6 +40,7 @@ from steer.commands.options import (
     sampling_of,
     split_named,
 )
+from steer.commands.rice import rice_
 from steer.commands.sweep import sweep_
 from steer.commands.vector import app as vector
 from steer.differences import diff as compare_checkpoints
@@ -218,6 +219,7 @@ app.command("compare")(compare_)
 app.command("evaluate")(evaluate_)
 app.command("sweep")(sweep_)
 app.command("donors")(donors_)
+app.command("rice")(rice_)
 app.command("export")(export_)
 app.command("import")(import_)
 app.add_typer(vector, name="vector")

@@ -1,0 +1,231 @@
+"""RICE: find the few experts that go with the start of thinking, and reinforce them (Wang et al. 2025).
+
+arXiv 2505.14681. Experts are scored by nPMI with `<think>`, less that with `</think>` and with "Alternatively" (see
+`probes.association`); the paper reinforces the top 2 by 64, both numbers chosen on a set that is among those reported.
+No code of it is public, and all that is known of it here is second-hand, so no fidelity is claimed. Here the choice is
+made on one split and reported on another, beside what is not known of the paper: experts of about the same load drawn
+at random, those with the lowest score, the weights normalised again, decoding controls, and intervals.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from probes.association import Association, associate
+from probes.experts import ExpertCounts, read_experts
+from probes.models import delimiters_of, load, tokenizer_of
+from probes.routers import Expert
+from probes.sampling import Sampling
+from probes.tables import Table
+from probes.tokens import decode
+from steer.cards import Section
+from steer.checkpoints import export
+from steer.controls import Control
+from steer.differences import Difference
+from steer.experts import Reinforce
+from steer.outcomes import Outcomes
+from steer.recipes import Recipe
+from steer.scopes import Scope
+from steer.scores import Arm, Evaluation, evaluate, solve
+from steer.tasks import Task, task_named
+
+METHOD = "RICE (Wang et al. 2025)"
+TOP, STRENGTHS = (2,), (2.0, 4.0, 8.0, 16.0, 64.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How many of the highest-scored experts, and by how much their routing weights are multiplied."""
+
+    top: int
+    strength: float
+
+    def __str__(self) -> str:
+        return f"top {self.top} × {self.strength:g}"
+
+
+def signed_markers(model: PreTrainedModel) -> dict[str, float]:
+    """The paper's markers, in the delimiters of the model: what opens the thinking +1, what closes it -1, and
+    `Alternatively` -1."""
+    found = delimiters_of(model)
+    opens, closes = (decode(tokenizer_of(model), ids) for ids in (found.open, found.close))
+    return {opens: 1.0, closes: -1.0, "Alternatively": -1.0}
+
+
+def reinforced(
+    model: PreTrainedModel,
+    experts: Sequence[Expert],
+    strength: float,
+    *,
+    scope: str | Scope = "all",
+    renormalise: bool = False,
+) -> Recipe:
+    """The recipe that reinforces these experts. At scope `all`, not renormalised, it folds into weights."""
+    edits = [Reinforce.of(expert, strength, renormalise=renormalise) for expert in experts]
+    return Recipe.of(model, edits, scope=scope, method=METHOD)
+
+
+@dataclass(frozen=True, eq=False)
+class RiceRun:
+    """A RICE from end to end. `selection` chose among the settings; `report` saw none of its problems."""
+
+    model: PreTrainedModel
+    task: Task
+    sampling: Sampling
+    load: ExpertCounts
+    association: Association
+    chosen: Setting
+    recipe: Recipe
+    selection: Evaluation
+    report: Evaluation
+
+    @property
+    def experts(self) -> list[Expert]:
+        return self.association.top(self.chosen.top)
+
+    def export(self, folder: str | Path) -> Difference:
+        """Write the model with the experts reinforced as an ordinary checkpoint, whose card holds the tables.
+
+        Raises NotFoldable for a recipe that no weights equal, as one of another scope than `all`.
+        """
+        a = self.association
+        marked = ", ".join(f"{sign:+g} {marker} ({a.occurrences[marker]} times)" for marker, sign in a.signs.items())
+        left = f" Left out, as they never occur: {', '.join(a.left_out)}." if a.left_out else ""
+        words = (
+            f"Score: sum of sign × nPMI over {marked}, among {a.tokens} tokens.{left} Setting: {self.chosen}, chosen "
+            f"by accuracy among {len(self.selection.arms) - 1} on a split of its own. Sampling: {self.sampling}."
+        )
+        sections = [
+            Section("Before and after", "On problems that no selection saw, paired by problem.", self.report.table()),
+            Section("Experts", words, a.table()),
+            Section("Selection", "All settings, on the selection split.", self.selection.table()),
+        ]
+        return export(
+            self.model, self.recipe, folder, sections=sections, extras={"rice.json": json.dumps(self.to_json()) + "\n"}
+        )
+
+    def table(self) -> Table:
+        return self.report.table()
+
+    def to_frame(self):
+        return self.report.to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.association._repr_html_() + self.report._repr_html_()
+
+    def to_json(self) -> dict[str, Any]:
+        a = self.association
+        return {
+            "chosen": {"top": self.chosen.top, "strength": self.chosen.strength},
+            "experts": [f"L{layer}E{expert}" for layer, expert in self.experts],
+            "scores": [float(a.score[a.layers.index(layer), expert]) for layer, expert in self.experts],
+            "markers": a.signs,
+            "left_out": list(a.left_out),
+            "selection": self.selection.to_json(),
+            "report": self.report.to_json(),
+        }
+
+
+def rice(
+    model: str | PreTrainedModel,
+    task: str | Task = "chains",
+    *,
+    signs: Mapping[str, float] | None = None,
+    top: Sequence[int] = TOP,
+    strengths: Sequence[float] = STRENGTHS,
+    scope: str | Scope = "all",
+    controls: Mapping[str, Control] | None = None,
+    n_probe: int = 300,
+    n_select: int = 400,
+    n_report: int = 1000,
+    samples: int = 1,
+    draws: int = 3,
+    minimum: int = 10,
+    sampling: Sampling | None = None,
+    batch_size: int = 64,
+    store: Path | None = None,
+    seed: int = 0,
+) -> RiceRun:
+    """Score experts on completions of *probe* problems, choose how many and how strongly by accuracy on *select*
+    problems, and measure on *report* problems, beside the controls.
+
+    `signs` are the markers and their signs, `signed_markers` where not given. Reported at every strength: the chosen
+    number of experts. At the chosen strength: the same with the weights normalised again, as many experts matched for
+    load (`draws` of them, pooled), and the lowest-scored ones. `controls` decide over tokens beside the plain model.
+    With `store`, a folder, completions are kept there, and a run that was killed goes on where it stopped. Raises
+    ValueError for a model whose routing cannot be read, and where no marker occurs.
+    """
+    model = load(model) if isinstance(model, str) else model
+    task = task_named(task) if isinstance(task, str) else task
+    sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
+    kept = partial(_file, store)
+    compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
+    signs = signed_markers(model) if signs is None else signs
+    probed = solve(
+        model, task.sample(n_probe, "probe", seed=seed), sampling=sampling, batch_size=batch_size,
+        store=kept("probe.jsonl"), label="probing",
+    )  # fmt: skip
+    reading = read_experts(model, probed, tuple(signs))
+    association = associate(reading, signs, minimum=minimum, seed=seed)
+
+    settings = [Setting(count, strength) for count, strength in product(top, strengths)]
+    recipes = {s: reinforced(model, association.top(s.top), s.strength, scope=scope) for s in settings}
+    arms: dict[str, Arm] = {str(setting): recipe for setting, recipe in recipes.items()}
+    selection = compare(task.sample(n_select, "select", seed=seed), arms, store=kept("select"))
+    chosen = max(settings, key=lambda setting: selection.score(str(setting)).accuracy)
+
+    shown: dict[str, Arm] = {str(s): recipe for s, recipe in recipes.items() if s.top == chosen.top}
+    other = against(model, association, chosen, scope=scope, draws=draws, seed=seed)
+    drawn = {f"{name} {i}": recipe for name, found in other.items() for i, recipe in enumerate(found)}
+    report = compare(
+        task.sample(n_report, "report", seed=seed), {**shown, **drawn, **(controls or {})}, store=kept("report")
+    )
+    measured = pooled(report, other)
+    return RiceRun(
+        model, task, sampling, reading.total(), association, chosen, recipes[chosen], selection, measured
+    )  # fmt: skip
+
+
+def against(
+    model: PreTrainedModel,
+    association: Association,
+    setting: Setting,
+    *,
+    scope: str | Scope = "all",
+    draws: int = 3,
+    seed: int = 0,
+) -> dict[str, list[Recipe]]:
+    """What a setting is compared with, at its strength: by name, recipes that are draws of one control."""
+    experts = association.top(setting.top)
+    make = partial(reinforced, model, strength=setting.strength, scope=scope)
+    lowest = [expert for expert in association.bottom(setting.top) if expert not in experts]
+    return {
+        f"{setting}, renormalised": [make(experts, renormalise=True)],
+        f"random experts × {setting.strength:g}": [
+            make(association.matched(experts, seed=seed + i)) for i in range(draws)
+        ],
+        f"lowest scores × {setting.strength:g}": [make(lowest)] if lowest else [],
+    }
+
+
+def pooled(evaluation: Evaluation, drawn: Mapping[str, Sequence[Recipe]]) -> Evaluation:
+    """The draws of each control as samples of one arm."""
+    arms = dict(evaluation.arms)
+    for name, found in drawn.items():
+        own = [arms.pop(f"{name} {i}") for i in range(len(found))]
+        if own:
+            arms[name] = Outcomes.pooled(own)
+    return Evaluation(evaluation.task, evaluation.problems, arms)
+
+
+def _file(store: Path | None, name: str) -> Path | None:
+    if store is None:
+        return None
+    Path(store).mkdir(parents=True, exist_ok=True)
+    return Path(store) / name
