@@ -56,7 +56,7 @@ def edit_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
     no change of weights equals the recipe, or where it takes a bias that the model does not have.
     """
     recipe.check(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     tensors: dict[str, Tensor] = {}
     for parameter, after in drafted(model, recipe).copies.items():
         change = after.double() - parameter.double()

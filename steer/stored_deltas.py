@@ -52,7 +52,8 @@ class Stored:
 
     @property
     def words(self) -> dict[str, Any]:
-        return {"delta": str(self.folder), "fingerprint": self.checkpoint.fingerprint}
+        shipped = next((name for name, folder in SHIPPED.items() if folder == self.folder), None)
+        return {"delta": shipped or str(self.folder), "fingerprint": self.checkpoint.fingerprint}
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.checkpoint.places:

@@ -12,6 +12,7 @@ from steer.arithmetic import add
 from steer.commands.vector import app
 from steer.dials import dialled
 from steer.edit_deltas import edit_delta
+from steer.experts import Forbid, Reinforce
 from steer.fold import NeedsBias, NotFoldable, folded
 from steer.interventions import Ablate, Add, Scale
 from steer.recipes import Recipe
@@ -108,3 +109,23 @@ def test_the_command_makes_a_delta_of_a_recipe_and_draws_it(tmp_path):
 
 
 PLACES = ("recipe", "model", "delta", "out", "show.html")
+
+
+@pytest.mark.parametrize(
+    ("family", "edit"),
+    [
+        ("gpt_oss", Reinforce.of((1, 2), 16.0)),
+        ("qwen3_moe", Reinforce.of((2, 1), 16.0)),
+        ("deepseek_v3", Forbid.of((1, 3))),  # in a buffer
+    ],
+    ids=str,
+)
+def test_a_routing_edit_is_a_delta_too(family, edit, tmp_path):
+    model = build(family)
+    recipe = Recipe.of(model, [edit])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer_of(model).save_pretrained(tmp_path / "model")
+    add(tmp_path / "model", edit_delta(model, recipe), tmp_path / "added")
+    folded(model, recipe).save_pretrained(tmp_path / "folded")
+    made, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("added", "folded"))
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
