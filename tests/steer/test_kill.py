@@ -223,7 +223,7 @@ def check(output, calm, job):
         check_store(output, calm, seen)
     else:
         assert contents(output) in (None, contents(calm))
-    for store in kept.rglob("[!.]*.jsonl") if job.kept else ():
+    for store in kept.glob("*/[!.]*.jsonl") if job.kept else ():
         check_store(store, calm.parent / store.relative_to(output.parent), seen)
     rests = [path.name for path in output.parent.iterdir() if path not in (output, kept)]
     assert all(name.startswith(f".{output.name}.") and name.endswith(".partial") for name in rests)
