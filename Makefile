@@ -27,7 +27,9 @@ slow: .venv/.installed
 
 peers: .venv/.installed  # files read back by the neighbours that are heavy to install
 	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval
-	$(BIN)/python -m pytest -q tests/interop
+	$(PYTHON) -m venv .venv/mergekit  # what it asks for beside torch has clashed with ours before
+	.venv/mergekit/bin/pip install --quiet --constraint constraints.txt torch mergekit==0.1.5
+	MERGEKIT_YAML=.venv/mergekit/bin/mergekit-yaml $(BIN)/python -m pytest -q tests/interop
 
 organism: .venv/.installed
 	$(BIN)/steer organism --output runs/organism

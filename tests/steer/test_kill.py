@@ -63,7 +63,7 @@ def directed(output, texts):
 
 def swept(output, texts):
     there = ("--positive", texts / "probe.jsonl", "--negative", texts / "select.jsonl", "--site", "L2.resid_post")
-    sizes = ("--n-select", 64, "--n-report", 96, "--batch-size", 32, "--draws", 1)
+    sizes = ("--n-select", 96, "--n-report", 160, "--batch-size", 16, "--draws", 1)
     steer("sweep", "organism", *there, "-o", output, *sizes, "--strength", -0.5, "--strength", 0.5)
 
 
