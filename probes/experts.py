@@ -109,6 +109,19 @@ def read_experts(
     return ExpertReading(tally.layers, tally.classes, counts, tokens, lacking)
 
 
+@torch.no_grad()
+def weights_along(model: PreTrainedModel, completion: Completion) -> Float[Tensor, "layers pos experts"]:
+    """The routing weight of every expert of each sparse layer at each token of one completion, prompt included: 0 where
+    it was not chosen. Float32, on the CPU."""
+    layers, found = moe_layers(model), list[Tensor]()
+    ids = torch.tensor([completion.all_ids], device=model.device)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(routed(model, layer, see=lambda routing: found.append(routing.dense[0].cpu())))
+        forward_through(model, layers[-1], ids, torch.ones_like(ids))
+    return torch.stack(found)
+
+
 @contextmanager
 def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[ExpertCounts]:
     """While open, counts what every pass of the model chooses, under prefill and decoding alike.
