@@ -59,7 +59,8 @@ def measured(name: str) -> dict:
         gain = "" if arm == "plain" else gain
         length = f"{score.length:.1f} [{low:.1f}, {high:.1f}]"
         rows.append((arm, f"{score.n} × {score.samples}", length, f"{score.accuracy:.3f}", gain,
-                     "" if arm == "plain" else f"{score.p_adjusted:.2g}", f"{score.truncation:.1%}", f"{score.repeated:.1%}"))  # fmt: skip
+                     "" if arm == "plain" else f"{score.p_adjusted:.2g}", f"{score.truncation:.1%}",
+                     f"{score.repeated:.1%}"))  # fmt: skip
         facts[arm] = {"length": score.length, "length_interval": [low, high], "accuracy": score.accuracy, "gain": gain,
                       "truncation": score.truncation, "repeated": score.repeated}  # fmt: skip
     columns = ("arm", "n", "thinking tokens [95 %]", "accuracy", "against plain [95 %]", "p (adjusted)", "truncated",

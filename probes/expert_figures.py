@@ -86,9 +86,10 @@ def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = N
         found = sorted(doses, key=lambda dose: dose.strength)
         dash = "solid" if i == 0 else DASHES[(i - 1) % len(DASHES)]
         style: dict[str, Any] = {
-            "name": escaped(name), "legendgroup": escaped(name), "x": [d.strength for d in found],
-            "customdata": [d.truncation for d in found], "hovertemplate": "%{y:.3g} at %{x}, truncated %{customdata:.1%}",
-            "mode": "lines+markers", "line": {"color": CYCLE[i % len(CYCLE)], "dash": dash, "width": 2.5},
+            "name": escaped(name), "legendgroup": escaped(name), "mode": "lines+markers",
+            "x": [d.strength for d in found], "customdata": [d.truncation for d in found],
+            "hovertemplate": "%{y:.3g} at %{x}, truncated %{customdata:.1%}",
+            "line": {"color": CYCLE[i % len(CYCLE)], "dash": dash, "width": 2.5},
         }  # fmt: skip
         lengths, rates = [d.length for d in found], [d.accuracy for d in found]
         errors = error_bars(lengths, [d.length_interval for d in found])
