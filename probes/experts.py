@@ -14,13 +14,18 @@ from transformers import PreTrainedModel
 from probes.activations import Span, batches
 from probes.clock import PHASES, Clock
 from probes.completions import Completion
-from probes.hooks import forward_through, routed, watched
+from probes.hooks import chosen, forward_through, routed, watched
 from probes.models import tokenizer_of
 from probes.routers import Routing, block_at, moe_layers
 from probes.tables import Table
 from probes.tokens import present_markers
 
 Ways = Sequence[tuple[int, ...]]  # the token ids a marker may be written with
+_PASSES, _TOKENS = 32, 4096
+_UNHEARD = (
+    "The routers {layers} were not heard from: a fused kernel may stand in for them. Load the model without kernels, "
+    "and dequantised."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,30 +114,82 @@ def read_experts(
     return ExpertReading(tally.layers, tally.classes, counts, tokens, lacking)
 
 
+@torch.no_grad()
+def weights_along(model: PreTrainedModel, completion: Completion) -> Float[Tensor, "layers pos experts"]:
+    """The routing weight of every expert of each sparse layer at each token of one completion, prompt included: 0 where
+    it was not chosen. Float32, on the CPU."""
+    layers, found = moe_layers(model), list[Tensor]()
+    ids = torch.tensor([completion.all_ids], device=model.device)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(routed(model, layer, see=lambda routing: found.append(routing.dense[0].cpu())))
+        forward_through(model, layers[-1], ids, torch.ones_like(ids))
+    return torch.stack(found)
+
+
 @contextmanager
 def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[ExpertCounts]:
     """While open, counts what every pass of the model chooses, under prefill and decoding alike.
 
-    The counts are filled as the model runs, on its device, pads left out; what steers the routing does not change
-    what is counted in the same layer. Raises ValueError for a family whose routers cannot be read.
+    The counts are whole when the block ends; meanwhile they are filled every few passes, on the model's device. Pads
+    are left out; what steers the routing does not change what is counted in the same layer. Raises ValueError for a
+    family whose routers cannot be read.
     """
     tally = _Tally(model, present_markers(tokenizer_of(model), markers)[0])
     n_experts, device = block_at(model, tally.layers[0]).n_experts, model.device
     counts = torch.zeros(len(tally.classes), len(tally.layers), n_experts, dtype=torch.long, device=device)
     tokens = torch.zeros(len(tally.classes), dtype=torch.long, device=device)
-
-    def begin(ids: Tensor, mask: Tensor | None, n_past: int) -> None:
-        tally.begin(ids, mask, n_past)
-        tokens.add_(tally.masks.sum((1, 2)).to(device).long())
-
-    def see(row: int, routing: Routing) -> None:
-        counts[:, row] += _chosen(tally.masks, routing).sum(1).to(device).long()
-
+    held = _Held(tally, counts, tokens)
     with ExitStack() as stack:
-        stack.enter_context(watched(model, begin))
+        stack.enter_context(watched(model, held.begin))
         for row, layer in enumerate(tally.layers):
-            stack.enter_context(routed(model, layer, see=partial(see, row)))
+            stack.enter_context(chosen(model, layer, partial(held.see, row)))
         yield ExpertCounts(tally.layers, tally.classes, counts, tokens)
+        held.settle()
+        if int(tokens[0]) and not counts.any():
+            raise ValueError(_UNHEARD.format(layers="of all layers"))
+
+
+class _Held:
+    """The last few passes, counted together, so that a decode step costs little: at most `_PASSES`, or `_TOKENS`."""
+
+    def __init__(self, tally: "_Tally", counts: Tensor, tokens: Tensor) -> None:
+        self.tally, self.counts, self.tokens = tally, counts, tokens
+        self._ids: list[Tensor] = []
+        self._mask: Tensor | None = None
+        self._past = self._width = 0
+        self._chosen: list[dict[int, Tensor]] = [{} for _ in tally.layers]  # by layer and pass
+
+    def begin(self, ids: Int[Tensor, "batch new"], mask: Tensor | None, n_past: int) -> None:
+        if self._ids:
+            follows = n_past == self._past + self._width and len(ids) == len(self._ids[0])
+            if not follows or len(self._ids) >= _PASSES or self._width * len(ids) >= _TOKENS:
+                self.settle()
+        if not self._ids:
+            self._past, self._width = n_past, 0
+        self._ids.append(ids)
+        self._width += ids.shape[1]
+        self._mask = mask
+
+    def see(self, row: int, ids: Int[Tensor, "tokens k"]) -> None:
+        self._chosen[row][len(self._ids) - 1] = ids
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Count what is held."""
+        if not self._ids:
+            return
+        batch, widths, ids = len(self._ids[0]), [x.shape[1] for x in self._ids], torch.cat(self._ids, 1)
+        self._ids = []
+        self.tally.begin(ids, self._mask, self._past)
+        self.tokens += self.tally.masks.sum((1, 2)).to(self.tokens.device).long()
+        for row, found in enumerate(self._chosen):
+            if found:  # a pass may stop below this layer
+                masks = self.tally.masks.split(widths, 2)
+                own = torch.cat([x.reshape(batch, widths[at], -1) for at, x in found.items()], 1)
+                seen = _chosen(torch.cat([masks[at] for at in found], 2), own, self.counts.shape[2])
+                self.counts[:, row] += seen.sum(1).to(self.counts.device).long()
+                found.clear()
 
 
 class _Tally:
@@ -168,7 +225,7 @@ class _Tally:
         found: dict[int, Tensor] = {}
 
         def see(layer: int, routing: Routing) -> None:
-            found[layer] = _chosen(self.masks, routing).transpose(0, 1)
+            found[layer] = _chosen(self.masks, routing.ids, routing.logits.shape[-1]).transpose(0, 1)
 
         with ExitStack() as stack:
             stack.enter_context(watched(model, self.begin))
@@ -176,18 +233,17 @@ class _Tally:
                 stack.enter_context(routed(model, layer, see=partial(see, layer)))
             forward_through(model, self.layers[-1], ids, real.long().to(ids.device))
         if missing := [layer for layer in self.layers if layer not in found]:
-            raise ValueError(
-                f"The routers of layers {str(missing)[1:-1]} were not heard from: a fused kernel may stand in "
-                "for them. Load the model without kernels, and dequantised."
-            )
+            raise ValueError(_UNHEARD.format(layers=f"of layers {str(missing)[1:-1]}"))
         seen = [found[layer].to(ids.device) for layer in self.layers]
         return torch.stack(seen, dim=2), self.masks.sum(2).T
 
 
-def _chosen(masks: Float[Tensor, "classes batch new"], routing: Routing) -> Float[Tensor, "classes batch experts"]:
+def _chosen(
+    masks: Float[Tensor, "classes batch new"], ids: Int[Tensor, "batch new k"], n_experts: int
+) -> Float[Tensor, "classes batch experts"]:
     """In each row, how many tokens of each class chose each expert."""
-    one = torch.zeros(*routing.ids.shape[:-1], routing.logits.shape[-1], device=routing.ids.device)
-    return torch.einsum("cbt,bte->cbe", masks.to(one.device), one.scatter_(-1, routing.ids, 1.0))
+    one = torch.zeros(*ids.shape[:-1], n_experts, device=ids.device)
+    return torch.einsum("cbt,bte->cbe", masks.to(one.device), one.scatter_(-1, ids, 1.0))
 
 
 def _ends_any(window: Int[Tensor, "batch tail_and_new"], ways: Ways, new: int) -> Bool[Tensor, "batch new"]:

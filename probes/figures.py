@@ -2,21 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-Number = float | int | None
-Range = Sequence[Number]
-
-BLUE, ORANGE, GREEN, PINK, VIOLET, GREY = "#3d85c6", "#d98324", "#2f9e6e", "#d6456f", "#9a6ad6", "#868686"
-DIVERGING = ((0.0, "#1f66ad"), (0.25, "#7fb0df"), (0.5, "rgba(134,134,134,0.16)"), (0.75, "#e0a866"), (1.0, "#b8620c"))
-_CYCLE = (BLUE, ORANGE, GREEN, PINK, VIOLET, "#b59b1e", "#20a0a8", GREY)
-_SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "x", "star", "hexagon")
-_DASHES = ("dot", "dash", "dashdot", "longdash", "longdashdot")
-_LINE = "rgba(134,134,134,0.28)"
+from probes.figure_style import (
+    BLUE,
+    CYCLE,
+    DASHES,
+    DIVERGING,
+    GREY,
+    GRID,
+    PINK,
+    SYMBOLS,
+    Number,
+    Range,
+    blank,
+    dress,
+    error_bars,
+    escaped,
+    see_through,
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,13 @@ def evidence_figure(
     confounds: Mapping[str, Sequence[Number]] | None = None,
 ) -> go.Figure:
     """Held-out AUROC layer by layer, over what shuffled labels and random directions reach, beside the confounds."""
-    figure = _figure("layer", "held-out AUROC")
+    figure = blank("layer", "held-out AUROC")
     for band, name, colour in ((null, "shuffled labels", PINK), (random, "random directions", GREY)):
         if band:
             _add_band(figure, layers, band, name, colour)
     for i, (name, values) in enumerate((confounds or {}).items()):
-        style = {"color": _CYCLE[(i + 2) % len(_CYCLE)], "width": 1.5, "dash": _DASHES[i % len(_DASHES)]}
-        figure.add_scatter(x=list(layers), y=list(values), name=_text(name), mode="lines", line=style)
+        style = {"color": CYCLE[(i + 2) % len(CYCLE)], "width": 1.5, "dash": DASHES[i % len(DASHES)]}
+        figure.add_scatter(x=list(layers), y=list(values), name=escaped(name), mode="lines", line=style)
     figure.add_scatter(
         x=list(layers), y=list(auroc), name="direction", mode="lines+markers", line={"color": BLUE, "width": 3}
     )
@@ -70,7 +77,7 @@ def heads_figure(
 ) -> go.Figure:
     """One cell a head, layers downwards; orange is positive, blue negative, and the edited heads are outlined."""
     largest = max((abs(score) for row in scores for score in row if score is not None), default=0.0) or 1.0
-    figure = _figure("head", "layer", title=title)
+    figure = blank("head", "layer", title=title)
     figure.add_heatmap(
         z=[list(row) for row in scores],
         zmin=-largest,
@@ -97,21 +104,21 @@ def arms_figure(points: Sequence[Point]) -> go.Figure:
     A line joins the first group's Pareto front: the arms that no other beats in both.
     """
     names, groups = (list(dict.fromkeys(getattr(p, field) for p in points)) for field in ("name", "group"))
-    marks = ", ".join(f"{kind}: {_text(group)}" for kind, group in zip(("filled", "open"), groups, strict=False))
-    figure = _figure(f"mean thinking tokens ({marks})", "accuracy")
+    marks = ", ".join(f"{kind}: {escaped(group)}" for kind, group in zip(("filled", "open"), groups, strict=False))
+    figure = blank(f"mean thinking tokens ({marks})", "accuracy")
     for group in groups:
         for i, name in enumerate(names):
             chosen = [p for p in points if (p.name, p.group) == (name, group)]
-            symbol = _SYMBOLS[i % len(_SYMBOLS)] + ("" if group == groups[0] else "-open")
+            symbol = SYMBOLS[i % len(SYMBOLS)] + ("" if group == groups[0] else "-open")
             figure.add_scatter(
                 x=[p.length for p in chosen],
                 y=[p.accuracy for p in chosen],
-                error_y=_errors([p.accuracy for p in chosen], [p.interval for p in chosen]),
-                name=_text(name),
-                legendgroup=_text(name),
+                error_y=error_bars([p.accuracy for p in chosen], [p.interval for p in chosen]),
+                name=escaped(name),
+                legendgroup=escaped(name),
                 showlegend=group == groups[0],
                 mode="markers",
-                marker={"color": _CYCLE[i % len(_CYCLE)], "symbol": symbol, "size": 20 - 1.6 * (i % 8)},
+                marker={"color": CYCLE[i % len(CYCLE)], "symbol": symbol, "size": 20 - 1.6 * (i % 8)},
                 opacity=0.85,
                 hovertemplate="%{y:.3f} at %{x:.2f} tokens",
             )
@@ -139,11 +146,11 @@ def grids_figure(
 ) -> go.Figure:
     """Heatmaps side by side, with the same rows and columns. The first holds sizes, the others cosines."""
     figure = make_subplots(
-        rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=[_text(g) for g in grids]
+        rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=[escaped(g) for g in grids]
     )
-    _dress(figure, "")
+    dress(figure, "")
     for i, (name, values) in enumerate(grids.items()):
-        sizes = {"colorscale": [[0, _clear(BLUE, 0.06)], [1, BLUE]], "zmin": 0}
+        sizes = {"colorscale": [[0, see_through(BLUE, 0.06)], [1, BLUE]], "zmin": 0}
         signed = {"colorscale": [list(stop) for stop in DIVERGING], "zmin": -1, "zmax": 1}
         place = sum(figure.layout[f"xaxis{i + 1 if i else ''}"].domain) / 2
         bar = {"orientation": "h", "thickness": 10, "outlinewidth": 0, "x": place, "y": 0, "ypad": 64, "yanchor": "top"}
@@ -152,7 +159,7 @@ def grids_figure(
             x=list(across),
             y=list(down),
             colorbar={**bar, "len": 0.8 / len(grids), "nticks": 4},
-            hovertemplate=f"{_text(name)}, layer %{{x}}, %{{y}}: %{{z:.4g}}<extra></extra>",
+            hovertemplate=f"{escaped(name)}, layer %{{x}}, %{{y}}: %{{z:.4g}}<extra></extra>",
             xgap=1,
             ygap=1,
             row=1,
@@ -170,7 +177,7 @@ def sweep_figure(
 ) -> go.Figure:
     """Thinking tokens and accuracy against strength: along the direction, and along random ones of its norm."""
     figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
-    _dress(figure, title)
+    dress(figure, title)
     series = ((random, "random directions, same norm", GREY, "dash"), (direction, name, BLUE, "solid"))
     for doses, name, colour, dash in series if random else series[1:]:
         x = [dose.strength for dose in doses]
@@ -180,64 +187,24 @@ def sweep_figure(
             "line": {"color": colour, "dash": dash, "width": 2.5},
         }
         lengths, rates = [d.length for d in doses], [d.accuracy for d in doses]
-        errors = _errors(lengths, [d.length_interval for d in doses])
+        errors = error_bars(lengths, [d.length_interval for d in doses])
         cut = [d.truncation for d in doses]
         hover = "%{y:.3g} at %{x}, truncated %{customdata:.1%}"
         figure.add_scatter(x=x, y=lengths, error_y=errors, customdata=cut, hovertemplate=hover, row=1, col=1, **style)
-        errors = _errors(rates, [d.accuracy_interval for d in doses])
+        errors = error_bars(rates, [d.accuracy_interval for d in doses])
         style["showlegend"] = False
         figure.add_scatter(x=x, y=rates, error_y=errors, customdata=cut, hovertemplate=hover, row=1, col=2, **style)
-    figure.update_xaxes(title_text="strength", gridcolor=_LINE, zerolinecolor=_LINE)
-    figure.update_yaxes(gridcolor=_LINE, zerolinecolor=_LINE, rangemode="tozero")
+    figure.update_xaxes(title_text="strength", gridcolor=GRID, zerolinecolor=GRID)
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, rangemode="tozero")
     figure.update_yaxes(title_text="mean thinking tokens", row=1, col=1)
     figure.update_yaxes(title_text="accuracy", row=1, col=2)
     return figure
-
-
-def _figure(x: str, y: str, *, title: str = "") -> go.Figure:
-    figure = go.Figure()
-    _dress(figure, title)
-    for axes, name in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
-        axes(title_text=name, gridcolor=_LINE, zerolinecolor=_LINE)
-    return figure
-
-
-def _dress(figure: go.Figure, title: str) -> None:
-    """No paper and no template: mid-grey words, which read on white and on black."""
-    figure.update_layout(
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": GREY, "size": 13, "family": "system-ui, sans-serif"},
-        margin={"l": 64, "r": 24, "t": 48, "b": 56},
-        height=380,
-        title={"text": _text(title), "font": {"size": 14}, "x": 0, "xref": "paper", "yref": "container", "y": 0.98},
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-        hoverlabel={"font": {"color": "#ffffff"}, "bgcolor": "#3a3f46"},
-    )
 
 
 def _add_band(figure: go.Figure, x: Sequence[int], band: Sequence[Range], name: str, colour: str) -> None:
     """A filled outline: up along the upper bounds, back along the lower ones."""
     around = [*x, *reversed(x)]
     outline = [*(high for _, high in band), *(low for low, _ in reversed(band))]
-    filled = {"fill": "toself", "fillcolor": _clear(colour, 0.22), "line": {"color": _clear(colour, 0.5), "width": 1}}
+    line = {"color": see_through(colour, 0.5), "width": 1}
+    filled = {"fill": "toself", "fillcolor": see_through(colour, 0.22), "line": line}
     figure.add_scatter(x=around, y=outline, name=name, mode="lines", hoverinfo="skip", **filled)
-
-
-def _errors(values: Sequence[Number], intervals: Sequence[Range]) -> dict[str, Any]:
-    """Plotly's two-sided error bars; none where an interval is not known."""
-    pairs = [(v, low, high) for v, (low, high) in zip(values, intervals, strict=True)]
-    whole = [(v, low, high) if None not in (v, low, high) else (0, 0, 0) for v, low, high in pairs]
-    above, below = [high - v for v, _, high in whole], [v - low for v, low, _ in whole]  # type: ignore[operator]
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 3}
-
-
-def _clear(colour: str, alpha: float) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{alpha})"
-
-
-def _text(words: str) -> str:
-    """Plotly reads text as HTML."""
-    return escape(words, quote=False)

@@ -15,10 +15,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 from transformers import PreTrainedModel
 
 from probes.association import Association, associate
+from probes.expert_figures import doses_figure
 from probes.experts import ExpertCounts, read_experts
+from probes.figures import Dose
 from probes.models import delimiters_of, load, tokenizer_of
 from probes.routers import Expert
 from probes.sampling import Sampling
@@ -32,7 +35,7 @@ from steer.experts import Reinforce
 from steer.outcomes import Outcomes
 from steer.recipes import Recipe
 from steer.scopes import Scope
-from steer.scores import Arm, Evaluation, evaluate, solve
+from steer.scores import Arm, Evaluation, evaluate, interval_of_mean, solve
 from steer.tasks import Task, task_named
 
 METHOD = "RICE (Wang et al. 2025)"
@@ -109,6 +112,16 @@ class RiceRun:
         return export(
             self.model, self.recipe, folder, sections=sections, extras={"rice.json": json.dumps(self.to_json()) + "\n"}
         )
+
+    def figure(self) -> go.Figure:
+        """Thinking tokens and accuracy on the report split against the strength, beside the controls of the chosen."""
+        strength, top = self.chosen.strength, f"top {self.chosen.top} × "
+        doses = [arm for arm in self.report.arms if arm.startswith(top) and "," not in arm]
+        series = {"highest scores": [dose(self.report, arm, float(arm.removeprefix(top))) for arm in doses]}
+        for name in (f"{self.chosen}, renormalised", f"random experts × {strength:g}", f"lowest scores × {strength:g}"):
+            if name in self.report.arms:
+                series[name] = [dose(self.report, name, strength)]
+        return doses_figure(series, plain=dose(self.report, "plain", 1.0))
 
     def table(self) -> Table:
         return self.report.table()
@@ -212,6 +225,14 @@ def against(
         ],
         f"lowest scores × {setting.strength:g}": [make(lowest)] if lowest else [],
     }
+
+
+def dose(evaluation: Evaluation, arm: str, strength: float) -> Dose:
+    """What an arm did, as a point of `probes.expert_figures.doses_figure`."""
+    score, lengths = evaluation.score(arm), evaluation.arms[arm].length.mean(1).astype(float)
+    return Dose(
+        strength, score.length, interval_of_mean(lengths), score.accuracy, score.interval, score.truncation
+    )  # fmt: skip
 
 
 def pooled(evaluation: Evaluation, drawn: Mapping[str, Sequence[Recipe]]) -> Evaluation:

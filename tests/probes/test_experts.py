@@ -4,9 +4,9 @@ import pytest
 import torch
 from families import MOE, UNLISTED_MOE, build_sparse
 
-from probes.experts import ExpertCounts, counting, read_experts
+from probes.experts import ExpertCounts, counting, read_experts, weights_along
 from probes.generation import generate
-from probes.hooks import attached, routed
+from probes.hooks import attached, forward_through, routed
 from probes.models import load
 from probes.routers import Routing, block_at, moe_layers
 from probes.sampling import Sampling
@@ -128,6 +128,50 @@ def test_prefill_and_decoding_equal_one_pass(sparse):
             cache = sparse(input_ids=torch.tensor([[given[at]]]), past_key_values=cache).past_key_values
     assert torch.equal(whole.tokens, steps.tokens)
     assert torch.equal(whole.counts, steps.counts)
+
+
+@torch.no_grad()
+def test_what_is_held_back_for_a_while_is_counted_all_the_same():
+    """More decode steps than are held, several batches one after another, and passes that stop below the top."""
+    model = build_sparse("qwen3_moe")
+    rng = torch.Generator().manual_seed(4)
+    whole = [torch.randint(6, 97, (size, 75), generator=rng) for size in (2, 3)]
+    for ids in whole:
+        ids[:, 3], ids[:, 7], ids[0, 40], ids[1, 71] = 5, THINK, CLOSE, CLOSE
+    with counting(model, ["<think>", "</think>", "w9"]) as at_once:
+        for ids in whole:
+            model(input_ids=ids)
+    with counting(model, ["<think>", "</think>", "w9"]) as steps:
+        for ids in whole:
+            cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+            for at in range(5, 75):
+                cache = model(input_ids=ids[:, at : at + 1], past_key_values=cache).past_key_values
+    assert torch.equal(steps.tokens, at_once.tokens)
+    assert torch.equal(steps.counts, at_once.counts)
+    with counting(model) as cut:
+        model(input_ids=whole[0])
+        forward_through(model, 1, whole[1], torch.ones_like(whole[1]))
+    assert cut.tokens[0] == 75 * 5
+    assert torch.equal(cut.counts[0, 0], at_once.counts[0, 0])  # layer 1 ran in both, layer 2 in one
+    assert int(cut.counts[0, 1].sum()) == 2 * 75 * 2
+
+
+def test_weights_along_a_completion_are_those_that_its_tokens_were_given(organism):
+    (done,) = generate(organism, ["a 3 b +4 c *7"], sampling=Sampling.of(organism, max_new_tokens=30))
+    weights = weights_along(organism, done)
+    assert weights.shape == (4, len(done.all_ids), 8)
+    torch.testing.assert_close(weights.sum(2), torch.ones(4, len(done.all_ids)))  # this family normalises them
+    assert torch.equal((weights > 0).sum(1), read_experts(organism, [done]).counts[0, 0].long())
+
+
+@torch.no_grad()
+def test_routers_that_a_kernel_passes_by_are_missed():
+    model = build_sparse("mixtral")
+    for layer in moe_layers(model):
+        block = block_at(model, layer).block
+        block.forward = lambda x: x
+    with pytest.raises(ValueError, match="The routers of all layers were not heard from"), counting(model):
+        model(input_ids=torch.tensor([[1, 9, 5]]))
 
 
 def test_classes_are_the_phases_and_the_markers():

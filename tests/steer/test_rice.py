@@ -64,6 +64,15 @@ def test_every_strength_is_reported_beside_the_controls_and_a_strength_of_one_is
     assert (strong.length != plain.length).any()
 
 
+def test_the_figure_shows_every_strength_and_the_controls_at_the_chosen_one(run):
+    drawn = {trace.name: trace for trace in run.figure().data if trace.showlegend is False}
+    top, strength = run.chosen.top, run.chosen.strength
+    assert list(drawn["highest scores"].x) == [1.0, 16.0]
+    assert list(drawn["highest scores"].y) == [run.report.score(f"top {top} × {s}").accuracy for s in (1, 16)]
+    random = f"random experts × {strength:g}"
+    assert (drawn[random].x, drawn[random].y) == ((strength,), (run.report.score(random).accuracy,))
+
+
 def test_the_recipe_reinforces_the_highest_scores_and_its_controls_others_of_about_the_same_load(run, organism):
     def experts(recipe):
         return [(s.intervention.site.layer, s.intervention.site.expert) for s in recipe.steps]

@@ -1,0 +1,149 @@
+"""Figures of a Mixture of Experts: which experts are used and scored where, along a chain, and against a strength."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from probes.figure_style import (
+    BLUE,
+    CYCLE,
+    DASHES,
+    DIVERGING,
+    GREY,
+    GRID,
+    PINK,
+    Number,
+    blank,
+    dress,
+    error_bars,
+    escaped,
+    see_through,
+)
+from probes.figures import Dose
+from probes.routers import Expert
+
+Grid = Sequence[Sequence[Number]]
+_LOAD = [[0, see_through(BLUE, 0.06)], [1, BLUE]]
+
+
+def scores_figure(
+    scores: Mapping[str, Grid], layers: Sequence[int], *, chosen: Sequence[Expert] = (), title: str = ""
+) -> go.Figure:
+    """Grids of one number for each expert, layers downwards, one grid above the other: nPMI by marker, or a score.
+
+    Orange is positive, blue negative, on one scale; `chosen` experts are outlined. NaN leaves a cell empty.
+    """
+    values = [abs(x) for grid in scores.values() for row in grid for x in row if x is not None and x == x]
+    largest = max(values, default=0.0) or 1.0
+    return _grids(scores, layers, [list(stop) for stop in DIVERGING], (-largest, largest), chosen, title)
+
+
+def loads_figure(
+    loads: Mapping[str, Grid], layers: Sequence[int], *, chosen: Sequence[Expert] = (), title: str = ""
+) -> go.Figure:
+    """Grids of the share of tokens that choose each expert, layers downwards: one for each phase, on one scale."""
+    largest = max((x for grid in loads.values() for row in grid for x in row if x is not None), default=1.0)
+    return _grids(loads, layers, _LOAD, (0.0, largest), chosen, title)
+
+
+def usage_figure(
+    weights: Grid, experts: Sequence[str], tokens: Sequence[str], *, marked: Sequence[int] = (), title: str = ""
+) -> go.Figure:
+    """The routing weight of some experts (rows) at each token of one chain (columns); lines stand at `marked` places,
+    such as the delimiters of the thinking."""
+    figure = blank("token", "expert", title=title)
+    figure.add_heatmap(
+        z=[list(row) for row in weights],
+        y=list(experts),
+        colorscale=_LOAD,
+        zmin=0,
+        customdata=[[escaped(token) for token in tokens] for _ in experts],
+        hovertemplate="%{y} at %{customdata}: %{z:.3g}<extra></extra>",
+        colorbar={"thickness": 12, "outlinewidth": 0},
+        xgap=1,
+        ygap=1,
+    )
+    for at in marked:
+        figure.add_vline(x=at - 0.5, line={"color": PINK, "width": 2})
+    figure.update_xaxes(
+        tickvals=list(range(len(tokens))), ticktext=[escaped(token) for token in tokens], showgrid=False, tickangle=-90
+    )
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, automargin=True)
+    figure.update_layout(height=min(900, 180 + 22 * len(experts)), margin={"b": 90, "t": 48 if title else 16})
+    return figure
+
+
+def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = None, title: str = "") -> go.Figure:
+    """Thinking tokens and accuracy against strength, which doubles from tick to tick; one line for each name.
+
+    `plain` is the model with nothing done, drawn across.
+    """
+    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    dress(figure, title)
+    for i, (name, doses) in enumerate(series.items()):
+        found = sorted(doses, key=lambda dose: dose.strength)
+        dash = "solid" if i == 0 else DASHES[(i - 1) % len(DASHES)]
+        style: dict[str, Any] = {
+            "name": escaped(name), "legendgroup": escaped(name), "mode": "lines+markers",
+            "x": [d.strength for d in found], "customdata": [d.truncation for d in found],
+            "hovertemplate": "%{y:.3g} at %{x}, truncated %{customdata:.1%}",
+            "line": {"color": CYCLE[i % len(CYCLE)], "dash": dash, "width": 2.5},
+        }  # fmt: skip
+        lengths, rates = [d.length for d in found], [d.accuracy for d in found]
+        errors = error_bars(lengths, [d.length_interval for d in found])
+        figure.add_scatter(y=lengths, error_y=errors, row=1, col=1, **style)
+        errors = error_bars(rates, [d.accuracy_interval for d in found])
+        figure.add_scatter(y=rates, error_y=errors, showlegend=False, row=1, col=2, **style)
+    if plain is not None:
+        for column, value in enumerate((plain.length, plain.accuracy), start=1):
+            figure.add_hline(y=value, line={"color": GREY, "dash": "dot", "width": 1.5}, row=1, col=column)
+    ticks = sorted({dose.strength for doses in series.values() for dose in doses})
+    figure.update_xaxes(
+        type="log", title_text="strength", gridcolor=GRID, tickvals=ticks, ticktext=[f"{x:g}" for x in ticks]
+    )
+    figure.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, rangemode="tozero")
+    figure.update_yaxes(title_text="mean thinking tokens", row=1, col=1)
+    figure.update_yaxes(title_text="accuracy", row=1, col=2)
+    return figure
+
+
+def _grids(
+    grids: Mapping[str, Grid],
+    layers: Sequence[int],
+    scale: list,
+    limits: tuple[float, float],
+    chosen: Sequence[Expert],
+    title: str,
+) -> go.Figure:
+    figure = make_subplots(
+        rows=len(grids), cols=1, shared_xaxes=True, vertical_spacing=0.3 / (len(grids) + 1),
+        subplot_titles=[escaped(name) for name in grids],
+    )  # fmt: skip
+    dress(figure, title)
+    for row, (name, grid) in enumerate(grids.items(), start=1):
+        figure.add_heatmap(
+            z=[[None if x is None or x != x else x for x in line] for line in grid],
+            y=[str(layer) for layer in layers],
+            coloraxis="coloraxis",
+            hovertemplate=f"{escaped(name)}, L%{{y}}E%{{x}}: %{{z:.4g}}<extra></extra>",
+            xgap=1,
+            ygap=1,
+            row=row,
+            col=1,
+        )
+        for layer, expert in chosen:
+            at = list(layers).index(layer)
+            box = {"x0": expert - 0.5, "x1": expert + 0.5, "y0": at - 0.5, "y1": at + 0.5}
+            figure.add_shape(type="rect", line={"color": PINK, "width": 3}, row=row, col=1, **box)
+    bar = {"thickness": 12, "outlinewidth": 0, "tickformat": ".2~g"}
+    figure.update_layout(
+        coloraxis={"colorscale": scale, "cmin": limits[0], "cmax": limits[1], "colorbar": bar},
+        height=min(1200, 110 + len(grids) * (60 + 24 * len(layers))),
+        margin={"t": 64 if title else 40},
+    )
+    figure.update_xaxes(showgrid=False, zeroline=False)
+    figure.update_xaxes(title_text="expert", row=len(grids), col=1)
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False, title_text="layer")
+    return figure
