@@ -191,6 +191,20 @@ def test_classes_are_the_phases_and_the_markers():
         seen + ExpertCounts((0,), seen.classes, seen.counts, seen.tokens)
 
 
+@torch.no_grad()
+def test_a_marker_of_several_ways_and_tokens_counts_where_it_ends_also_across_passes(monkeypatch):
+    monkeypatch.setattr("probes.experts.present_markers", lambda *_: ({"m": [(9,), (8, 7)]}, ()))
+    model, ids = build_sparse("qwen3_moe"), torch.tensor([[1, 8, 7, 9, 7, 8, 8, 7, 9]])
+    with counting(model, ["m"]) as whole:
+        model(input_ids=ids)
+    with counting(model, ["m"]) as steps:
+        cache = model(input_ids=ids[:, :2], use_cache=True).past_key_values
+        for at in range(2, 9):
+            cache = model(input_ids=ids[:, at : at + 1], past_key_values=cache).past_key_values
+    assert int(whole.tokens[-1]) == int(steps.tokens[-1]) == 4
+    assert torch.equal(whole.counts, steps.counts)
+
+
 def test_a_reading_of_completions_adds_up_to_what_is_counted(organism):
     sampling = Sampling.of(organism, max_new_tokens=30)
     done = generate(organism, ["a 3 b +4 c *7", "a 9 b -2", "a 1 b +1 c +1 d +1 quick"], sampling=sampling)
