@@ -4,7 +4,7 @@ The direction contrasts two instructions of our own, "Answer at length" and "Ans
 questions, at the last token of the prompt, in the middle layer. It is added at every token the model writes, at five
 strengths fixed in advance (units: the stream's mean norm there). Mean answer length over 100 others; Spearman's
 correlation of strength with it, and the tokens gained from the lowest strength to the highest, each with a 95 %
-bootstrap interval over questions; the same along three random directions of the same norm. Any direction moves the
+bootstrap interval over questions; the same along two random directions of the same norm. Any direction moves the
 length in some order, so that the size of the effect tells more than the correlation. An answer that only repeats itself
 is long, too: the share of 4-grams that came before stands beside each length. Nothing is selected.
 
@@ -43,7 +43,7 @@ earthquake fountain goat helmet ivy jewel knot lemon moon notebook olive planet 
 valley waterfall robot museum honey comet bicycle compass dolphin embassy falcon grape hill igloo jury kite
 lizard mosque nurse onion pilot quartz road stone train
 """.split()  # noqa: SIM905
-N_READ, N_ASKED, N_RANDOM, NEW_TOKENS, BATCH = 30, 100, 3, 128, 50
+N_READ, N_ASKED, N_RANDOM, NEW_TOKENS, BATCH = 30, 100, 2, 128, 50
 
 
 def main() -> None:
