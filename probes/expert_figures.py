@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
+from torch import Tensor
 
 from probes.figure_style import (
     BLUE,
@@ -24,7 +27,7 @@ from probes.figure_style import (
 from probes.figures import Dose
 from probes.routers import Expert
 
-Grid = Sequence[Sequence[Number]]
+Grid = Sequence[Sequence[Number]] | Float[np.ndarray, "rows columns"] | Float[Tensor, "rows columns"]
 _LOAD = [[0, see_through(BLUE, 0.06)], [1, BLUE]]
 
 
@@ -35,8 +38,7 @@ def scores_figure(
 
     Orange is positive, blue negative, on one scale; `chosen` experts are outlined. NaN leaves a cell empty.
     """
-    values = [abs(x) for grid in scores.values() for row in grid for x in row if x is not None and x == x]
-    largest = max(values, default=0.0) or 1.0
+    largest = max((float(np.nanmax(np.abs(_array(grid)))) for grid in scores.values()), default=0.0) or 1.0
     return _grids(scores, layers, [list(stop) for stop in DIVERGING], (-largest, largest), chosen, title)
 
 
@@ -44,7 +46,7 @@ def loads_figure(
     loads: Mapping[str, Grid], layers: Sequence[int], *, chosen: Sequence[Expert] = (), title: str = ""
 ) -> go.Figure:
     """Grids of the share of tokens that choose each expert, layers downwards: one for each phase, on one scale."""
-    largest = max((x for grid in loads.values() for row in grid for x in row if x is not None), default=1.0)
+    largest = max((float(np.nanmax(_array(grid))) for grid in loads.values()), default=1.0)
     return _grids(loads, layers, _LOAD, (0.0, largest), chosen, title)
 
 
@@ -55,7 +57,7 @@ def usage_figure(
     such as the delimiters of the thinking."""
     figure = blank("token", "expert", title=title)
     figure.add_heatmap(
-        z=[list(row) for row in weights],
+        z=_array(weights).tolist(),
         y=list(experts),
         colorscale=_LOAD,
         zmin=0,
@@ -124,7 +126,7 @@ def _grids(
     dress(figure, title)
     for row, (name, grid) in enumerate(grids.items(), start=1):
         figure.add_heatmap(
-            z=[[None if x is None or x != x else x for x in line] for line in grid],
+            z=[[None if np.isnan(x) else x for x in line] for line in _array(grid).tolist()],
             y=[str(layer) for layer in layers],
             coloraxis="coloraxis",
             hovertemplate=f"{escaped(name)}, L%{{y}}E%{{x}}: %{{z:.4g}}<extra></extra>",
@@ -147,3 +149,7 @@ def _grids(
     figure.update_xaxes(title_text="expert", row=len(grids), col=1)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, title_text="layer")
     return figure
+
+
+def _array(grid: Grid) -> Float[np.ndarray, "rows columns"]:
+    return np.asarray(grid, dtype=float)

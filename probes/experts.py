@@ -21,7 +21,7 @@ from probes.tables import Table
 from probes.tokens import present_markers
 
 Ways = Sequence[tuple[int, ...]]  # the token ids a marker may be written with
-_PASSES, _TOKENS = 32, 4096
+_PASSES, _TOKENS = 128, 4096  # what is held before it is counted
 _UNHEARD = (
     "The routers {layers} were not heard from: a fused kernel may stand in for them. Load the model without kernels, "
     "and dequantised."

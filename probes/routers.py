@@ -57,25 +57,23 @@ def moe_layers(model: nn.Module) -> tuple[int, ...]:
     none, or where its routers are not of the kind that is read here."""
     found = {layer: sparse_block(model, layer) for layer in range(n_layers(model))}
     blocks = {layer: block for layer, block in found.items() if block is not None}
-    family = config_of(model).model_type
     if not blocks:
+        family = config_of(model).model_type
         raise ValueError(f"{family} has no sparse block with a router and experts: there is nothing to route.")
-    if any(not hasattr(block.router, name) for block in blocks.values() for name in ("num_experts", "top_k")):
-        raise ValueError(
-            f"The routers of {family} do not tell num_experts and top_k: they are of another kind than those read here."
-        )
+    for block in blocks.values():
+        _check_readable(model, block)
     return tuple(blocks)
 
 
 def block_at(model: nn.Module, layer: int) -> SparseBlock:
     """The sparse block of a layer. Raises ValueError, naming the layers that have one, where it has none."""
-    layers = moe_layers(model)
     found = sparse_block(model, layer)
     if found is None:
         raise ValueError(
             f"Layer {layer} has no sparse block. The layers of this {config_of(model).model_type} that have one: "
-            f"{', '.join(map(str, layers))}."
+            f"{', '.join(map(str, moe_layers(model)))}."
         )
+    _check_readable(model, found)
     return found
 
 
@@ -89,3 +87,11 @@ def read_routing(block: SparseBlock, output: object, batch: tuple[int, ...]) -> 
     raise ValueError(
         f"A {type(block.router).__name__} does not give back logits, weights and ids: its experts cannot be read here."
     )
+
+
+def _check_readable(model: nn.Module, block: SparseBlock) -> None:
+    if not all(hasattr(block.router, name) for name in ("num_experts", "top_k")):
+        raise ValueError(
+            f"The routers of {config_of(model).model_type} do not tell num_experts and top_k: they are of another kind "
+            "than those read here."
+        )

@@ -11,6 +11,9 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PUBLIC_MODULES = (
+    "probes.association",
+    "probes.expert_figures",
+    "probes.experts",
     "probes.figures",
     "probes.lengths",
     "probes.places",
@@ -19,8 +22,10 @@ PUBLIC_MODULES = (
     "steer.calibration",
     "steer.delta_tables",
     "steer.dials",
+    "steer.experts",
     "steer.methods.cot_valve",
     "steer.methods.reasoning_vectors",
+    "steer.methods.rice",
     "steer.methods.thinkedit",
     "steer.prompts",
     "steer.scores",
@@ -83,6 +88,11 @@ def steering_names():
 @pytest.fixture(scope="module")
 def evaluation_names():
     return left_behind_by("03_evaluation.ipynb")
+
+
+@pytest.fixture(scope="module")
+def expert_names():
+    return left_behind_by("04_experts.ipynb")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -159,3 +169,15 @@ def test_the_weight_space_notebook_adds_what_was_learned_and_turns_the_dial():
     assert max(result.score(name).difference for name in ("+ noise", "+ layers, shuffled")) < 0.15
     assert (dial.polarity, dial.monotone) == ("longer", True)
     assert names["same"]
+
+
+def test_the_fourth_notebook_counts_scores_and_reinforces_experts(expert_names, capsys):
+    run(code_of(FOLDER / "04_experts.ipynb")[-1], expert_names)
+    found, association = expert_names["run"], expert_names["association"]
+    plain, strong = (found.report.score(arm) for arm in ("plain", "top 2 × 32"))
+    assert f"from {plain.accuracy:.0%} to {strong.accuracy:.0%}" in capsys.readouterr().out
+    assert strong.difference_interval[1] < -0.2
+    assert association.left_out == ("Alternatively",)
+    assert len(expert_names["words"]) == len(expert_names["chain"].all_ids)
+    assert [c.ids for c in expert_names["said"]] == [c.ids for c in expert_names["steered"]]
+    assert expert_names["counts"].load("thinking").sum(1).tolist() == pytest.approx([2.0] * 4)

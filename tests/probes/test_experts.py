@@ -135,25 +135,25 @@ def test_what_is_held_back_for_a_while_is_counted_all_the_same():
     """More decode steps than are held, several batches one after another, and passes that stop below the top."""
     model = build_sparse("qwen3_moe")
     rng = torch.Generator().manual_seed(4)
-    whole = [torch.randint(6, 97, (size, 75), generator=rng) for size in (2, 3)]
+    whole = [torch.randint(6, 97, (size, 150), generator=rng) for size in (2, 3)]
     for ids in whole:
-        ids[:, 3], ids[:, 7], ids[0, 40], ids[1, 71] = 5, THINK, CLOSE, CLOSE
+        ids[:, 3], ids[:, 7], ids[0, 40], ids[1, 141] = 5, THINK, CLOSE, CLOSE
     with counting(model, ["<think>", "</think>", "w9"]) as at_once:
         for ids in whole:
             model(input_ids=ids)
     with counting(model, ["<think>", "</think>", "w9"]) as steps:
         for ids in whole:
             cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
-            for at in range(5, 75):
+            for at in range(5, 150):
                 cache = model(input_ids=ids[:, at : at + 1], past_key_values=cache).past_key_values
     assert torch.equal(steps.tokens, at_once.tokens)
     assert torch.equal(steps.counts, at_once.counts)
     with counting(model) as cut:
         model(input_ids=whole[0])
         forward_through(model, 1, whole[1], torch.ones_like(whole[1]))
-    assert cut.tokens[0] == 75 * 5
+    assert cut.tokens[0] == 150 * 5
     assert torch.equal(cut.counts[0, 0], at_once.counts[0, 0])  # layer 1 ran in both, layer 2 in one
-    assert int(cut.counts[0, 1].sum()) == 2 * 75 * 2
+    assert int(cut.counts[0, 1].sum()) == 2 * 150 * 2
 
 
 def test_weights_along_a_completion_are_those_that_its_tokens_were_given(organism):
