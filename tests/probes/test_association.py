@@ -147,6 +147,7 @@ def test_a_matched_control_has_a_like_load_and_no_member_of_the_chosen():
         for own, other in zip([4, 0], found, strict=True):
             gaps = sorted(abs(a.load[0, e] - a.load[0, own]) for e in range(6) if e not in (4, 0))
             assert abs(a.load[0, other[1]] - a.load[0, own]) <= gaps[2]
+    assert all(len(set(a.matched([(3, 4), (3, 0)], seed=seed))) == 2 for seed in range(40))
     assert len({tuple(a.matched([(3, 4)], seed=seed)) for seed in range(10)}) > 1
     with pytest.raises(ValueError, match="All 6 scored experts are taken"):
         a.matched([(3, e) for e in range(6)], seed=0)

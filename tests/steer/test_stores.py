@@ -7,6 +7,7 @@ from probes import Sampling, load
 from probes.sites import Site
 from steer import scores
 from steer.budgets import Budget
+from steer.fold import folded
 from steer.interventions import Ablate, Add, Scale
 from steer.nulls import random_recipe
 from steer.prompts import Ask
@@ -82,6 +83,14 @@ def test_one_name_for_two_arms_is_two_files(organism, tmp_path, first, second):
     assert (made[1].length == alone.length).all()
     assert (made[0].length != made[1].length).any()
     assert len(list(tmp_path.glob("arm-*"))) == 2
+
+
+def test_a_model_that_was_changed_takes_nothing_of_what_it_was(organism, tmp_path):
+    before = run(organism, {}, tmp_path).arms["plain"]
+    twin = folded(organism, Recipe.of(organism, [Scale(Site(0, "result", head), 0.0) for head in range(8)]))
+    after = run(twin, {}, tmp_path).arms["plain"]
+    assert (before.length != after.length).any()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_another_models_store_is_refused_by_name(organism, tmp_path):
