@@ -3,8 +3,8 @@
 The organism (4 sparse layers of 8 experts, a decode step of a few milliseconds: any cost shows) and a random Qwen3-MoE
 of 16 layers with 64 experts, top 8; batch 1 and 32, a fixed number of new tokens, greedy, one thread. All token classes
 are counted, and RICE's markers. A round runs both arms once, in an order drawn anew; ratios are taken within rounds.
-Both arms write the same tokens, which is checked. Memory: the bytes of all that a count keeps, after few tokens and
-after many.
+Both arms write the same tokens, which is checked. Memory: the bytes of the counts, after few tokens and after many;
+beside them the choices of a bounded number of passes are held back, and counted at once.
 
     GOMP_SPINCOUNT=0 python benchmarks/counting.py [ROUNDS]
 """
