@@ -156,6 +156,16 @@ def test_what_is_held_back_for_a_while_is_counted_all_the_same():
     assert int(cut.counts[0, 1].sum()) == 2 * 150 * 2
 
 
+def test_a_cache_that_was_not_counted_from_its_start_is_refused():
+    model = build_sparse("qwen3_moe")
+    cache = model(input_ids=torch.tensor([[1, 9, 5, 3]]), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="The cache holds 4 tokens of 1 rows, but the clock saw 0"), counting(model):
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="The cache holds 5 tokens of 1 rows, but the clock saw 3"), counting(model):
+        model(input_ids=torch.tensor([[1, 9, 5]]))
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+
+
 def test_weights_along_a_completion_are_those_that_its_tokens_were_given(organism):
     (done,) = generate(organism, ["a 3 b +4 c *7"], sampling=Sampling.of(organism, max_new_tokens=30))
     weights = weights_along(organism, done)
