@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from probes.activations import Span
 from steer.application import applied
 from steer.effects import log_probabilities
+from steer.experts import Forbid, Force
 from steer.firelog import FireLog
 from steer.interventions import Add
 from steer.recipes import Recipe, Step
@@ -92,7 +93,12 @@ def _read(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span]) -> Fire
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
-    """The recipe with every strength times `factor`."""
+    """The recipe with every strength times `factor`. Raises ValueError for a step that has none."""
+    for step in recipe.steps:
+        if isinstance(step.intervention, Force | Forbid):
+            raise ValueError(
+                f"A {step.intervention.kind} at {step.intervention.site} is done or not: it has no strength."
+            )
     steps = [
         Step(replace(step.intervention, strength=step.intervention.strength * factor), step.scope)  # type: ignore[type-var]
         for step in recipe.steps

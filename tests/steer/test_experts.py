@@ -7,6 +7,7 @@ import torch
 from families import MOE, UNLISTED_MOE, build, build_sparse
 from transformers import AutoModelForCausalLM
 
+from probes.activations import Span
 from probes.association import associate
 from probes.completions import Completion
 from probes.experts import read_experts
@@ -17,10 +18,12 @@ from probes.routers import block_at, moe_layers
 from probes.sampling import Sampling
 from probes.sites import Site
 from steer.application import NeverFired, applied
+from steer.calibration import calibrated
 from steer.checkpoints import export
 from steer.experts import Forbid, Force, Reinforce
 from steer.fold import NotFoldable, fold, fold_error, folded
 from steer.interventions import Ablate
+from steer.neighbours import export_recipe
 from steer.recipes import Recipe
 from steer.rerouting import Rule
 from steer.scopes import Schedule, Scope
@@ -363,3 +366,20 @@ def test_a_reinforcement_that_meets_no_token_never_fired():
     alone = next(row for row in range(12) if rare[1] not in routing_of(model, 2).ids[1, row])
     with pytest.raises(NeverFired, match=f"reinforce at L2E{rare[1]}.routing"):
         logits(model, Recipe.of(model, [Reinforce.of(rare)], scope=Scope("all", tokens=(int(IDS[1, alone]),))))
+
+
+@pytest.mark.parametrize("edit", [Force.of((1, 2)), Forbid.of((1, 2))])
+def test_what_is_done_or_not_has_no_strength_to_calibrate(edit):
+    model = build_sparse("qwen3_moe")
+    with pytest.raises(ValueError, match="L1E2.routing is done or not: it has no strength"):
+        calibrated(model, Recipe.of(model, [edit]), [Span(tuple(IDS[1].tolist()), 4, 8)])
+
+
+@pytest.mark.parametrize("name", ["r.gguf", "r.json", "r.pt"])
+def test_neighbours_that_cannot_hold_a_routing_edit_refuse_it_by_name(name, tmp_path):
+    model = build_sparse("qwen3_moe")
+    formats = {"r.gguf": ["gguf"], "r.json": ["easysteer", "vllm-lens"], "r.pt": ["lm-eval"]}
+    for form in formats[name]:
+        with pytest.raises(ValueError, match="reinforce"):
+            export_recipe(Recipe.of(model, [Reinforce.of((1, 2))]), tmp_path / name, form, model=model)
+    assert not list(tmp_path.iterdir())
