@@ -27,7 +27,7 @@ class Table:
         table = RichTable(title=Text(self.title) if self.title else None)
         for i, column in enumerate(self.columns):
             numeric = all(isinstance(row[i], int | float) for row in self.rows)
-            table.add_column(Text(column), justify="right" if numeric else "left")
+            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*(Text(text_of(cell)) for cell in row))
         return table

@@ -15,7 +15,7 @@ from probes.sampling import Sampling
 from probes.tables import Table
 from steer.tasks import SPLITS, Split, Task
 
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 180)
 
 Model = Annotated[str, typer.Argument(help="A hub id, a folder, a GGUF file, `organism`, or `smollm2`.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
