@@ -18,7 +18,7 @@ from steer.cards import Section, write_card
 from steer.checkpoints import check_repository, push
 from steer.deltas import Source, WeightDelta, first, is_vocabulary, place_of_source, summed, vocabulary_differs
 from steer.shards import EMBEDDINGS, HEADS, WHOLE, Checkpoint, Place, blocks, inside
-from steer.streaming import Piece, ShardPlan, copied, stream
+from steer.streaming import DEPTH, Piece, ShardPlan, ahead, copied, stream
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _HARMLESS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
@@ -92,7 +92,7 @@ class Plan:
         shapes = [self.target.shape(name) for name in self.names]
         widest = max((blocks(shape)[0].stop * (shape[-1] if len(shape) > 1 else 1) for shape in shapes), default=0)
         rows = (
-            ("memory for blocks, MB", 4 * 8 * widest / 1e6),  # a sum, a summand, a product, what is rounded
+            ("memory for blocks, MB", DEPTH * 4 * 8 * widest / 1e6),  # a sum, a summand, a product, what is rounded
             ("disk, GB", self.bytes / 1e9),
         )
         return Table(("needs", ""), rows)
@@ -104,19 +104,21 @@ class Plan:
         cancels it is not read. Raises ValueError where a number is not finite, naming the source.
         """
         own, others = self._summands(name)
-        place = self.target.places[name][1]
-        dtype = WHOLE[place.dtype]
+        shape = self.target.places[name][1].shape
+        return ahead(partial(self._values, name, rows, own, others) for rows in blocks(shape))
+
+    def _values(self, name: str, rows: slice, own: float, others: Sequence[tuple[float, Source]]) -> Tensor:
+        dtype = WHOLE[self.target.places[name][1].dtype]
         limit = torch.finfo(dtype).max
-        for rows in blocks(place.shape):
-            if own or not others:
-                base, rest = self.target.block(name, rows).double() * own, others
-            else:
-                base, rest = others[0][1].block(self.names[name], rows).double() * others[0][0], others[1:]
-            total = summed(base, rest, self.names[name], rows)
-            low, high = torch.aminmax(total)
-            if not (float(low) >= -limit and float(high) <= limit):
-                raise ValueError(self._odd(name, rows, others, dtype))
-            yield total.to(dtype)
+        if own or not others:
+            base, rest = self.target.block(name, rows).double() * own, others
+        else:
+            base, rest = others[0][1].block(self.names[name], rows).double() * others[0][0], others[1:]
+        total = summed(base, rest, self.names[name], rows)
+        low, high = torch.aminmax(total)
+        if not (float(low) >= -limit and float(high) <= limit):
+            raise ValueError(self._odd(name, rows, others, dtype))
+        return total.to(dtype)
 
     def _summands(self, name: str) -> tuple[float, list[tuple[float, Source]]]:
         own, merged = 1.0, dict[Any, tuple[float, Source]]()

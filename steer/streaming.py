@@ -8,7 +8,9 @@ power cut takes from it before it reached the disk is not noticed.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +25,8 @@ from probes.files import locked
 from steer.shards import WHOLE
 
 _PIECE = 1 << 24
+WORKERS = 4
+DEPTH = 2 * WORKERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,25 @@ def header_of(entries: Sequence[tuple[str, str, Sequence[int]]], metadata: Mappi
 def copied(tensor: Tensor) -> Iterator[Tensor]:
     """The bytes of a tensor as they are."""
     yield from tensor.reshape(-1).view(torch.uint8).split(_PIECE)
+
+
+def ahead(jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """What the jobs give, in their order, worked out by a few threads ahead of who takes it.
+
+    So one waits for the disk while another computes; no more than `DEPTH` are held.
+    """
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) == DEPTH:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 @contextmanager
