@@ -33,18 +33,21 @@ class ExpertCounts:
     """By class of tokens: how many there were, and how many of them chose each expert.
 
     Classes are `all`, the phases `prompt`, `thinking` and `answer`, and each marker: the tokens at which it ends.
-    `layers` are the model's numbers of its sparse layers. A token counts once for each pass it is in.
+    `layers` are the model's numbers of its sparse layers. A token counts once for each pass it is in. `lacking` markers
+    are not in the vocabulary, and have no class.
     """
 
     layers: tuple[int, ...]
     classes: tuple[str, ...]
     counts: Int[Tensor, "classes layers experts"]
     tokens: Int[Tensor, " classes"]
+    lacking: tuple[str, ...] = ()
 
     def load(self, kind: str = "all") -> Float[Tensor, "layers experts"]:
         """The share of a class's tokens that chose each expert. Raises ValueError where the class has no token."""
         if kind not in self.classes:
-            raise ValueError(f"{kind!r} is no class of these tokens. Known: {', '.join(self.classes)}.")
+            why = "not in the vocabulary" if kind in self.lacking else "no class of these tokens"
+            raise ValueError(f"{kind!r} is {why}. Known: {', '.join(self.classes)}.")
         at = self.classes.index(kind)
         if not int(self.tokens[at]):
             raise ValueError(f"No token of the class {kind!r} was seen, so that it has no load.")
@@ -53,7 +56,8 @@ class ExpertCounts:
     def __add__(self, other: "ExpertCounts") -> "ExpertCounts":
         if (self.layers, self.classes) != (other.layers, other.classes):
             raise ValueError("Counts of other layers or other classes do not add up.")
-        return ExpertCounts(self.layers, self.classes, self.counts + other.counts, self.tokens + other.tokens)
+        counts, tokens = self.counts + other.counts, self.tokens + other.tokens
+        return ExpertCounts(self.layers, self.classes, counts, tokens, self.lacking)
 
     def table(self, kind: str = "all") -> Table:
         """Every expert, the busiest first."""
@@ -83,7 +87,7 @@ class ExpertReading:
     lacking: tuple[str, ...] = ()
 
     def total(self) -> ExpertCounts:
-        return ExpertCounts(self.layers, self.classes, self.counts.sum(0), self.tokens.sum(0))
+        return ExpertCounts(self.layers, self.classes, self.counts.sum(0), self.tokens.sum(0), self.lacking)
 
 
 def read_experts(
@@ -135,7 +139,8 @@ def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[Ex
     are left out; what steers the routing does not change what is counted in the same layer. Raises ValueError for a
     family whose routers cannot be read.
     """
-    tally = _Tally(model, present_markers(tokenizer_of(model), markers)[0])
+    ways, lacking = present_markers(tokenizer_of(model), markers)
+    tally = _Tally(model, ways)
     n_experts, device = block_at(model, tally.layers[0]).n_experts, model.device
     counts = torch.zeros(len(tally.classes), len(tally.layers), n_experts, dtype=torch.long, device=device)
     tokens = torch.zeros(len(tally.classes), dtype=torch.long, device=device)
@@ -144,7 +149,7 @@ def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[Ex
         stack.enter_context(watched(model, held.begin))
         for row, layer in enumerate(tally.layers):
             stack.enter_context(chosen(model, layer, partial(held.see, row)))
-        yield ExpertCounts(tally.layers, tally.classes, counts, tokens)
+        yield ExpertCounts(tally.layers, tally.classes, counts, tokens, lacking)
         held.settle()
         if int(tokens[0]) and not counts.any():
             raise ValueError(_UNHEARD.format(layers="of all layers"))

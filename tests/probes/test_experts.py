@@ -197,6 +197,9 @@ def test_classes_are_the_phases_and_the_markers():
     assert seen.tokens.tolist() == [9, 3, 3, 3, 1, 3]  # an opening tag is thinking, a closing one answer
     assert (seen.counts.sum(2) == 2 * seen.tokens[:, None]).all()
     assert seen.load("w9").sum().item() == pytest.approx(2 * 2)
+    assert seen.lacking == ("nowhere",)
+    with pytest.raises(ValueError, match="'nowhere' is not in the vocabulary. Known: all, prompt"):
+        seen.load("nowhere")
     with pytest.raises(ValueError, match="'w8' is no class of these tokens. Known: all, prompt"):
         seen.load("w8")
     twice = seen + seen
