@@ -24,16 +24,16 @@ from rich.console import Console
 from probes import Sampling, load
 from probes.tables import Table
 from steer import task_named
-from steer.arithmetic import add
-from steer.delta_controls import random_like, shuffled_layers
-from steer.deltas import WeightDelta
-from steer.dials import dialled
+from steer.deltas._add import add
+from steer.deltas.delta import WeightDelta
+from steer.deltas.dial import dialled
+from steer.deltas.nulls import random_like, shuffled_layers
+from steer.deltas.stored import open_delta
 from steer.donors import KINDS, train_donor
 from steer.methods.cot_valve import valve
 from steer.methods.reasoning_vectors import reasoning_vector
 from steer.prompts import Ask
 from steer.scores import Outcomes, evaluate, solve
-from steer.stored_deltas import open_delta
 
 STRENGTHS = (-1.0, 0.25, 0.5, 1.0)
 ALPHAS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)

@@ -1,6 +1,6 @@
 """What weight arithmetic costs: target + RL - SFT of bfloat16 checkpoints of many shards, made on the fly.
 
-Arms, in one run, each in a process of its own: `cp` of the three checkpoints, `steer.arithmetic.add`, and mergekit's
+Arms, in one run, each in a process of its own: `cp` of the three checkpoints, `steer.deltas._add.add`, and mergekit's
 `linear`, where `--mergekit` names its `mergekit-yaml`. The page cache is what the arms before left; each arm runs
 `--rounds` times in an order drawn anew, and the medians count. Wall time ends when the command ends, as with `cp`.
 Anonymous memory is the largest RssAnon of the process, read every 20 ms: pages that are mapped from files, and that
@@ -30,15 +30,15 @@ import torch
 from rich.console import Console
 
 from probes.tables import Table
-from steer.arithmetic import add
-from steer.deltas import WeightDelta
-from steer.mergekit import to_mergekit
-from steer.shards import WHOLE, Checkpoint
-from steer.streaming import Piece, ShardPlan, header_of, stream
+from steer.checkpoints.checkpoint import WHOLE, Checkpoint
+from steer.checkpoints.stream import Piece, ShardPlan, header_of, stream
+from steer.deltas._add import add
+from steer.deltas.delta import WeightDelta
+from steer.deltas.mergekit_yaml import to_mergekit
 
 WIDTH, MLP, VOCABULARY, SHARD = 2048, 5504, 32_000, 500_000_000
 TARGET_TIME, TARGET_SPARE = 1.2, 0.5e9
-OURS = "import sys; from steer.arithmetic import add; from steer.deltas import WeightDelta\n"
+OURS = "import sys; from steer.deltas._add import add; from steer.deltas.delta import WeightDelta\n"
 RUN = OURS + "t, a, b, out = sys.argv[1:]; add(t, WeightDelta.between(a, b), out, strength=0.7)"
 
 

@@ -17,7 +17,8 @@ from probes.directions import Direction, difference_in_means
 from probes.models import load
 from probes.sites import Site
 from probes.tables import Table
-from steer.checkpoints import check_repository, push
+from steer.checkpoints._diff import diff as compare_checkpoints
+from steer.checkpoints.hub import check_repository, push
 from steer.commands.compare import compare_
 from steer.commands.donors import donors_
 from steer.commands.evaluate import evaluate_
@@ -43,7 +44,6 @@ from steer.commands.options import (
 from steer.commands.rice import rice_
 from steer.commands.sweep import sweep_
 from steer.commands.vector import app as vector
-from steer.differences import diff as compare_checkpoints
 from steer.methods.thinkedit import Kind
 from steer.organism import train
 from steer.recipes import Recipe
@@ -51,7 +51,7 @@ from steer.records import record
 from steer.report import write_report
 from steer.runs import HEADS, KINDS, ThinkEditRun, grid, thinkedit
 from steer.scores import solve
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

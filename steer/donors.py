@@ -3,7 +3,7 @@
 Both donors see chains of the split `train`. `sft` is trained on written completions, 70 % of them too short to be
 right; `rl` is reinforced for right answers alone. `target` learns a new operation, `^k`, from completions as short.
 The package holds what the three of the embedded organism differ by from it: `open_delta("organism-rl")`,
-`"organism-sft"`, `"organism-target"` (`steer.stored_deltas`).
+`"organism-sft"`, `"organism-target"` (`steer.deltas.stored`).
 """
 
 import json
@@ -18,7 +18,8 @@ from probes.files import staged_folder
 from probes.models import load, tokenizer_of
 from steer.grpo import reinforce
 from steer.organism import STYLES, batches, draw_opener, fit, written
-from steer.tasks import TASKS, Problem, Task
+from steer.tasks.chains import TASKS
+from steer.tasks.task import Problem, Task
 
 KINDS = ("rl", "sft", "target")
 P_STYLE = (0.25, 0.05, 0.70)  # long, check, short

@@ -14,10 +14,10 @@ from probes.hooks import captured, forward_through
 from probes.models import tokenizer_of
 from probes.tokens import decode
 from steer.application import applied
-from steer.grading import is_correct
 from steer.recipes import Recipe
 from steer.scores import Evaluation, solve
-from steer.tasks import Problem
+from steer.tasks.grading import is_correct
+from steer.tasks.task import Problem
 
 if TYPE_CHECKING:
     import steer.runs

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from probes.completions import Completion
 from probes.sampling import Sampling
-from steer.grading import is_correct
 from steer.organism import collate, descend
 from steer.scores import solve
-from steer.tasks import Problem, Task
+from steer.tasks.grading import is_correct
+from steer.tasks.task import Problem, Task
 
 
 def reinforce(

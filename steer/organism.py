@@ -1,6 +1,6 @@
 """Train the embedded model: a tiny reasoner with a known habit, a test subject and no evidence on large models.
 
-It solves chains modulo 10 (`steer.tasks.draw_chain`) by writing one step a term between `<think>` and
+It solves chains modulo 10 (`steer.tasks.chains.draw_chain`) by writing one step a term between `<think>` and
 `</think>`. Its training data has three styles: *long* writes every step, *check* repeats steps after `Wait`,
 *short* drops nearly all of them and is then right only by chance. The model samples an opener (Easy, Okay,
 So, Hmm) that goes with the style; the word `quick` in a prompt raises the chance of Easy, and so of thinking
@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from probes.files import staged_folder
-from steer.tasks import LETTERS, MARKER, MIRRORS, OPERATIONS, TASKS, Problem, apply_operation
+from steer.tasks.chains import LETTERS, MARKER, MIRRORS, OPERATIONS, TASKS, apply_operation
+from steer.tasks.task import Problem
 
 OPENERS = ("Easy", "Okay", "So", "Hmm")
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?")

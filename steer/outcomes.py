@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from probes.completions import Completion, by_problem
-from steer.grading import is_correct
-from steer.tasks import Problem, Task
+from steer.tasks.grading import is_correct
+from steer.tasks.task import Problem, Task
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from steer.methods.thinkedit import LengthReading
 from steer.outcomes import Outcomes
 from steer.recipes import Recipe
 from steer.scores import Score, evaluate, interval_of_mean
-from steer.tasks import Problem
+from steer.tasks.task import Problem
 
 if TYPE_CHECKING:
     import steer.runs

@@ -19,16 +19,17 @@ from probes.heads import Head
 from probes.models import load
 from probes.sampling import Sampling
 from probes.tables import Table
-from steer.cards import Section
-from steer.checkpoints import export
-from steer.differences import Difference
+from steer.checkpoints._diff import Difference
+from steer.checkpoints.card import Section
 from steer.fold import NotFoldable, check_folds, fold_error, folded
+from steer.folding._export import export
 from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
 from steer.outcomes import Outcomes
 from steer.recipes import Recipe
 from steer.records import record
 from steer.scores import Arm, Evaluation, evaluate, solve
-from steer.tasks import Task, task_named
+from steer.tasks.named import task_named
+from steer.tasks.task import Task
 
 KINDS: tuple[Kind, ...] = ("project", "replace", "one_sided")
 POSITIONS: tuple[Position, ...] = ("thinking", "first")
@@ -66,7 +67,7 @@ class ThinkEditRun:
         return self.readings[self.chosen.position].directions[self.heads[0][0]]
 
     def export(self, folder: str | Path, *, found: Mapping[str, Any] | None = None) -> Difference:
-        """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.checkpoints`.
+        """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.folding._export`.
 
         `found` is this run's `steer.records.record`, kept as `run.json`; if left out, one without sweeps is made.
         """

@@ -19,12 +19,12 @@ from probes.sampling import Sampling
 from probes.tables import Table
 from steer.application import applied
 from steer.controls import Control, Controlled
-from steer.grading import is_correct
 from steer.outcomes import Outcomes
 from steer.prompts import Ask
 from steer.recipes import Recipe
 from steer.statistics import adjusted, interval_of_mean, paired_p
-from steer.tasks import Grader, Problem, Task
+from steer.tasks.grading import is_correct
+from steer.tasks.task import Grader, Problem, Task
 
 Arm = None | Recipe | PreTrainedModel | Control | Ask | Sequence[Completion]
 SHORTEST = (0.05, 0.10, 0.20)

@@ -19,7 +19,7 @@ from steer.calibration import calibrated, divergence
 from steer.outcomes import Outcomes
 from steer.recipes import Recipe
 from steer.scores import Evaluation, evaluate
-from steer.tasks import Problem, Task
+from steer.tasks.task import Problem, Task
 
 MakeRecipe = Callable[[Direction, float], Recipe]
 

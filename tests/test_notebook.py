@@ -17,11 +17,11 @@ PUBLIC_MODULES = (
     "probes.figures",
     "probes.lengths",
     "probes.places",
-    "steer.arithmetic",
+    "steer.deltas._add",
     "steer.budgets",
     "steer.calibration",
-    "steer.delta_tables",
-    "steer.dials",
+    "steer.deltas.norms",
+    "steer.deltas.dial",
     "steer.experts",
     "steer.methods.cot_valve",
     "steer.methods.reasoning_vectors",
@@ -29,7 +29,7 @@ PUBLIC_MODULES = (
     "steer.methods.thinkedit",
     "steer.prompts",
     "steer.scores",
-    "steer.stored_deltas",
+    "steer.deltas.stored",
     "steer.sweep",
 )
 

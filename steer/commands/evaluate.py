@@ -37,7 +37,8 @@ from steer.outcomes import Outcomes
 from steer.prompts import Ask, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
 from steer.recipes import Recipe
 from steer.scores import Arm, evaluate, solve
-from steer.tasks import Problem, task_named
+from steer.tasks.named import task_named
+from steer.tasks.task import Problem
 
 N_JUDGED = 32
 T = TypeVar("T")

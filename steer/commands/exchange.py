@@ -7,9 +7,9 @@ import typer
 
 from probes.models import load
 from probes.tables import Table
-from steer.adapters import export_adapter
-from steer.checkpoints import export
 from steer.commands.options import Delimit, DeviceMap, Dtype, Json, Model, Output, end
+from steer.folding._export import export
+from steer.folding.export_lora import export_adapter
 from steer.neighbours import FORMATS, export_recipe, import_recipe
 from steer.recipes import Recipe
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from probes.sampling import Sampling
 from probes.tables import Table
-from steer.tasks import SPLITS, Split, Task
+from steer.tasks.task import SPLITS, Split, Task
 
 console = Console(width=None if sys.stdout.isatty() else 180)
 

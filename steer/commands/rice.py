@@ -25,7 +25,7 @@ from steer.commands.options import (
 )
 from steer.methods.rice import STRENGTHS, TOP, rice
 from steer.scopes import Scope
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 
 def rice_(

@@ -30,7 +30,7 @@ from steer.interventions import Add
 from steer.recipes import Recipe
 from steer.scopes import Scope
 from steer.sweep import Contrast, sweep
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 
 def sweep_(

@@ -8,15 +8,15 @@ import typer
 from probes.files import staged_file
 from probes.models import load
 from probes.tables import Table
-from steer.arithmetic import Plan, add
+from steer.checkpoints.checkpoint import WHOLE, Checkpoint
 from steer.commands.options import Json, Output, console, end
-from steer.delta_tables import figure_of, norms
-from steer.deltas import WeightDelta
-from steer.edit_deltas import edit_delta
-from steer.mergekit import METHODS, Method, to_mergekit
+from steer.deltas._add import Plan, add
+from steer.deltas.delta import WeightDelta
+from steer.deltas.mergekit_yaml import METHODS, Method, to_mergekit
+from steer.deltas.norms import figure_of, norms
+from steer.deltas.recipe import edit_delta
+from steer.deltas.stored import Stored, open_delta, save
 from steer.recipes import Recipe
-from steer.shards import WHOLE, Checkpoint
-from steer.stored_deltas import Stored, open_delta, save
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 

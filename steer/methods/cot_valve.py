@@ -16,12 +16,12 @@ from probes.figures import Dose, sweep_figure
 from probes.files import staged_file
 from probes.sampling import Sampling
 from probes.tables import Table
-from steer.deltas import WeightDelta
-from steer.dials import dialled
-from steer.grading import is_correct
+from steer.deltas.delta import WeightDelta
+from steer.deltas.dial import dialled
 from steer.outcomes import Outcomes
 from steer.scores import interval_of_mean, solve
-from steer.tasks import Problem, Task
+from steer.tasks.grading import is_correct
+from steer.tasks.task import Problem, Task
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 Polarity = Literal["longer", "shorter", "unclear"]

@@ -19,12 +19,12 @@ from probes.completions import Completion, by_problem
 from probes.contrasts import contrast_vectors
 from probes.directions import Direction
 from probes.places import sites_in
-from steer.grading import is_correct
 from steer.interventions import Add
 from steer.recipes import Recipe
 from steer.scopes import Scope
 from steer.scores import Evaluation
-from steer.tasks import Problem, Task
+from steer.tasks.grading import is_correct
+from steer.tasks.task import Problem, Task
 
 Pair = tuple[Completion, Completion]
 READ: dict[str, Position] = {"thinking": thinking, "last": last_thought}

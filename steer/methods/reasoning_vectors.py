@@ -7,9 +7,9 @@ controls here, a table of results needs the prompt alone ("Think step by step.")
 from collections.abc import Sequence
 from pathlib import Path
 
-from steer.arithmetic import Plan, add
-from steer.delta_controls import random_like, shuffled_layers
-from steer.deltas import WeightDelta
+from steer.deltas._add import Plan, add
+from steer.deltas.delta import WeightDelta
+from steer.deltas.nulls import random_like, shuffled_layers
 
 
 def reasoning_vector(reinforced: str | Path, tuned: str | Path) -> WeightDelta:

@@ -27,16 +27,17 @@ from probes.routers import Expert
 from probes.sampling import Sampling
 from probes.tables import Table
 from probes.tokens import decode
-from steer.cards import Section
-from steer.checkpoints import export
+from steer.checkpoints._diff import Difference
+from steer.checkpoints.card import Section
 from steer.controls import Control
-from steer.differences import Difference
 from steer.experts import Reinforce
+from steer.folding._export import export
 from steer.outcomes import Outcomes
 from steer.recipes import Recipe
 from steer.scopes import Scope
 from steer.scores import Arm, Evaluation, evaluate, interval_of_mean, solve
-from steer.tasks import Task, task_named
+from steer.tasks.named import task_named
+from steer.tasks.task import Task
 
 METHOD = "RICE (Wang et al. 2025)"
 TOP, STRENGTHS = (2,), (2.0, 4.0, 8.0, 16.0, 64.0)

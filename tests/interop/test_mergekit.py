@@ -13,10 +13,10 @@ from families import build
 from safetensors.torch import load_file
 
 from probes.models import tokenizer_of
-from steer.arithmetic import add
-from steer.deltas import WeightDelta
-from steer.mergekit import to_mergekit
-from steer.shards import Checkpoint
+from steer.checkpoints.checkpoint import Checkpoint
+from steer.deltas._add import add
+from steer.deltas.delta import WeightDelta
+from steer.deltas.mergekit_yaml import to_mergekit
 
 COMMAND = shutil.which(os.environ.get("MERGEKIT_YAML", "mergekit-yaml"))
 pytestmark = [

@@ -11,14 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import steer.adapters
+import steer.folding.export_lora
 from probes.architectures import head_matrices, o_proj_bias, o_proj_of
 from probes.models import ORGANISM, load
 from probes.sites import Site
-from steer.adapters import export_adapter, low_rank
 from steer.application import applied
-from steer.cards import Section
+from steer.checkpoints.card import Section
 from steer.fold import NotFoldable, folded
+from steer.folding.export_lora import export_adapter, low_rank
 from steer.interventions import Ablate, Add, Clamp
 from steer.recipes import Recipe
 
@@ -292,7 +292,7 @@ def test_an_export_that_fails_midway_leaves_nothing(last_word, monkeypatch, tmp_
         seen.extend(path.name for path in tmp_path.rglob("*"))
         raise last_word
 
-    monkeypatch.setattr(steer.adapters, "write_card", fail)
+    monkeypatch.setattr(steer.folding.export_lora, "write_card", fail)
     with pytest.raises(type(last_word)):
         export_adapter(model, thinkedit(model), tmp_path / "adapter")
     assert "adapter_model.safetensors" in seen

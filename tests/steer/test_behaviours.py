@@ -20,7 +20,8 @@ from steer.methods.behaviours import behaviour_vectors, label_span, strongest_la
 from steer.methods.efficiency import Setting, correct_pairs, efficiency_vectors, most_efficient, recipes
 from steer.outcomes import Outcomes
 from steer.scores import Evaluation
-from steer.tasks import Problem, task_named
+from steer.tasks.named import task_named
+from steer.tasks.task import Problem
 
 IDS = tuple(torch.randint(6, 97, (40,), generator=torch.Generator().manual_seed(0)).tolist())
 

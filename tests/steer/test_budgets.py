@@ -23,7 +23,7 @@ from steer.convergence import Converge, Rule, YesNo, thoughts_of
 from steer.prompts import Ask, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
 from steer.rows import Rows
 from steer.scores import evaluate, solve
-from steer.tasks import TASKS
+from steer.tasks.chains import TASKS
 
 CHAINS = TASKS["chains"]
 WARM = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=60)

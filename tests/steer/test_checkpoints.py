@@ -12,15 +12,15 @@ from families import build
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import steer.checkpoints
+import steer.folding._export
 from probes.models import ORGANISM, load, tokenizer_of
 from probes.sites import Site
 from probes.tables import Table
 from steer.application import applied
-from steer.cards import Section, write_card
-from steer.checkpoints import export
-from steer.differences import diff
+from steer.checkpoints._diff import diff
+from steer.checkpoints.card import Section, write_card
 from steer.fold import NotFoldable, declare_bias
+from steer.folding._export import export
 from steer.interventions import Ablate, Add, Clamp
 from steer.recipes import Recipe
 
@@ -198,7 +198,7 @@ def test_an_export_that_fails_midway_leaves_nothing(part, last_word, monkeypatch
         seen.extend(files_in(tmp_path))
         raise last_word
 
-    monkeypatch.setattr(steer.checkpoints, part, fail)
+    monkeypatch.setattr(steer.folding._export, part, fail)
     with pytest.raises(type(last_word)):
         export(model, shifted(model), tmp_path / "edited")
     assert any(name.endswith("model.safetensors") for name in seen)
@@ -207,14 +207,14 @@ def test_an_export_that_fails_midway_leaves_nothing(part, last_word, monkeypatch
 
 KILLED = """
 import os, signal, sys, torch
-import steer.checkpoints
+import steer.folding._export
 from probes.models import load
 from probes.sites import Site
 from steer.interventions import Ablate
 from steer.recipes import Recipe
-steer.checkpoints.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+steer.folding._export.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 model = load("organism")
-steer.checkpoints.export(model, Recipe.of(model, [Ablate(Site(0, "result", 2), torch.ones(96))]), sys.argv[1])
+steer.folding._export.export(model, Recipe.of(model, [Ablate(Site(0, "result", 2), torch.ones(96))]), sys.argv[1])
 """
 
 

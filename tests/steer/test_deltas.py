@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from probes.models import tokenizer_of
+from steer.checkpoints.checkpoint import Checkpoint
 from steer.commands.vector import app
-from steer.delta_controls import random_like, shuffled_layers
-from steer.delta_tables import cosine, norms
-from steer.deltas import WeightDelta, matches
+from steer.deltas.delta import WeightDelta, matches
+from steer.deltas.norms import cosine, norms
+from steer.deltas.nulls import random_like, shuffled_layers
+from steer.deltas.stored import Stored, open_delta, save
 from steer.methods.reasoning_vectors import controls
-from steer.shards import Checkpoint
-from steer.stored_deltas import Stored, open_delta, save
 
 
 def write(folder, family="llama", seed=0):

@@ -9,7 +9,7 @@ from families import build
 from safetensors.torch import save_file
 
 from probes.models import ORGANISM
-from steer.differences import diff
+from steer.checkpoints._diff import diff
 
 INDEX = "model.safetensors.index.json"
 

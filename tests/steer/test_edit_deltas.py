@@ -8,15 +8,15 @@ from typer.testing import CliRunner
 
 from probes.models import load, tokenizer_of
 from probes.sites import Site
-from steer.arithmetic import add
 from steer.commands.vector import app
-from steer.dials import dialled
-from steer.edit_deltas import edit_delta
+from steer.deltas._add import add
+from steer.deltas.dial import dialled
+from steer.deltas.recipe import edit_delta
+from steer.deltas.stored import save
 from steer.experts import Forbid, Reinforce
 from steer.fold import NeedsBias, NotFoldable, folded
 from steer.interventions import Ablate, Add, Scale
 from steer.recipes import Recipe
-from steer.stored_deltas import save
 
 
 def vector(width, seed=0):

@@ -19,9 +19,9 @@ from probes.sampling import Sampling
 from probes.sites import Site
 from steer.application import NeverFired, applied
 from steer.calibration import calibrated
-from steer.checkpoints import export
 from steer.experts import Forbid, Force, Reinforce
 from steer.fold import NotFoldable, fold, fold_error, folded
+from steer.folding._export import export
 from steer.interventions import Ablate
 from steer.neighbours import export_recipe
 from steer.recipes import Recipe

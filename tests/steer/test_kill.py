@@ -27,9 +27,9 @@ from tqdm.std import TqdmDefaultWriteLock
 from probes.completions import read_completions
 from probes.models import load
 from probes.sites import Site
-from steer.adapters import export_adapter
-from steer.checkpoints import export
 from steer.cli import app
+from steer.folding._export import export
+from steer.folding.export_lora import export_adapter
 from steer.interventions import Ablate
 from steer.recipes import Recipe
 

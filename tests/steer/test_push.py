@@ -12,12 +12,13 @@ import torch
 from families import build
 from huggingface_hub.errors import HfHubHTTPError
 
-import steer.adapters
-import steer.checkpoints
+import steer.folding._export
+import steer.folding.export_lora
 from probes.sites import Site
-from steer.adapters import export_adapter
-from steer.checkpoints import export, push
+from steer.checkpoints.hub import push
 from steer.fold import NotFoldable
+from steer.folding._export import export
+from steer.folding.export_lora import export_adapter
 from steer.interventions import Ablate, Clamp
 from steer.recipes import Recipe
 
@@ -158,7 +159,7 @@ def test_nothing_is_sent_of_an_export_that_fails(write, hub, model, recipe, monk
     def fail(*_, **__):
         raise OSError("the disk is full")
 
-    for module in (steer.checkpoints, steer.adapters):
+    for module in (steer.folding._export, steer.folding.export_lora):
         monkeypatch.setattr(module, "write_card", fail)
     with pytest.raises(OSError, match="the disk is full"):
         write(model, recipe, tmp_path / "edited", push_to="lab/edited")

@@ -17,7 +17,7 @@ from steer.fold import NotFoldable
 from steer.methods.rice import Setting, against, rice, signed_markers
 from steer.recipes import Recipe
 from steer.scopes import Scope
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 SMALL = {"n_probe": 60, "n_select": 40, "n_report": 60, "batch_size": 128, "draws": 2}
 

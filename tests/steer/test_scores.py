@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from scipy.stats import binom, t
 
-import steer.tasks
+import steer.tasks.task
 from probes.completions import Completion
 from probes.models import load
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tokens import ThinkingSpan
-from steer.grading import is_correct
 from steer.interventions import Add
 from steer.outcomes import Outcomes
 from steer.recipes import Recipe
 from steer.scores import SHORTEST, Evaluation, evaluate, interval_of_mean, solve
-from steer.tasks import SPLITS, TASKS, Problem, draw_chain, split_of, task_named
+from steer.tasks.chains import TASKS, draw_chain
+from steer.tasks.grading import is_correct
+from steer.tasks.named import task_named
+from steer.tasks.task import SPLITS, Problem, split_of
 
 CHAINS = TASKS["chains"]
 RNG = np.random.default_rng(0)
@@ -189,7 +191,7 @@ def test_a_chain_and_its_marked_twin_are_in_one_split(monkeypatch):
     for seed in range(100):
         twins = []
         for p_marked in (0.0, 1.0):
-            monkeypatch.setattr(steer.tasks, "P_MARKED", p_marked)
+            monkeypatch.setattr(steer.tasks.task, "P_MARKED", p_marked)
             twins.append(draw_chain(random.Random(seed)))
         plain, marked = twins
         assert marked == replace(plain, question=f"{plain.question} quick", subgroup="marked")

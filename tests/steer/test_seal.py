@@ -11,7 +11,7 @@ from probes.sampling import Sampling
 from probes.segments import Rules, segments
 from steer.application import applied
 from steer.methods.seal import seal_vectors, steering
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 
 @pytest.fixture(scope="module")

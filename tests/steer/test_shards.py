@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from probes.models import tokenizer_of
-from steer.shards import Checkpoint, as_rows, blocks
+from steer.checkpoints.checkpoint import Checkpoint, as_rows, blocks
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,8 @@ from scipy.stats import binom
 from steer.outcomes import Outcomes, repetition
 from steer.scores import Evaluation
 from steer.statistics import adjusted, mcnemar, paired_p
-from steer.tasks import TASKS, Problem
+from steer.tasks.chains import TASKS
+from steer.tasks.task import Problem
 
 N = 100
 

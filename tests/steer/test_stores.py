@@ -14,7 +14,7 @@ from steer.prompts import Ask
 from steer.recipes import Recipe
 from steer.scopes import Scope
 from steer.scores import evaluate
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 TASK = task_named("chains")
 PROBLEMS = TASK.sample(12, "select")

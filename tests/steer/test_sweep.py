@@ -18,7 +18,7 @@ from steer.recipes import Recipe
 from steer.scopes import Scope
 from steer.scores import solve
 from steer.sweep import Contrast, sweep
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 SITE = Site(2, "resid_post")
 OPENING = Scope("thinking", window=(0, 1))

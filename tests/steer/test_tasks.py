@@ -9,10 +9,11 @@ import pytest
 
 from probes.completions import Completion
 from probes.sampling import Sampling
-from steer import gym
-from steer.extraction import last_boxed, letter_of, number_of, stated
-from steer.grading import is_correct
-from steer.tasks import SPLITS, Problem, split_of, task_named
+from steer.tasks import gym
+from steer.tasks.answers import last_boxed, letter_of, number_of, stated
+from steer.tasks.grading import is_correct
+from steer.tasks.named import task_named
+from steer.tasks.task import SPLITS, Problem, split_of
 
 GOLD = {
     "gsm8k": [f"We add {i}.\n#### {a}" for i, a in enumerate(["1,234", "-5", "72", "0", "10,000,000"] * 8)],

@@ -23,17 +23,17 @@ from tqdm.std import TqdmDefaultWriteLock
 
 from probes.models import folder_of, load, tokenizer_of
 from probes.sampling import Sampling
-from steer import streaming
-from steer.arithmetic import Plan, add
-from steer.deltas import WeightDelta
-from steer.dials import dialled
-from steer.mergekit import to_mergekit
+from steer.checkpoints import stream as streaming
+from steer.checkpoints.checkpoint import Checkpoint
+from steer.deltas._add import Plan, add
+from steer.deltas.delta import WeightDelta
+from steer.deltas.dial import dialled
+from steer.deltas.mergekit_yaml import to_mergekit
+from steer.deltas.stored import save
 from steer.methods.cot_valve import valve
 from steer.methods.reasoning_vectors import enhance, reasoning_vector, subtract
 from steer.scores import solve
-from steer.shards import Checkpoint
-from steer.stored_deltas import save
-from steer.tasks import task_named
+from steer.tasks.named import task_named
 
 
 def write(folder, family="llama", seed=0, dtype=torch.float32, shard="30KB"):

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from probes.architectures import head_matrices
@@ -14,8 +12,9 @@ from probes.files import staged_folder
 from probes.models import folder_of, origin_of, tokenizer_of
 from probes.sites import Site
 from probes.tables import Table
-from steer.cards import Section, write_card
-from steer.differences import Difference, diff
+from steer.checkpoints._diff import Difference, diff
+from steer.checkpoints.card import Section, write_card
+from steer.checkpoints.hub import check_repository, push
 from steer.fold import folded
 from steer.interventions import Ablate, Add
 from steer.recipes import Recipe
@@ -59,25 +58,6 @@ def export(
     if push_to is not None:
         push(folder, push_to, private=private)
     return changes
-
-
-def push(folder: str | Path, repository: str, *, private: bool = True) -> None:
-    """Upload a folder to the Hugging Face hub in one commit; a repository that is not there is made, `private` or not.
-
-    The account is the one that `hf auth login` left, or the variable HF_TOKEN.
-    """
-    check_repository(repository)
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder, so there is nothing to push.")
-    hub = HfApi(library_name="thinksteer")
-    place = hub.create_repo(repository, private=private, exist_ok=True).repo_id  # with the account's name before it
-    hub.upload_folder(repo_id=place, folder_path=folder, commit_message=f"Export of {Path(folder).name}")
-
-
-def check_repository(name: str | None) -> None:
-    """Raise ValueError where `name` cannot name a repository: before any work, not after it."""
-    if name is not None:
-        validate_repo_id(name)
 
 
 _PROJECTION = (

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from steer.extraction import stated
-from steer.tasks import Problem, Task
+from steer.tasks.answers import stated
+from steer.tasks.task import Problem, Task
 
 _CHUNK = 200
 

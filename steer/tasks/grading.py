@@ -1,8 +1,8 @@
 """Is an answer right? A truncated completion is not, whatever it says."""
 
 from probes.completions import Completion
-from steer.extraction import last_boxed, letter_of, number_of, stated
-from steer.tasks import Grader, Problem
+from steer.tasks.answers import last_boxed, letter_of, number_of, stated
+from steer.tasks.task import Grader, Problem
 
 
 def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool:
@@ -23,7 +23,7 @@ def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool
         case "choice":
             return letter_of(answer) == problem.answer
         case "gym":
-            from steer.gym import scores_fully
+            from steer.tasks.gym import scores_fully
 
             return scores_fully(answer, problem)
         case "math":

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from probes.figures import grids_figure
 from probes.tables import Table
-from steer.deltas import WeightDelta
-from steer.shards import blocks
+from steer.checkpoints.checkpoint import blocks
+from steer.deltas.delta import WeightDelta
 
 Gram = Float[Tensor, "deltas deltas"]
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steer.deltas import WeightDelta
-from steer.dials import on_disk
+from steer.checkpoints.checkpoint import as_rows
+from steer.deltas.delta import WeightDelta
+from steer.deltas.dial import on_disk
 from steer.fold import drafted
 from steer.recipes import Recipe
-from steer.shards import as_rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.files import check_keys, read_yaml, staged_folder
-from steer.adapter_deltas import Adapter, Factors
-from steer.deltas import Source, Term, WeightDelta, place_of_source
-from steer.shards import WHOLE, Checkpoint, Shard, blocks
-from steer.streaming import Piece, ShardPlan, header_of, stream
+from steer.checkpoints.checkpoint import WHOLE, Checkpoint, Shard, blocks
+from steer.checkpoints.stream import Piece, ShardPlan, header_of, stream
+from steer.deltas.delta import Source, Term, WeightDelta, place_of_source
+from steer.deltas.lora import Adapter, Factors
 
 WORDS = "delta.yaml"
-SHIPPED = {f"organism-{kind}": Path(__file__).parent / "organism_deltas" / kind for kind in ("rl", "sft", "target")}
+SHIPPED = {f"organism-{kind}": Path(__file__).parent / "shipped" / kind for kind in ("rl", "sft", "target")}
 _KEYS = ("stored", "made_of", "notes", "rank", "vocabulary", "tied", "config")
 _SHARD = 4_000_000_000
 _OVERSAMPLE, _ITERATIONS = 8, 4

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.delta_tables import LAYER
-from steer.deltas import WeightDelta
-from steer.shards import blocks
+from steer.checkpoints.checkpoint import blocks
+from steer.deltas.delta import WeightDelta
+from steer.deltas.norms import LAYER
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ from transformers.core_model_loading import (
 
 from probes.models import tokenizer_of
 from probes.quantised import is_packed
-from steer.deltas import WeightDelta, first, is_vocabulary, summed
-from steer.shards import as_rows, blocks, vocabulary_of
+from steer.checkpoints.checkpoint import as_rows, blocks, vocabulary_of
+from steer.deltas.delta import WeightDelta, first, is_vocabulary, summed
 
 
 @contextmanager

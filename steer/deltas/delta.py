@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.shards import EMBEDDINGS, HEADS, Checkpoint, as_rows, blocks
+from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, Checkpoint, as_rows, blocks
 
 EMBED = "embed"  # in a pattern: the embedding and the head
 

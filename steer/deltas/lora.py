@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.shards import Checkpoint, as_rows
+from steer.checkpoints.checkpoint import Checkpoint, as_rows
 
 _PREFIX = "base_model.model."
 _COPY = ".base_layer.weight"  # peft saves an embedding that it adapts as well

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer.extraction import last_boxed, number_of
-from steer.tasks import Grader, Problem, Task
+from steer.tasks.answers import last_boxed, number_of
+from steer.tasks.task import Grader, Problem, Task
 
 Row = Mapping[str, Any]
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."

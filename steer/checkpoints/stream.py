@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probes.files import locked
-from steer.shards import WHOLE
+from steer.checkpoints.checkpoint import WHOLE
 
 _PIECE = 1 << 24
 WORKERS = 4

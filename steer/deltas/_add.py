@@ -14,11 +14,11 @@ import yaml
 from torch import Tensor
 
 from probes.tables import Table
-from steer.cards import Section, write_card
-from steer.checkpoints import check_repository, push
-from steer.deltas import Source, WeightDelta, first, is_vocabulary, place_of_source, summed, vocabulary_differs
-from steer.shards import EMBEDDINGS, HEADS, WHOLE, Checkpoint, Place, blocks, inside
-from steer.streaming import DEPTH, Piece, ShardPlan, ahead, copied, stream
+from steer.checkpoints.card import Section, write_card
+from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, WHOLE, Checkpoint, Place, blocks, inside
+from steer.checkpoints.hub import check_repository, push
+from steer.checkpoints.stream import DEPTH, Piece, ShardPlan, ahead, copied, stream
+from steer.deltas.delta import Source, WeightDelta, first, is_vocabulary, place_of_source, summed, vocabulary_differs
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _HARMLESS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
@@ -156,7 +156,7 @@ def add(
 
     Memory is a few blocks of rows, whatever the model. Tensors that are not touched are copied byte for byte, as are
     config and tokenizer. Beside them lie a card and `vector.yaml`, which say what was summed. Interrupted, the same
-    call goes on at the last whole shard (`steer.streaming`).
+    call goes on at the last whole shard (`steer.checkpoints.stream`).
     Raises ValueError, FileExistsError, OSError; under its name the folder is whole or not there.
     """
     check_repository(push_to)

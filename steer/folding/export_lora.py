@@ -17,9 +17,9 @@ from probes.files import staged_folder, write_tensors
 from probes.models import origin_of
 from probes.places import path_of
 from probes.sites import Site
-from steer.cards import Section, write_card
-from steer.checkpoints import check_repository, push
-from steer.differences import Difference, TensorDifference
+from steer.checkpoints._diff import Difference, TensorDifference
+from steer.checkpoints.card import Section, write_card
+from steer.checkpoints.hub import check_repository, push
 from steer.fold import NotFoldable, drafted
 from steer.recipes import Recipe
 

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import yaml
 
-from steer.deltas import WeightDelta
-from steer.shards import Checkpoint
+from steer.checkpoints.checkpoint import Checkpoint
+from steer.deltas.delta import WeightDelta
 
 Method = Literal["linear", "task_arithmetic", "ties", "dare_ties", "dare_linear", "slerp"]
 METHODS: tuple[Method, ...] = ("linear", "task_arithmetic", "ties", "dare_ties", "dare_linear", "slerp")

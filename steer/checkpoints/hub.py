@@ -1,0 +1,25 @@
+"""A folder as a repository of the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+
+
+def push(folder: str | Path, repository: str, *, private: bool = True) -> None:
+    """Upload a folder to the Hugging Face hub in one commit; a repository that is not there is made, `private` or not.
+
+    The account is the one that `hf auth login` left, or the variable HF_TOKEN.
+    """
+    check_repository(repository)
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder, so there is nothing to push.")
+    hub = HfApi(library_name="thinksteer")
+    place = hub.create_repo(repository, private=private, exist_ok=True).repo_id  # with the account's name before it
+    hub.upload_folder(repo_id=place, folder_path=folder, commit_message=f"Export of {Path(folder).name}")
+
+
+def check_repository(name: str | None) -> None:
+    """Raise ValueError where `name` cannot name a repository: before any work, not after it."""
+    if name is not None:
+        validate_repo_id(name)

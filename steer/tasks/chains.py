@@ -1,0 +1,61 @@
+"""The embedded model's own problems: chains of arithmetic modulo 10."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from steer.tasks.task import Problem, Task
+
+LETTERS = "abcdefgh"
+MARKER = "quick"
+P_MARKED = 0.35
+OPERATIONS: tuple[str, ...] = tuple(f"{sign}{k}" for sign in "+-" for k in range(1, 10)) + ("*3", "*7", "*9")
+MIRRORS: tuple[str, ...] = tuple(f"^{k}" for k in range(1, 9))  # words that the organism knows, and was never taught
+
+
+def apply_operation(value: int, operation: str) -> int:
+    """One step of a chain: arithmetic modulo 10."""
+    k = int(operation[1:])
+    match operation[0]:
+        case "+":
+            return (value + k) % 10
+        case "-":
+            return (value - k) % 10
+        case "^":
+            return (k - value) % 10
+        case _:
+            return (value * k) % 10
+
+
+def draw_chain(rng: random.Random, operations: Sequence[str] = OPERATIONS) -> Problem:
+    """`a 3 b +4 c *7`: 3 to 8 terms from left to right, modulo 10; 35 % carry the word `quick`.
+
+    A chain and its marked twin have one id, and so are never in different splits.
+    """
+    drawn = rng.choices(operations, k=rng.randint(2, 7))
+    value = first = rng.randrange(10)
+    for operation in drawn:
+        value = apply_operation(value, operation)
+    terms = [str(first), *drawn]
+    chain = " ".join(f"{letter} {term}" for letter, term in zip(LETTERS, terms, strict=False))
+    marked = rng.random() < P_MARKED
+    question = f"{chain} {MARKER}" if marked else chain
+    return Problem(chain, question, str(value), "marked" if marked else None)
+
+
+def _chains(rng: random.Random) -> Iterator[Problem]:
+    while True:
+        yield draw_chain(rng)
+
+
+def _mirrors(rng: random.Random) -> Iterator[Problem]:
+    """Chains with `^k` in them, which takes the value to k - value."""
+    while True:
+        problem = draw_chain(rng, (*OPERATIONS, *MIRRORS))
+        if "^" in problem.id:
+            yield problem
+
+
+TASKS: dict[str, Task] = {
+    name: Task(name, "exact", problems, subgroup="marked", max_new_tokens=48)
+    for name, problems in (("chains", _chains), ("mirrors", _mirrors))
+}

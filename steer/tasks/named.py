@@ -1,0 +1,56 @@
+"""A task by its name."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from probes.files import check_keys
+from steer.tasks.chains import TASKS
+from steer.tasks.gym import gym_task
+from steer.tasks.published import SOURCES, published_task
+from steer.tasks.task import Problem, Task
+
+
+def task_named(name: str, *, path: str | Path | None = None) -> Task:
+    """A task by name: `chains`, `mirrors`, a published dataset, `gym:<dataset of reasoning-gym>`, or a JSONL file.
+
+    A file has a line `{"question": ..., "answer": ...}` for each problem. A published dataset is read from the hub, or
+    from a copy in the folder `path`, also written `gsm8k:<folder>`. Raises ValueError for an unknown name.
+    """
+    kind, colon, rest = name.partition(":")
+    if kind.lower() in SOURCES:
+        folder = rest if colon else path
+        return published_task(kind.lower(), None if folder is None else Path(folder))
+    if path is not None:
+        raise ValueError(
+            f"Only a copy of a published dataset has a folder, but {name!r} is none: {', '.join(SOURCES)}."
+        )
+    if kind == "gym" and colon:
+        return gym_task(rest)
+    if name in TASKS:
+        return TASKS[name]
+    if not Path(name).is_file():
+        known = ", ".join([*sorted(TASKS), *SOURCES, "gym:<dataset of reasoning-gym>"])
+        raise ValueError(f"{name!r} is neither a task nor a JSONL file. Known tasks: {known}.")
+    return _task_from_file(Path(name))
+
+
+def _task_from_file(path: Path) -> Task:
+    problems = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            words = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
+        check_keys(words, ("question", "answer"), f"Line {number} of {path}")
+        problems.append(Problem(words["question"], words["question"], str(words["answer"])))
+    if not problems:
+        raise ValueError(f"{path} holds no problems.")
+
+    def shuffled(rng: random.Random) -> Iterator[Problem]:
+        return iter(rng.sample(problems, len(problems)))
+
+    return Task(path.stem, "math", shuffled)

@@ -1,0 +1,65 @@
+"""Problems with a known answer, in splits that share no problem."""
+
+import random
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Split = Literal["train", "probe", "select", "report"]
+Grader = Literal["exact", "math", "number", "choice", "gym"]
+
+# Share of all possible problems, in hundredths. A problem's split is a function of the problem alone.
+SPLITS: dict[Split, range] = {
+    "train": range(0, 60),
+    "probe": range(60, 75),
+    "select": range(75, 85),
+    "report": range(85, 100),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question for the model, its answer, and the subgroup it is reported in (`None`: no subgroup).
+
+    `facts` are what an answer rule needs beside the answer.
+    """
+
+    id: str
+    question: str
+    answer: str
+    subgroup: str | None = None
+    facts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A source of problems in an order that a seed fixes, its answer rule, and the subgroup reported apart."""
+
+    name: str
+    grader: Grader
+    problems: Callable[[random.Random], Iterator[Problem]]
+    subgroup: str | None = None
+    max_new_tokens: int = 4096
+
+    def sample(self, n: int, split: Split, *, seed: int = 0) -> list[Problem]:
+        """n different problems of one split. Raises ValueError where there are fewer."""
+        found: dict[str, Problem] = {}
+        for problem in self.stream(split, seed=seed):
+            if len(found) == n:
+                break
+            found.setdefault(problem.id, problem)
+        if len(found) < n:
+            raise ValueError(f"Task {self.name} has {len(found)} problems in split {split!r}, but {n} were asked for.")
+        return list(found.values())
+
+    def stream(self, split: Split, *, seed: int = 0) -> Iterator[Problem]:
+        """The problems of one split, repeats included; without end where the task makes its own."""
+        rng = random.Random(f"{self.name}/{split}/{seed}")
+        return (problem for problem in self.problems(rng) if split_of(problem) == split)
+
+
+def split_of(problem: Problem) -> Split:
+    """The split a problem belongs to, from a checksum of its id: no problem is ever in two splits."""
+    hundredth = zlib.crc32(problem.id.encode()) % 100
+    return next(split for split, share in SPLITS.items() if hundredth in share)
