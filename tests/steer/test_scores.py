@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, t
 
-import steer.tasks.task
+import steer.tasks.chains
 from probes.completions import Completion
 from probes.models import load
 from probes.sampling import Sampling
@@ -191,7 +191,7 @@ def test_a_chain_and_its_marked_twin_are_in_one_split(monkeypatch):
     for seed in range(100):
         twins = []
         for p_marked in (0.0, 1.0):
-            monkeypatch.setattr(steer.tasks.task, "P_MARKED", p_marked)
+            monkeypatch.setattr(steer.tasks.chains, "P_MARKED", p_marked)
             twins.append(draw_chain(random.Random(seed)))
         plain, marked = twins
         assert marked == replace(plain, question=f"{plain.question} quick", subgroup="marked")
