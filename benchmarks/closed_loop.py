@@ -18,16 +18,16 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from benchmarks.governor import Governor
 from probes import Direction, Sampling, load
 from probes.directions import difference_in_means, random_direction
 from probes.lengths import LengthProbe, fit_length
 from probes.places import sites_in
 from probes.tables import Table
 from steer import Add, Controller, Recipe, Scope, applied, evaluate, task_named
-from steer.governor import Governor
+from steer.evaluation._evaluate import interval_of_mean, solve
+from steer.evaluation.outcomes import Outcomes
 from steer.methods.thinkedit import LengthSplit
-from steer.outcomes import Outcomes
-from steer.scores import interval_of_mean, solve
 
 SET_POINTS = (10, 13, 16)
 STRENGTHS, GAINS, LAYERS = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (2, 3)

@@ -18,11 +18,11 @@ from rich.console import Console
 from probes import Sampling, load
 from probes.tables import Table
 from steer import task_named
-from steer.budgets import Budget
+from steer.decoding.budgets import Budget
+from steer.evaluation._evaluate import evaluate, interval_of_mean, solve
+from steer.evaluation.nulls import random_recipe
+from steer.evaluation.outcomes import Outcomes
 from steer.methods.efficiency import correct_pairs, most_efficient, recipes
-from steer.nulls import random_recipe
-from steer.outcomes import Outcomes
-from steer.scores import evaluate, interval_of_mean, solve
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8)
 N_PROBE, SAMPLES, N_SELECT, N_REPORT, DRAWS = 400, 8, 400, 1000, 3

@@ -17,9 +17,9 @@ from rich.console import Console
 from probes import load
 from probes.tables import Table
 from steer import Recipe, Scope, task_named
-from steer.budgets import CloseBias, Force
+from steer.decoding.budgets import CloseBias, Force
+from steer.evaluation._evaluate import Arm, evaluate, interval_of_mean
 from steer.methods.rice import STRENGTHS, Setting, against, pooled, reinforced, rice
-from steer.scores import Arm, evaluate, interval_of_mean
 
 TOP, DRAWS = 2, 5
 N_PROBE, N_SELECT, N_REPORT, BATCH = 1000, 400, 1000, 256

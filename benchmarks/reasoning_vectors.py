@@ -1,7 +1,7 @@
 """The reasoning vector, and the dial of thinking length, on organisms of three training seeds, with their controls.
 
-From each organism three models are trained (`steer.donors`), unless the folder named with --donors holds them: `rl`
-and `sft` on chains, and `target` on chains with an operation that the donors never see, most of whose training
+From each organism three models are trained (`steer.training.donors`), unless the folder named with --donors holds
+them: `rl` and `sft` on chains, and `target` on chains with an operation that the donors never see, most of whose training
 completions are too short to be right. v = RL - SFT is added to the target. Strengths are fixed in advance. 1,000 report
 problems at temperature 0.7, of the donors' task and of the target's own; differences are paired by problem. Noise and
 shuffled layers are added with strength 1, 3 draws pooled.
@@ -24,16 +24,16 @@ from rich.console import Console
 from probes import Sampling, load
 from probes.tables import Table
 from steer import task_named
+from steer.decoding.prompts import Ask
 from steer.deltas._add import add
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
 from steer.deltas.nulls import random_like, shuffled_layers
 from steer.deltas.stored import open_delta
-from steer.donors import KINDS, train_donor
+from steer.evaluation._evaluate import Outcomes, evaluate, solve
 from steer.methods.cot_valve import valve
 from steer.methods.reasoning_vectors import reasoning_vector
-from steer.prompts import Ask
-from steer.scores import Outcomes, evaluate, solve
+from steer.training.donors import KINDS, train_donor
 
 STRENGTHS = (-1.0, 0.25, 0.5, 1.0)
 ALPHAS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)

@@ -29,7 +29,7 @@ def write_task(path: Path, n: int = 3000) -> None:
 
 def steer(*arguments: object) -> dict:
     """Run the command; its last line is JSON."""
-    command = [sys.executable, "-m", "steer.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "steer.cli.main", *map(str, arguments), "--json"]
     done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
     print("\n".join(done.stdout.splitlines()[:-1]), flush=True)
     return json.loads(done.stdout.splitlines()[-1])

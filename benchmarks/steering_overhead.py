@@ -33,7 +33,7 @@ from probes.models import tokenizer_of
 from probes.places import sites_in
 from probes.tables import Table
 from steer import Add, Recipe, applied
-from steer.firelog import FireLog
+from steer.runtime.firelog import FireLog
 
 ROUNDS, NEW_TOKENS, BATCHES = 20, 24, (1, 8)
 PROMPT = "Explain in a few sentences why the sky is blue."

@@ -28,7 +28,7 @@ from probes.sites import Site
 from probes.tables import Table
 from probes.tokens import encode_prompt
 from steer import Add, Recipe, applied
-from steer.outcomes import repetition
+from steer.evaluation.outcomes import repetition
 
 STRENGTHS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 BRIEF, LONG = "Answer briefly, in a few words.", "Answer at length, in great detail and with examples."

@@ -4,10 +4,10 @@ import gguf
 import torch
 
 from probes.sites import Site
-from steer.application import applied
-from steer.interventions import Ablate, Add, Rotate
-from steer.recipes import Recipe, Step
-from steer.scopes import Scope
+from steer.interventions.activation import Ablate, Add, Rotate
+from steer.recipes.recipe import Recipe, Step
+from steer.recipes.scope import Scope
+from steer.runtime._applied import applied
 
 POST = [Site(layer, "resid_post") for layer in range(3)]
 NAMES = {"gguf": "v.gguf", "easysteer": "v.json", "vllm-lens": "v.json", "lm-eval": "v.pt"}

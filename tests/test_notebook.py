@@ -18,19 +18,19 @@ PUBLIC_MODULES = (
     "probes.lengths",
     "probes.places",
     "steer.deltas._add",
-    "steer.budgets",
-    "steer.calibration",
+    "steer.decoding.budgets",
+    "steer.runtime.calibration",
     "steer.deltas.norms",
     "steer.deltas.dial",
-    "steer.experts",
+    "steer.interventions.routing",
     "steer.methods.cot_valve",
     "steer.methods.reasoning_vectors",
     "steer.methods.rice",
     "steer.methods.thinkedit",
-    "steer.prompts",
-    "steer.scores",
+    "steer.decoding.prompts",
+    "steer.evaluation._evaluate",
     "steer.deltas.stored",
-    "steer.sweep",
+    "steer.evaluation._sweep",
 )
 
 
@@ -105,7 +105,7 @@ def test_a_notebook_uses_public_names_only(path):
     [
         ("from probes import load", []),
         ("from probes.hooks import forward_through", ["probes.hooks.forward_through"]),
-        ("import steer.runs", ["steer.runs"]),
+        ("import steer.methods.thinkedit_run", ["steer.methods.thinkedit_run"]),
     ],
 )
 def test_a_private_import_is_seen(code, private):

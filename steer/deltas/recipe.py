@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from steer.checkpoints.checkpoint import as_rows
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import on_disk
-from steer.fold import drafted
-from steer.recipes import Recipe
+from steer.folding._fold import drafted
+from steer.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)

@@ -115,7 +115,7 @@ def save(
 
 
 def open_delta(folder: str | Path) -> WeightDelta:
-    """A delta of ours, a PEFT LoRA adapter, or by name one of the embedded model's (`SHIPPED`, see `steer.donors`).
+    """A delta of ours, a PEFT LoRA adapter, or one of `SHIPPED` by name (see `steer.training.donors`).
 
     Raises FileNotFoundError for anything else, ValueError for a link to what changed.
     """

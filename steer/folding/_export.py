@@ -15,9 +15,9 @@ from probes.tables import Table
 from steer.checkpoints._diff import Difference, diff
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push
-from steer.fold import folded
-from steer.interventions import Ablate, Add
-from steer.recipes import Recipe
+from steer.folding._fold import folded
+from steer.interventions.activation import Ablate, Add
+from steer.recipes.recipe import Recipe
 
 
 def export(

@@ -20,8 +20,8 @@ from probes.sites import Site
 from steer.checkpoints._diff import Difference, TensorDifference
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push
-from steer.fold import NotFoldable, drafted
-from steer.recipes import Recipe
+from steer.folding._fold import NotFoldable, drafted
+from steer.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)

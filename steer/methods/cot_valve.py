@@ -18,8 +18,8 @@ from probes.sampling import Sampling
 from probes.tables import Table
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
-from steer.outcomes import Outcomes
-from steer.scores import interval_of_mean, solve
+from steer.evaluation._evaluate import interval_of_mean, solve
+from steer.evaluation.outcomes import Outcomes
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 

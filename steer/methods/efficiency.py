@@ -19,10 +19,10 @@ from probes.completions import Completion, by_problem
 from probes.contrasts import contrast_vectors
 from probes.directions import Direction
 from probes.places import sites_in
-from steer.interventions import Add
-from steer.recipes import Recipe
-from steer.scopes import Scope
-from steer.scores import Evaluation
+from steer.evaluation._evaluate import Evaluation
+from steer.interventions.activation import Add
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 

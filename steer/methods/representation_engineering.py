@@ -12,8 +12,8 @@ from probes.activations import text_span
 from probes.contrasts import Estimator, contrast_vectors
 from probes.directions import Direction
 from probes.places import sites_in
-from steer.interventions import Add, Rotate
-from steer.recipes import Recipe
+from steer.interventions.activation import Add, Rotate
+from steer.recipes.recipe import Recipe
 
 
 def control_vectors(

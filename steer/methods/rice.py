@@ -29,13 +29,13 @@ from probes.tables import Table
 from probes.tokens import decode
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
-from steer.controls import Control
-from steer.experts import Reinforce
+from steer.decoding.control import Control
+from steer.evaluation._evaluate import Arm, Evaluation, evaluate, interval_of_mean, solve
+from steer.evaluation.outcomes import Outcomes
 from steer.folding._export import export
-from steer.outcomes import Outcomes
-from steer.recipes import Recipe
-from steer.scopes import Scope
-from steer.scores import Arm, Evaluation, evaluate, interval_of_mean, solve
+from steer.interventions.routing import Reinforce
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
 from steer.tasks.named import task_named
 from steer.tasks.task import Task
 

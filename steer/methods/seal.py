@@ -14,9 +14,9 @@ from probes.directions import Direction, difference_in_means
 from probes.models import tokenizer_of
 from probes.places import sites_in
 from probes.segments import Rules, present_rules, segment_spans, segments, step_ids
-from steer.interventions import Add
-from steer.recipes import Recipe
-from steer.scopes import Scope
+from steer.interventions.activation import Add
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
 
 METHOD = "SEAL-style (after Chen et al. 2025)"
 

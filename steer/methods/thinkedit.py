@@ -24,8 +24,8 @@ from probes.directions import Direction, difference_in_means, random_direction
 from probes.heads import Head, HeadScores, head_writes, written_unit
 from probes.places import sites_in
 from probes.sites import Site, SiteName
-from steer.interventions import Ablate, Add, Clamp, Intervention
-from steer.recipes import Recipe
+from steer.interventions.activation import Ablate, Add, Clamp, Intervention
+from steer.recipes.recipe import Recipe
 
 Position = Literal["thinking", "first"]
 Ranking = Literal["raw", "centred"]

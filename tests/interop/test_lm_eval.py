@@ -5,10 +5,10 @@ import torch
 
 from probes.models import ORGANISM, load
 from probes.sites import Site
-from steer.application import applied
-from steer.interventions import Ablate, Add
-from steer.neighbours import export_recipe, import_recipe
-from steer.recipes import Recipe
+from steer.interop.formats import export_recipe, import_recipe
+from steer.interventions.activation import Ablate, Add
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
 
 pytestmark = pytest.mark.peers
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm_eval")

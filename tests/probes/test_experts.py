@@ -11,9 +11,9 @@ from probes.models import load
 from probes.routers import Routing, block_at, moe_layers
 from probes.sampling import Sampling
 from probes.sites import Site
-from steer.application import applied
-from steer.experts import Force
-from steer.recipes import Recipe
+from steer.interventions.routing import Force
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
 
 FAMILIES = (*MOE, *UNLISTED_MOE)
 DENSE_FIRST = ("qwen3_moe", "deepseek_v3", "glm4_moe", "ernie4_5_moe")

@@ -12,9 +12,9 @@ from probes.architectures import GENERIC, Tap
 from probes.hooks import captured
 from probes.models import load
 from probes.sites import Site
-from steer.fold import NotFoldable, fold_error, folded
-from steer.interventions import Ablate
-from steer.recipes import Recipe
+from steer.folding._fold import NotFoldable, fold_error, folded
+from steer.interventions.activation import Ablate
+from steer.recipes.recipe import Recipe
 
 WORKS = {
     "gemma": {"head_dim": 16}, "stablelm": {}, "starcoder2": {}, "olmo": {}, "nemotron": {}, "glm": {"head_dim": 16},

@@ -15,12 +15,12 @@ import steer.folding.export_lora
 from probes.architectures import head_matrices, o_proj_bias, o_proj_of
 from probes.models import ORGANISM, load
 from probes.sites import Site
-from steer.application import applied
 from steer.checkpoints.card import Section
-from steer.fold import NotFoldable, folded
+from steer.folding._fold import NotFoldable, folded
 from steer.folding.export_lora import export_adapter, low_rank
-from steer.interventions import Ablate, Add, Clamp
-from steer.recipes import Recipe
+from steer.interventions.activation import Ablate, Add, Clamp
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
 
 HEADS = [(0, 1), (0, 3), (2, 2)]
 

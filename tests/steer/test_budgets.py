@@ -17,12 +17,12 @@ from probes.generation import generate
 from probes.models import delimiters_of, load, tokenizer_of
 from probes.sampling import Sampling
 from probes.tokens import Delimiters, encode_prompt, find, thinking_span
-from steer.budgets import Budget, CloseBias, Force
-from steer.controls import Controlled, ControlLog, Processors, Together
-from steer.convergence import Converge, Rule, YesNo, thoughts_of
-from steer.prompts import Ask, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
-from steer.rows import Rows
-from steer.scores import evaluate, solve
+from steer.decoding.budgets import Budget, CloseBias, Force
+from steer.decoding.control import Controlled, ControlLog, Processors, Together
+from steer.decoding.convergence import Converge, Rule, YesNo, thoughts_of
+from steer.decoding.prompts import Ask, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
+from steer.decoding.state import Rows
+from steer.evaluation._evaluate import evaluate, solve
 from steer.tasks.chains import TASKS
 
 CHAINS = TASKS["chains"]

@@ -8,12 +8,12 @@ from probes import load
 from probes.activations import Span
 from probes.directions import direction_between
 from probes.sites import Site
-from steer.application import NeverFired, applied
-from steer.calibration import calibrated, divergence, with_ratio
-from steer.effects import prompt_spans
-from steer.interventions import Ablate, Add
-from steer.recipes import Recipe
-from steer.scopes import Scope
+from steer.interventions.activation import Ablate, Add
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
+from steer.runtime._applied import NeverFired, applied
+from steer.runtime.calibration import calibrated, divergence, with_ratio
+from steer.runtime.effects import prompt_spans
 
 ROWS = [[1, 7, 8, 5], [1, 9, 5, 3, 11], [1, 12, 13, 14, 15, 5, 3, 8, 4]]
 SPANS = [Span(tuple(row), len(row) - n, len(row)) for n, row in zip((1, 2, 4), ROWS, strict=True)]

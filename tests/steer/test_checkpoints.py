@@ -16,13 +16,13 @@ import steer.folding._export
 from probes.models import ORGANISM, load, tokenizer_of
 from probes.sites import Site
 from probes.tables import Table
-from steer.application import applied
 from steer.checkpoints._diff import diff
 from steer.checkpoints.card import Section, write_card
-from steer.fold import NotFoldable, declare_bias
 from steer.folding._export import export
-from steer.interventions import Ablate, Add, Clamp
-from steer.recipes import Recipe
+from steer.folding._fold import NotFoldable, declare_bias
+from steer.interventions.activation import Ablate, Add, Clamp
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
 
 HEAD = Site.parse("L0H2.result")
 EDITED = ["model.layers.0.self_attn.o_proj.bias", "model.layers.0.self_attn.o_proj.weight"]
@@ -210,8 +210,8 @@ import os, signal, sys, torch
 import steer.folding._export
 from probes.models import load
 from probes.sites import Site
-from steer.interventions import Ablate
-from steer.recipes import Recipe
+from steer.interventions.activation import Ablate
+from steer.recipes.recipe import Recipe
 steer.folding._export.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 model = load("organism")
 steer.folding._export.export(model, Recipe.of(model, [Ablate(Site(0, "result", 2), torch.ones(96))]), sys.argv[1])

@@ -8,9 +8,9 @@ import torch
 
 from probes.models import ORGANISM, load
 from probes.sites import Site
-from steer.cli import main
-from steer.interventions import Add
-from steer.recipes import Recipe
+from steer.cli.main import main
+from steer.interventions.activation import Add
+from steer.recipes.recipe import Recipe
 
 
 @pytest.fixture

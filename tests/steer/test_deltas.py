@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from probes.models import tokenizer_of
 from steer.checkpoints.checkpoint import Checkpoint
-from steer.commands.vector import app
+from steer.cli.weights.vector import app
 from steer.deltas.delta import WeightDelta, matches
 from steer.deltas.norms import cosine, norms
 from steer.deltas.nulls import random_like, shuffled_layers

@@ -16,20 +16,20 @@ from typer.testing import CliRunner
 from probes.generation import generate
 from probes.models import load, tokenizer_of
 from probes.sampling import Sampling
-from steer import donors
-from steer.commands.donors import donors_
+from steer.cli.methods.donors import donors_
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
 from steer.deltas.norms import norms
 from steer.deltas.nulls import random_like
 from steer.deltas.stored import SHIPPED, open_delta
-from steer.donors import train_donor, write_mostly_short
-from steer.grpo import advantages, policy_loss, reinforce
+from steer.evaluation._evaluate import Outcomes, interval_of_mean, solve
 from steer.methods.cot_valve import valve
-from steer.scores import Outcomes, interval_of_mean, solve
 from steer.tasks.chains import draw_chain
 from steer.tasks.named import task_named
 from steer.tasks.task import Task, split_of
+from steer.training import donors
+from steer.training.donors import train_donor, write_mostly_short
+from steer.training.grpo import advantages, policy_loss, reinforce
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=48)
 

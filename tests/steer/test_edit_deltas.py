@@ -8,15 +8,15 @@ from typer.testing import CliRunner
 
 from probes.models import load, tokenizer_of
 from probes.sites import Site
-from steer.commands.vector import app
+from steer.cli.weights.vector import app
 from steer.deltas._add import add
 from steer.deltas.dial import dialled
 from steer.deltas.recipe import edit_delta
 from steer.deltas.stored import save
-from steer.experts import Forbid, Reinforce
-from steer.fold import NeedsBias, NotFoldable, folded
-from steer.interventions import Ablate, Add, Scale
-from steer.recipes import Recipe
+from steer.folding._fold import NeedsBias, NotFoldable, folded
+from steer.interventions.activation import Ablate, Add, Scale
+from steer.interventions.routing import Forbid, Reinforce
+from steer.recipes.recipe import Recipe
 
 
 def vector(width, seed=0):

@@ -17,16 +17,16 @@ from probes.models import load
 from probes.routers import block_at, moe_layers
 from probes.sampling import Sampling
 from probes.sites import Site
-from steer.application import NeverFired, applied
-from steer.calibration import calibrated
-from steer.experts import Forbid, Force, Reinforce
-from steer.fold import NotFoldable, fold, fold_error, folded
 from steer.folding._export import export
-from steer.interventions import Ablate
-from steer.neighbours import export_recipe
-from steer.recipes import Recipe
-from steer.rerouting import Rule
-from steer.scopes import Schedule, Scope
+from steer.folding._fold import NotFoldable, fold, fold_error, folded
+from steer.interop.formats import export_recipe
+from steer.interventions.activation import Ablate
+from steer.interventions.routing import Forbid, Force, Reinforce
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Schedule, Scope
+from steer.runtime._applied import NeverFired, applied
+from steer.runtime.calibration import calibrated
+from steer.runtime.rerouting import Rule
 
 FAMILIES = (*MOE, *UNLISTED_MOE)
 REROUTED = tuple(family for family in FAMILIES if family != "minimax_m2")  # its router asks for more than its input

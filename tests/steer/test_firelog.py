@@ -10,10 +10,10 @@ from probes.hooks import captured
 from probes.models import load, tokenizer_of
 from probes.sites import Site
 from probes.tokens import Delimiters
-from steer.application import NeverFired, applied
-from steer.interventions import Ablate, Add, Rotate
-from steer.recipes import Recipe, Step
-from steer.scopes import Condition, Controller, Schedule, Scope
+from steer.interventions.activation import Ablate, Add, Rotate
+from steer.recipes.recipe import Recipe, Step
+from steer.recipes.scope import Condition, Controller, Schedule, Scope
+from steer.runtime._applied import NeverFired, applied
 
 SITE = Site(1, "resid_post")
 # <bos> 1, <eos> 2, <think> 3, </think> 4, header 5; markers 20 and 21 22; a step ends at 30

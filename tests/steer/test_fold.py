@@ -9,10 +9,10 @@ from families import POST_NORM, build
 from probes.architectures import block_of, head_matrices, o_proj_of
 from probes.hooks import captured
 from probes.sites import Site
-from steer.application import applied
-from steer.fold import NotFoldable, declare_bias, fold, fold_error, folded
-from steer.interventions import Ablate, Add, Clamp, Rotate, Scale
-from steer.recipes import Recipe
+from steer.folding._fold import NotFoldable, declare_bias, fold, fold_error, folded
+from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
 
 SITES = ["L1.attn_out", "L1.mlp_out", "L0.mlp_out", "L1.z", "L1H2.z", "L1H2.result", "L1.resid_post"]
 KINDS = {

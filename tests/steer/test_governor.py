@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from steer.governor import Governor
+from benchmarks.governor import Governor
 
 
 @pytest.mark.parametrize(("slope", "offset"), [(1.0, 0.0), (0.5, 4.0), (0.9, -3.0), (1.5, 1.0)])

@@ -27,11 +27,11 @@ from tqdm.std import TqdmDefaultWriteLock
 from probes.completions import read_completions
 from probes.models import load
 from probes.sites import Site
-from steer.cli import app
+from steer.cli.main import app
 from steer.folding._export import export
 from steer.folding.export_lora import export_adapter
-from steer.interventions import Ablate
-from steer.recipes import Recipe
+from steer.interventions.activation import Ablate
+from steer.recipes.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 LONGEST = 120.0  # seconds that no run here takes

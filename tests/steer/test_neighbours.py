@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from probes.hooks import attached
 from probes.models import load
 from probes.sites import Site
-from steer.commands.exchange import export_, import_
-from steer.interventions import Ablate, Add, Clamp, Scale
-from steer.neighbours import FORMATS, export_recipe, import_recipe
-from steer.recipes import Recipe, Step
-from steer.scopes import Scope
+from steer.cli.weights.exchange import export_, import_
+from steer.interop.formats import FORMATS, export_recipe, import_recipe
+from steer.interventions.activation import Ablate, Add, Clamp, Scale
+from steer.recipes.recipe import Recipe, Step
+from steer.recipes.scope import Scope
 
 
 @pytest.fixture

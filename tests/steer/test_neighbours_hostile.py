@@ -8,7 +8,7 @@ from exchanges import NAMES, control_vector, recipe_for, vector
 from families import build
 
 from probes.models import load
-from steer.neighbours import FORMATS, export_recipe, import_recipe
+from steer.interop.formats import FORMATS, export_recipe, import_recipe
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from probes.architectures import width_of
 from probes.sites import Site
-from steer.application import applied
-from steer.interventions import Ablate, Add, Clamp, Rotate, Scale
-from steer.recipes import Recipe, Step
-from steer.scopes import Condition, Controller, Schedule, Scope
+from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale
+from steer.recipes.recipe import Recipe, Step
+from steer.recipes.scope import Condition, Controller, Schedule, Scope
+from steer.runtime._applied import applied
 
 FAMILIES = (
     "llama", "llama+bias", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",

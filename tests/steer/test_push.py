@@ -16,11 +16,11 @@ import steer.folding._export
 import steer.folding.export_lora
 from probes.sites import Site
 from steer.checkpoints.hub import push
-from steer.fold import NotFoldable
 from steer.folding._export import export
+from steer.folding._fold import NotFoldable
 from steer.folding.export_lora import export_adapter
-from steer.interventions import Ablate, Clamp
-from steer.recipes import Recipe
+from steer.interventions.activation import Ablate, Clamp
+from steer.recipes.recipe import Recipe
 
 HEAD = Site(1, "result", 2)
 EXPORTS = [export, export_adapter]

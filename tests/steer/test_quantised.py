@@ -12,10 +12,10 @@ from probes.architectures import head_matrices, o_proj_of
 from probes.hooks import attached, captured
 from probes.quantised import is_quantised
 from probes.sites import Site
-from steer.application import applied
-from steer.fold import NotFoldable, fold, folded
-from steer.interventions import Ablate, Add
-from steer.recipes import Recipe
+from steer.folding._fold import NotFoldable, fold, folded
+from steer.interventions.activation import Ablate, Add
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
 
 IDS = torch.tensor([[1, 7, 8, 5, 3, 9, 10, 4, 11]])
 

@@ -11,10 +11,10 @@ from probes.files import read_tensors, write_tensors
 from probes.hooks import attached, captured
 from probes.models import identity_of
 from probes.sites import Site
-from steer.application import applied
-from steer.interventions import Ablate, Add, Clamp
-from steer.recipes import Recipe, Step
-from steer.scopes import Scope
+from steer.interventions.activation import Ablate, Add, Clamp
+from steer.recipes.recipe import Recipe, Step
+from steer.recipes.scope import Scope
+from steer.runtime._applied import applied
 
 SITES = [
     Site.parse(t)

@@ -15,11 +15,11 @@ from probes.activations import Span
 from probes.evidence import project
 from probes.figures import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
 from probes.models import tokenizer_of
-from steer.elements import shade, token_span
 from steer.methods.thinkedit import Setting
-from steer.records import record
-from steer.report import render, write_report
-from steer.runs import thinkedit
+from steer.methods.thinkedit_run import thinkedit
+from steer.report.html import shade, token_span
+from steer.report.record import record
+from steer.report.thinkedit import render, write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 QUIET = (
@@ -104,7 +104,7 @@ def test_the_page_refers_to_nothing_outside_itself(words):
     assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "img", "base", "form"}
     policies = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert [policy.split(";")[0] for policy in policies] == ["default-src 'none'"]
-    style = (Path(__file__).parents[2] / "steer" / "report.css").read_text()
+    style = (Path(__file__).parents[2] / "steer" / "report" / "report.css").read_text()
     assert "url(" not in style
     assert "@import" not in style
     assert "</style" not in style

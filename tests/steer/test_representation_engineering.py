@@ -10,8 +10,8 @@ from probes.activations import Span
 from probes.contrasts import contrast_vectors
 from probes.hooks import attached, captured
 from probes.sites import Site
-from steer.effects import Choice, effect_curve
 from steer.methods.representation_engineering import control_vectors, steering
+from steer.runtime.effects import Choice, effect_curve
 
 POSITIVE = ("w7 w8 w9", "w10 w11", "w12 w13 w14 w15", "w16", "w20 w21 w22")
 NEGATIVE = ("w7 w8 w30", "w10 w31 w32", "w12 w13 w14 w33", "w34 w35", "w20 w21 w36")

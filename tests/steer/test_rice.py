@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from probes import load
 from probes.models import tokenizer_of
 from probes.tokens import Delimiters
-from steer.budgets import CloseBias
-from steer.cli import app
-from steer.experts import Reinforce
-from steer.fold import NotFoldable
+from steer.cli.main import app
+from steer.decoding.budgets import CloseBias
+from steer.folding._fold import NotFoldable
+from steer.interventions.routing import Reinforce
 from steer.methods.rice import Setting, against, rice, signed_markers
-from steer.recipes import Recipe
-from steer.scopes import Scope
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
 from steer.tasks.named import task_named
 
 SMALL = {"n_probe": 60, "n_select": 40, "n_report": 60, "batch_size": 128, "draws": 2}

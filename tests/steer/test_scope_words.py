@@ -11,10 +11,10 @@ from probes.directions import direction_between
 from probes.files import read_tensors, write_tensors
 from probes.models import load, tokenizer_of
 from probes.sites import Site
-from steer.application import applied
-from steer.interventions import Add, Rotate, Scale
-from steer.recipes import Recipe, Step
-from steer.scopes import Condition, Controller, Schedule, Scope
+from steer.interventions.activation import Add, Rotate, Scale
+from steer.recipes.recipe import Recipe, Step
+from steer.recipes.scope import Condition, Controller, Schedule, Scope
+from steer.runtime._applied import applied
 
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(2))
 GAUGE = Site(0, "resid_post")

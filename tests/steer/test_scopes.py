@@ -12,10 +12,10 @@ from probes.hooks import attached, watched
 from probes.models import load, tokenizer_of
 from probes.sites import Site
 from probes.tokens import Delimiters, thinking_span
-from steer.application import applied
-from steer.interventions import Add
-from steer.recipes import Recipe
-from steer.scopes import SCOPES
+from steer.interventions.activation import Add
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import SCOPES
+from steer.runtime._applied import applied
 
 THINK = Delimiters(open=(3,), close=(4,), turn=(5,))
 PHASES = ("prompt", "thinking", "answer")

@@ -16,10 +16,10 @@ from probes.models import load
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tokens import ThinkingSpan
-from steer.interventions import Add
-from steer.outcomes import Outcomes
-from steer.recipes import Recipe
-from steer.scores import SHORTEST, Evaluation, evaluate, interval_of_mean, solve
+from steer.evaluation._evaluate import SHORTEST, Evaluation, evaluate, interval_of_mean, solve
+from steer.evaluation.outcomes import Outcomes
+from steer.interventions.activation import Add
+from steer.recipes.recipe import Recipe
 from steer.tasks.chains import TASKS, draw_chain
 from steer.tasks.grading import is_correct
 from steer.tasks.named import task_named

@@ -9,8 +9,8 @@ from probes.hooks import captured
 from probes.models import tokenizer_of
 from probes.sampling import Sampling
 from probes.segments import Rules, segments
-from steer.application import applied
 from steer.methods.seal import seal_vectors, steering
+from steer.runtime._applied import applied
 from steer.tasks.named import task_named
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from steer.outcomes import Outcomes, repetition
-from steer.scores import Evaluation
-from steer.statistics import adjusted, mcnemar, paired_p
+from steer.evaluation._evaluate import Evaluation
+from steer.evaluation.outcomes import Outcomes, repetition
+from steer.evaluation.statistics import adjusted, mcnemar, paired_p
 from steer.tasks.chains import TASKS
 from steer.tasks.task import Problem
 

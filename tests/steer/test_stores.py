@@ -5,15 +5,15 @@ import torch
 
 from probes import Sampling, load
 from probes.sites import Site
-from steer import scores
-from steer.budgets import Budget
-from steer.fold import folded
-from steer.interventions import Ablate, Add, Scale
-from steer.nulls import random_recipe
-from steer.prompts import Ask
-from steer.recipes import Recipe
-from steer.scopes import Scope
-from steer.scores import evaluate
+from steer.decoding.budgets import Budget
+from steer.decoding.prompts import Ask
+from steer.evaluation import _evaluate as scores
+from steer.evaluation._evaluate import evaluate
+from steer.evaluation.nulls import random_recipe
+from steer.folding._fold import folded
+from steer.interventions.activation import Ablate, Add, Scale
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
 from steer.tasks.named import task_named
 
 TASK = task_named("chains")

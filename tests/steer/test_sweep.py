@@ -10,14 +10,14 @@ from probes.directions import difference_in_means, random_direction
 from probes.figures import Point, pareto_front
 from probes.sampling import Sampling
 from probes.sites import Site
-from steer.calibration import divergence
-from steer.cli import app
-from steer.interventions import Add
+from steer.cli.main import app
+from steer.evaluation._evaluate import solve
+from steer.evaluation._sweep import Contrast, sweep
+from steer.interventions.activation import Add
 from steer.methods.thinkedit import LengthSplit
-from steer.recipes import Recipe
-from steer.scopes import Scope
-from steer.scores import solve
-from steer.sweep import Contrast, sweep
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
+from steer.runtime.calibration import divergence
 from steer.tasks.named import task_named
 
 SITE = Site(2, "resid_post")

@@ -12,9 +12,9 @@ from probes.models import delimiters_of
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tokens import thinking_span
-from steer.application import applied
-from steer.fold import folded
+from steer.folding._fold import folded
 from steer.methods.thinkedit import PUBLISHED, LengthReading, LengthSplit
+from steer.runtime._applied import applied
 
 THINK, END, TURN = 3, 4, 5
 

@@ -30,9 +30,9 @@ from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
 from steer.deltas.mergekit_yaml import to_mergekit
 from steer.deltas.stored import save
+from steer.evaluation._evaluate import solve
 from steer.methods.cot_valve import valve
 from steer.methods.reasoning_vectors import enhance, reasoning_vector, subtract
-from steer.scores import solve
 from steer.tasks.named import task_named
 
 

@@ -1,0 +1,111 @@
+"""`steer rice`: the experts that go with the start of thinking, reinforced, with their controls."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from probes.files import staged_folder
+from probes.models import load
+from steer.cli.options import (
+    BatchSize,
+    Delimit,
+    DeviceMap,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Model,
+    Output,
+    TaskName,
+    Temperature,
+    console,
+    end,
+    sampling_of,
+)
+from steer.cli.run.evaluate import control_named
+from steer.methods.rice import STRENGTHS, TOP, rice
+from steer.recipes.scope import Scope
+from steer.tasks.named import task_named
+
+
+def rice_(
+    model: Model,
+    output: Output,
+    task: TaskName = "chains",
+    top: Annotated[
+        list[int] | None, typer.Option(help="How many experts; several to choose from. The paper: 2.")
+    ] = None,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="What their weights are multiplied by; several to choose from.")
+    ] = None,
+    marker: Annotated[
+        list[str] | None,
+        typer.Option(help="+WORD or -WORD. Left out: what opens the thinking, less what closes it and Alternatively."),
+    ] = None,
+    scope: Annotated[str, typer.Option(help="all, prompt, thinking or answer; only all folds into weights.")] = "all",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="Decoding controls beside it: budget:THINKING[/SOLUTION], wait:N, close:BIAS."),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="Of random experts.")] = 3,
+    minimum: Annotated[int, typer.Option(help="An expert chosen less often is not scored.")] = 10,
+    n_probe: int = 300,
+    n_select: int = 400,
+    n_report: int = 1000,
+    samples: int = 1,
+    temperature: Temperature = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    delimiters: Delimit = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Find the experts that go with the start of thinking, choose how many and how strongly on a selection split, and
+    report on another, beside experts of the same load, those scored lowest, and decoding controls.
+
+    Writes the recipe; `steer export` makes a checkpoint of it. Completions are kept in OUTPUT.completions: a run that
+    was killed, started again, goes on where it stopped.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
+    signs = None if marker is None else dict(map(signed, marker))
+    controls = {words: control_named(words) for words in control or ("wait:1", "close:-2")}
+    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
+    sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    kept = output.with_name(f"{output.name}.completions")
+    run = rice(
+        loaded,
+        source,
+        signs=signs,
+        top=top or TOP,
+        strengths=strength or STRENGTHS,
+        scope=Scope.of(scope),
+        controls=controls,
+        n_probe=n_probe,
+        n_select=n_select,
+        n_report=n_report,
+        samples=samples,
+        draws=draws,
+        minimum=minimum,
+        sampling=sampling,
+        batch_size=batch_size,
+        store=kept,
+        seed=seed,
+    )
+    facts = run.to_json()
+    with staged_folder(output) as stage:
+        run.recipe.write(stage)
+        (stage / "rice.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
+    console.print(run.association.table())
+    console.print(f"Chosen on the selection split: {run.chosen}. Its recipe: {output}; completions: {kept}")
+    end(run.table(), facts, as_json)
+
+
+def signed(words: str) -> tuple[str, float]:
+    """`+Wait` or `-Alternatively`. Raises ValueError for anything else."""
+    sign = {"+": 1.0, "-": -1.0}.get(words[:1])
+    if sign is None or not words[1:]:
+        raise ValueError(f"{words!r} is not a signed marker. Write +WORD or -WORD, such as +Wait.")
+    return words[1:], sign

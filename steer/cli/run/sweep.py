@@ -1,0 +1,99 @@
+"""`steer sweep`: a direction's effect over strengths, with its controls."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from probes.activations import text_spans
+from probes.directions import Direction
+from probes.files import staged_folder
+from probes.models import load
+from probes.sites import Site
+from steer.cli.options import (
+    BatchSize,
+    Delimit,
+    DeviceMap,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Model,
+    Output,
+    TaskName,
+    Temperature,
+    console,
+    end,
+    sampling_of,
+)
+from steer.evaluation._sweep import Contrast, sweep
+from steer.interventions.activation import Add
+from steer.recipes.recipe import Recipe
+from steer.recipes.scope import Scope
+from steer.tasks.named import task_named
+
+
+def sweep_(
+    model: Model,
+    positive: Annotated[Path, typer.Option(help="JSONL: completions of ours, or lines of {text}.")],
+    negative: Annotated[Path, typer.Option(help="The other class.")],
+    site: Annotated[str, typer.Option(help="Such as L2.resid_post.")],
+    output: Output,
+    strength: Annotated[list[float], typer.Option(help="Fixed in advance, in units of the stream's mean norm.")],
+    task: TaskName = "chains",
+    scope: Annotated[str, typer.Option(help="all, prompt, thinking or answer.")] = "thinking",
+    n_select: int = 400,
+    n_report: int = 1000,
+    samples: int = 1,
+    draws: Annotated[int, typer.Option(help="Of each control.")] = 3,
+    temperature: Temperature = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 64,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    delimiters: Delimit = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Choose a strength on a selection split, report it on another beside its controls, and write its recipe.
+
+    Completions are kept in OUTPUT.completions: a sweep that was killed, started again, goes on where it stopped.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
+    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
+    sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    kept = output.with_name(f"{output.name}.completions")
+    contrast = Contrast.of(loaded, text_spans(loaded, positive), text_spans(loaded, negative), Site.parse(site))
+    touched = Scope.of(scope)
+
+    def make(direction: Direction, size: float) -> Recipe:
+        return Recipe.of(loaded, [Add.of(direction, size)], scope=touched, method="strength sweep")
+
+    found = sweep(
+        loaded,
+        source,
+        contrast,
+        make,
+        strength,
+        select=source.sample(n_select, "select", seed=seed),
+        report=source.sample(n_report, "report", seed=seed),
+        judge=[*contrast.positive[:50], *contrast.negative[:50]],
+        sampling=sampling,
+        samples=samples,
+        draws=draws,
+        batch_size=batch_size,
+        store=kept,
+        seed=seed,
+    )
+    facts: dict[str, Any] = {
+        "chosen": found.chosen,
+        "kl": found.kl,
+        "selection": found.selection.to_json(),
+        "report": found.report.to_json(),
+    }
+    with staged_folder(output) as stage:
+        make(contrast.direction, found.chosen).write(stage)
+        (stage / "sweep.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
+    console.print(f"Chosen on the selection split: {found.chosen:g}. Its recipe: {output}; completions: {kept}")
+    end(found.table(), facts, as_json)

@@ -1,0 +1,178 @@
+"""Decoding controls: budgets of tokens, forced thinking, and how readily a model closes its thinking.
+
+Each is a rule for one run of `transformers`' generation, made of its `LogitsProcessor`s. A control sees tokens alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from probes.models import tokenizer_of
+from probes.sampling import CUT
+from probes.tokens import decode, find
+from steer.decoding.control import Processors
+from steer.decoding.state import Ids, Rows, Scores
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Separate budgets for thinking and solution (Elastic Reasoning, Xu et al. 2025).
+
+    After at most `thinking` tokens between the delimiters, or where the model would end its turn within them, the
+    closing delimiter is written for it. The solution, everything outside the thinking, takes at most `solution` tokens,
+    its end token included: where the model does not end it, it is ended, and the completion counts as truncated. None:
+    no limit. A completion of at most `thinking` + `solution` tokens and two delimiters needs as many `max_new_tokens`.
+    """
+
+    thinking: int | None = None
+    solution: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.thinking is None and self.solution is None:
+            raise ValueError("A budget limits the thinking, the solution or both, but got neither.")
+        if (self.thinking is not None and self.thinking < 0) or (self.solution is not None and self.solution < 1):
+            raise ValueError(
+                f"A budget is at least 0 thinking tokens and 1 solution token, but got {self.thinking} and "
+                f"{self.solution}."
+            )
+
+    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:  # noqa: ARG002
+        return Processors(after=(_Spend(self, rows),))
+
+
+class _Spend(LogitsProcessor):
+    def __init__(self, budget: Budget, rows: Rows) -> None:
+        self.budget, self.rows = budget, rows
+
+    def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
+        rows, budget = self.rows, self.budget
+        if budget.thinking is not None:
+            spent = (rows.thoughts >= budget.thinking) | rows.shut | torch.isin(scores.argmax(1), rows.ends)
+            scores = rows.end_thinking(scores, rows.thinking & rows.free & spent)
+        return scores if budget.solution is None else self._end(scores, budget.solution)
+
+    def _end(self, scores: Scores, limit: int) -> Scores:
+        rows, drawn = self.rows, scores.argmax(1)
+        last = rows.free & ~rows.thinking & (rows.said >= limit - 1)
+        token = rows.open[rows.opening]
+        begun = last & ~rows.opened & (rows.opening > 0)  # a delimiter that was begun is no solution: it is completed
+        rows.note("open", begun & (drawn != token))
+        scores = rows.force(scores, begun, token)
+        begins = last & ~rows.opened & (drawn == rows.open[0])
+        ended = last & ~begun & ~begins
+        rows.note(CUT, ended & ~torch.isin(drawn, rows.ends))
+        return rows.force(scores, ended & ~torch.isin(drawn, rows.ends), rows.ends[0].expand_as(drawn))
+
+
+@dataclass(frozen=True)
+class Force:
+    """Budget forcing (s1, Muennighoff et al. 2025): `n` times, where the model would end its thinking, it does not.
+
+    The drawn token that completes the closing delimiter, or ends the turn, is replaced by `marker`; as in s1's code,
+    the one token after a marker is drawn from the others. So a model ends its thinking only after exactly `n` inserted
+    markers, whatever else it writes; a completion that runs into a length limit may hold fewer. Of a delimiter of
+    several tokens those before the last are written, and stay.
+    """
+
+    n: int
+    marker: str = "Wait"
+
+    def __post_init__(self) -> None:
+        if self.n < 0:
+            raise ValueError(f"A marker is inserted 0 times or more, but got n={self.n}.")
+
+    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:
+        ids = words_ids(model, self.marker, "marker")
+        closes = find((*rows.delimiters.close[:-1], *ids), rows.delimiters.close) is not None
+        if closes or set(ids) & set(rows.ends.tolist()):
+            raise ValueError(f"The marker {self.marker!r} would itself end the thinking. Name another.")
+        insert = _Insert(rows, self.n, torch.tensor(ids, device=rows.mask.device))
+        return Processors(before=(_Hold(insert),), after=(insert,))
+
+
+class _Insert(LogitsProcessor):
+    """`cursor`: the marker's next token, 0 where none is being written; `fresh`: rows that have just ended one."""
+
+    def __init__(self, rows: Rows, n: int, marker: Tensor) -> None:
+        self.rows, self.n, self.marker = rows, n, marker
+        self.cursor, self.count = torch.zeros_like(rows.said), torch.zeros_like(rows.said)
+        self.fresh = torch.zeros_like(rows.done)
+
+    def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
+        rows = self.rows
+        begins = (self.cursor == 0) & (self.count < self.n) & rows.would_close(scores)
+        writes = rows.thinking & rows.free & ~rows.shut & ((self.cursor > 0) | begins)
+        scores = rows.force(scores, writes, self.marker[self.cursor])
+        self.cursor = (self.cursor + 1).masked_fill(~writes, 0)
+        self.fresh = self.cursor == len(self.marker)
+        self.cursor = self.cursor.masked_fill(self.fresh, 0)
+        self.count = self.count + self.fresh
+        rows.note("insert", self.fresh, back=len(self.marker) - 1)
+        return scores
+
+
+class _Hold(LogitsProcessor):
+    """Keeps the token after a marker from ending the thinking."""
+
+    def __init__(self, insert: _Insert) -> None:
+        self.insert = insert
+
+    def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
+        rows, held = self.insert.rows, self.insert.fresh & self.insert.rows.thinking
+        scores = _added(scores, rows.ends, held, -math.inf)
+        return _added(scores, rows.close[-1:], held & (rows.closing == len(rows.close) - 1), -math.inf)
+
+
+@dataclass(frozen=True)
+class CloseBias:
+    """Adds `strength` to the logit of the token that would complete the closing delimiter, while the model thinks.
+
+    The odds of closing are multiplied by exp(strength), before the temperature: below 0 a penalty, -inf never, above 0
+    a bonus. After the thought-switching penalty (TIP, Wang et al. 2025), which does so to words of switching instead,
+    and likewise ends after a number of tokens: `until` thinking tokens, None for all of the thinking.
+    """
+
+    strength: float
+    until: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.strength < math.inf or (self.until is not None and self.until < 0):
+            raise ValueError(
+                f"A bias is a number below infinity, over 0 tokens or more, but got strength={self.strength}, "
+                f"until={self.until}."
+            )
+
+    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:  # noqa: ARG002
+        return Processors(before=(_Bias(self, rows),))
+
+
+class _Bias(LogitsProcessor):
+    def __init__(self, bias: CloseBias, rows: Rows) -> None:
+        self.bias, self.rows = bias, rows
+
+    def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
+        rows = self.rows
+        where = rows.thinking & (rows.closing == len(rows.close) - 1)
+        if self.bias.until is not None:
+            where = where & (rows.thoughts < self.bias.until)
+        return _added(scores, rows.close[-1:], where, self.bias.strength)
+
+
+def words_ids(model: PreTrainedModel, words: str, what: str) -> tuple[int, ...]:
+    """The token ids of words. Raises ValueError where the vocabulary cannot write them."""
+    tokenizer = tokenizer_of(model)
+    ids = tuple(tokenizer.encode(words, add_special_tokens=False))
+    if not ids or decode(tokenizer, ids).strip() != words.strip():
+        raise ValueError(
+            f"The vocabulary of {tokenizer.name_or_path!r} cannot write the {what} {words!r}. Name another."
+        )
+    return ids
+
+
+def _added(scores: Scores, tokens: Tensor, where: Tensor, amount: float) -> Scores:
+    """`amount` added to the scores of some tokens in some rows."""
+    own = scores[:, tokens]
+    return scores.index_copy(1, tokens, torch.where(where[:, None], own + amount, own))

@@ -1,0 +1,126 @@
+"""Decoding controls at work: how a control is put beside the draw of tokens, and the log of what it did."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from probes.completions import Completion
+from probes.generation import end_ids
+from probes.models import delimiters_of
+from probes.sampling import Event
+from probes.tables import Table
+from steer.decoding.state import Ids, Rows, Scores
+
+
+@dataclass(frozen=True)
+class Processors:
+    """Of one run: `before` the draw they change the distribution, `after` it they see the drawn token (the argmax)."""
+
+    before: tuple[LogitsProcessor, ...] = ()
+    after: tuple[LogitsProcessor, ...] = ()
+
+
+@runtime_checkable
+class Control(Protocol):
+    """A rule that decides over tokens beside the model. It sees tokens and nothing else: no answer, no problem."""
+
+    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors: ...
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several controls on one run. Where two would decide one token, the earlier does: budgets go first."""
+
+    controls: tuple[Control, ...]
+
+    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:
+        own = [control.processors(model, rows) for control in self.controls]
+        return Processors(tuple(p for o in own for p in o.before), tuple(p for o in own for p in o.after))
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.controls))
+
+
+@dataclass(frozen=True, eq=False)
+class Controlled:
+    """A control on a model, as `probes.generation.generate(..., decoding=...)` takes it."""
+
+    model: PreTrainedModel
+    control: Control
+
+    @property
+    def name(self) -> str:
+        return str(self.control)
+
+    def begin(self, mask: Int[Tensor, "batch pos"]) -> "_Run":
+        rows = Rows(delimiters_of(self.model), end_ids(self.model), mask)
+        return _Run(rows, self.control.processors(self.model, rows))
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    rows: Rows
+    own: Processors
+
+    def processors(self, draw: LogitsProcessorList) -> LogitsProcessorList:
+        return LogitsProcessorList([_Follow(self.rows), *self.own.before, *draw, *self.own.after])
+
+    def events(self) -> list[tuple[Event, ...]]:
+        return self.rows.events()
+
+
+class _Follow(LogitsProcessor):
+    """Keeps the rows up to date; changes nothing."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __call__(self, input_ids: Ids, scores: Scores) -> Scores:
+        self.rows.follow(input_ids)
+        return scores
+
+
+@dataclass(frozen=True)
+class ControlLog:
+    """What a control did to each completion: what kind of thing, at which of the generated tokens.
+
+    Kinds: `close`, the closing delimiter was forced; `insert`, a marker was inserted; `guide`, words were written
+    before a forced close; `open`, an opening delimiter was completed; `cut`, the solution was ended. Only what
+    overruled the drawn token is noted. It is kept with the completions, so that a resumed run has it whole.
+    """
+
+    control: str
+    events: dict[tuple[str, int], tuple[Event, ...]]
+
+    @classmethod
+    def of(cls, completions: Iterable[Completion]) -> "ControlLog":
+        """Raises ValueError where the completions were not written under one control."""
+        held = list(completions)
+        names = sorted({c.decoding for c in held})
+        if len(names) != 1 or not names[0]:
+            told = ", ".join(name or "no control" for name in names) or "nothing"
+            raise ValueError(f"A log is of completions under one control, but these were written under {told}.")
+        return cls(names[0], {(c.id, c.sample): c.events for c in held})
+
+    def positions(self, kind: str) -> dict[tuple[str, int], tuple[int, ...]]:
+        """By id and sample, where something of a kind was done."""
+        return {row: tuple(at for k, at in events if k == kind) for row, events in self.events.items()}
+
+    def counts(self) -> Counter[str]:
+        return Counter(kind for events in self.events.values() for kind, _ in events)
+
+    def table(self) -> Table:
+        rows = []
+        for kind, count in sorted(self.counts().items()):
+            touched: Sequence[tuple[int, ...]] = [at for at in self.positions(kind).values() if at]
+            first = sum(at[0] for at in touched) / len(touched)
+            rows.append((kind, count, len(touched), len(self.events), first))
+        return Table(("event", "times", "completions", "of", "first at token, mean"), tuple(rows), self.control)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()

@@ -1,0 +1,133 @@
+"""Plain and steered completions of the same prompts side by side, with what the recipe touched."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from html import escape
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.architectures import width_of
+from probes.completions import Completion
+from probes.generation import generate
+from probes.hooks import captured, forward_through
+from probes.models import tokenizer_of
+from probes.sampling import Sampling
+from probes.sites import Site
+from probes.tables import Table
+from probes.tokens import Prompt, decode
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
+from steer.runtime.firelog import FireLog
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """For each prompt its plain and its steered completion, drawn with the same noise.
+
+    `projections` of each completion's tokens are on the recipe's first vector in the residual stream, at its site, in
+    units of the vector's length: what the model held there, steered or not.
+    """
+
+    plain: tuple[Completion, ...]
+    steered: tuple[Completion, ...]
+    fired: FireLog
+    site: Site | None
+    projections: tuple[tuple[list[float], list[float]], ...]
+    tokens: tuple[tuple[list[str], list[str]], ...]
+
+    def table(self) -> Table:
+        rows = [
+            (a.id, _said(a), _said(b), a.thinking_tokens, b.thinking_tokens)
+            for a, b in zip(self.plain, self.steered, strict=True)
+        ]
+        return Table(("prompt", "plain", "steered", "thinking tokens", "steered "), tuple(rows), "Side by side")
+
+    def to_frame(self):
+        return self.table().to_frame()
+
+    def _repr_html_(self) -> str:
+        values = sorted(abs(x) for pair in self.projections for side in pair for x in side)
+        scale = values[int(0.95 * (len(values) - 1))] if values else 1.0
+        rows = []
+        for i, (a, b) in enumerate(zip(self.plain, self.steered, strict=True)):
+            cells = "".join(
+                f"<td style='text-align:left;vertical-align:top'>{_coloured(tokens, shades, scale)}</td>"
+                for tokens, shades in zip(self.tokens[i], self.projections[i], strict=True)
+            )
+            lengths = f"{a.thinking_tokens} and {b.thinking_tokens} thinking tokens"
+            rows.append(f"<tr><th>{escape(a.id)}<br><small>{lengths}</small></th>{cells}</tr>")
+        where = (
+            "" if self.site is None else f"<p>Coloured by the projection at {self.site}: blue below 0, red above.</p>"
+        )
+        head = "<tr><th></th><th>plain</th><th>steered</th></tr>"
+        return f"<table>{head}{''.join(rows)}</table>{where}{self.fired._repr_html_()}"
+
+
+def compare(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    *,
+    sampling: Sampling | None = None,
+    batch_size: int = 16,
+) -> Comparison:
+    """Complete each prompt without the recipe and with it. Raises ValueError for another model's recipe, and
+    `NeverFired` where it touches nothing."""
+    names = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in prompts]
+    ids = [f"{i}: {name[:60]}" for i, name in enumerate(names)]
+    plain = generate(model, prompts, ids=ids, sampling=sampling, batch_size=batch_size, label="plain")
+    with applied(model, recipe) as fired:
+        steered = generate(model, prompts, ids=ids, sampling=sampling, batch_size=batch_size, label="steered")
+    site, vector = _shown(model, recipe)
+    sides = [
+        [_projections(model, c, site, vector, with_recipe) for c in arm]
+        for arm, with_recipe in ((plain, None), (steered, recipe))
+    ]
+    tokenizer = tokenizer_of(model)
+    texts = [[[decode(tokenizer, [token]) for token in c.ids] for c in arm] for arm in (plain, steered)]
+    pairs = tuple(zip(*sides, strict=True))
+    return Comparison(tuple(plain), tuple(steered), fired, site, pairs, tuple(zip(*texts, strict=True)))
+
+
+def _shown(model: PreTrainedModel, recipe: Recipe) -> tuple[Site | None, Tensor | None]:
+    for step in recipe.steps:
+        site, vector = step.intervention.site, step.intervention.vector
+        if vector is not None and site.head is None and len(vector) == width_of(model, Site(0, "resid_post")):
+            return site, vector
+    return None, None
+
+
+@torch.no_grad()
+def _projections(
+    model: PreTrainedModel,
+    c: Completion,
+    site: Site | None,
+    vector: Float[Tensor, " width"] | None,
+    recipe: Recipe | None,
+) -> list[float]:
+    """Of each token of the completion, not of the prompt."""
+    if site is None or vector is None:
+        return []
+    ids = torch.tensor([c.all_ids], device=model.device)
+    with nullcontext() if recipe is None else applied(model, recipe, must_fire=False), captured(model, [site]) as seen:
+        forward_through(model, site.layer, ids, torch.ones_like(ids))
+    unit = (vector / vector.norm()).to(seen[site].device, torch.float32)
+    return (seen[site][0, len(c.prompt_ids) :].float() @ unit).tolist()
+
+
+def _said(c: Completion) -> str:
+    return f"{c.thinking or ''} | {c.answer}" if c.thinking is not None else c.answer
+
+
+def _coloured(tokens: Sequence[str], shades: Sequence[float], scale: float) -> str:
+    spans = []
+    for i, token in enumerate(tokens):
+        value = max(-1.0, min(1.0, shades[i] / (scale or 1.0))) if shades else 0.0
+        colour = f"rgba({'200,60,50' if value > 0 else '50,90,200'},{0.6 * abs(value):.2f})"
+        title = f"{shades[i]:.3g}" if shades else ""
+        spans.append(f"<span style='background:{colour}' title='{title}'>{escape(token)}</span>")
+    return " ".join(spans)

@@ -1,0 +1,128 @@
+"""Strength against effect: fixed strengths, the best chosen on one split and reported on another, with controls."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import plotly.graph_objects as go
+import torch
+from transformers import PreTrainedModel
+
+from probes.activations import Span
+from probes.directions import Direction, difference_in_means, random_direction
+from probes.figures import Point, arms_figure
+from probes.sampling import Sampling
+from probes.sites import Site
+from probes.tables import Table
+from steer.evaluation._evaluate import Evaluation, evaluate
+from steer.evaluation.outcomes import Outcomes
+from steer.recipes.recipe import Recipe
+from steer.runtime.calibration import calibrated, divergence
+from steer.tasks.task import Problem, Task
+
+MakeRecipe = Callable[[Direction, float], Recipe]
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """A direction and the two classes it came from, so that its labels can be shuffled."""
+
+    direction: Direction
+    positive: tuple[Span, ...]
+    negative: tuple[Span, ...]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site: Site) -> "Contrast":
+        found = difference_in_means(model, positive, negative, [site])[site]
+        return cls(found, tuple(positive), tuple(negative))
+
+    def shuffled(self, model: PreTrainedModel, *, seed: int) -> Direction:
+        """The control: the same estimator on shuffled labels, scaled to the direction's norm."""
+        spans = [*self.positive, *self.negative]
+        order = torch.randperm(len(spans), generator=torch.Generator().manual_seed(seed)).tolist()
+        mixed = [spans[i] for i in order]
+        n, site = len(self.positive), self.direction.site
+        null = difference_in_means(model, mixed[:n], mixed[n:], [site])[site]
+        return replace(null, vector=null.unit * self.direction.norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """`selection` holds the strengths on the split that chose; `report` those strengths and the controls of the chosen
+    one on problems that no choice saw."""
+
+    strengths: tuple[float, ...]
+    chosen: float
+    selection: Evaluation
+    report: Evaluation
+    kl: float
+
+    def table(self) -> Table:
+        found = self.report.table()
+        return replace(found, title=f"{found.title}: strength {self.chosen:g} chosen on the selection split")
+
+    def to_frame(self):
+        return self.table().to_frame()
+
+    def figure(self) -> go.Figure:
+        """Accuracy against thinking length of every arm on the report split, with the Pareto front."""
+        scores = {name: self.report.score(name) for name in self.report.arms}
+        return arms_figure([Point(name, s.length, s.accuracy, s.interval) for name, s in scores.items()])
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def sweep(
+    model: PreTrainedModel,
+    task: Task,
+    contrast: Contrast,
+    make: MakeRecipe,
+    strengths: Sequence[float],
+    *,
+    select: Sequence[Problem],
+    report: Sequence[Problem],
+    judge: Sequence[Span],
+    sampling: Sampling,
+    samples: int = 1,
+    draws: int = 3,
+    batch_size: int = 64,
+    store: Path | None = None,
+    seed: int = 0,
+) -> Sweep:
+    """Run `make(direction, strength)` at every strength; choose by accuracy on `select`; report everything on `report`.
+
+    Controls at the chosen strength, `draws` pooled: random directions of the same norm; directions of shuffled labels,
+    at the same norm; random directions at the strength that moves the next token as far on `judge` as the chosen one
+    does (same KL). With `store`, a folder, completions are kept there: a sweep that was killed, started again, goes on
+    where it stopped. Raises ValueError where select and report share a problem.
+    """
+    if shared := {p.id for p in select} & {p.id for p in report}:
+        raise ValueError(f"{len(shared)} problems are in both splits, such as {min(shared)!r}: choose on others.")
+    arms = {_name(strength): make(contrast.direction, strength) for strength in strengths}
+
+    attempt = partial(evaluate, model, task, sampling=sampling, samples=samples, batch_size=batch_size)
+    kept = {split: None if store is None else Path(store) / split for split in ("select", "report")}
+    selection = attempt(select, arms, store=kept["select"])
+    chosen = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
+    kl = divergence(model, arms[_name(chosen)], judge)
+    randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
+    controls = {
+        "random direction": [make(direction, chosen) for direction in randoms],
+        "shuffled labels": [make(contrast.shuffled(model, seed=seed + i), chosen) for i in range(draws)],
+        "random direction, same KL": [calibrated(model, make(direction, chosen), judge, kl) for direction in randoms]
+        if kl > 0
+        else [],
+    }
+    drawn = {name: {f"{name} {i}": recipe for i, recipe in enumerate(found)} for name, found in controls.items()}
+    every = {name: recipe for found in drawn.values() for name, recipe in found.items()}
+    report_arms = attempt(report, {**arms, **every}, store=kept["report"]).arms
+    measured = {name: report_arms[name] for name in ("plain", *arms)} | {
+        name: Outcomes.pooled([report_arms[draw] for draw in found]) for name, found in drawn.items() if found
+    }
+    return Sweep(tuple(strengths), chosen, selection, Evaluation(task, tuple(report), measured), kl)
+
+
+def _name(strength: float) -> str:
+    return f"strength {strength:+g}"

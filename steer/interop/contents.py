@@ -1,0 +1,126 @@
+"""What of a recipe a neighbour's file may hold: what it cannot is refused by name, and nothing is dropped."""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.files import check_keys
+from probes.models import identity_of
+from probes.sites import Site
+from steer.interventions.activation import Ablate
+from steer.recipes.recipe import Recipe, Step
+from steer.recipes.scope import Scope
+
+OURS = "thinksteer"  # the key of what we add, where a format has room
+
+
+def check_steps(
+    recipe: Recipe,
+    name: str,
+    *,
+    kinds: Collection[str] = ("add",),
+    sites: Collection[str] = ("resid_post",),
+    scope: Callable[[Scope], bool] = lambda scope: scope == Scope(),
+    scopes: str = "all",
+) -> None:
+    """Raise ValueError for the first step that a file of format `name` cannot hold, saying what it can.
+
+    `scope` tells the scopes that it holds, `scopes` names them. An Ablate is held only whole, at strength 1.
+    """
+    if not recipe.steps:
+        raise ValueError(f"The recipe has no steps, so there is nothing to write as {name}.")
+    for number, step in enumerate(recipe.steps):
+        x, site = step.intervention, step.intervention.site
+        if site.head is not None:
+            raise refusal(name, number, step, "it holds no single heads. A checkpoint or an adapter does.")
+        if site.name not in sites:
+            same = f" L{site.layer - 1}.resid_post is the same stream." if _is_output_before(site) else ""
+            raise refusal(name, number, step, f"it holds the sites {', '.join(sites)} alone.{same}")
+        if x.kind not in kinds:
+            raise refusal(name, number, step, f"it holds the kinds {', '.join(kinds)} alone.")
+        if isinstance(x, Ablate) and x.strength != 1:
+            raise refusal(name, number, step, f"it ablates wholly, and the strength is {x.strength:g}, not 1.")
+        if not scope(step.scope):
+            raise refusal(name, number, step, f"it holds the scope {scopes} alone.")
+        if x.vector is not None and not torch.equal(x.vector.float().to(x.vector.dtype), x.vector):
+            raise refusal(name, number, step, f"it holds float32, which would round a vector of {x.vector.dtype}.")
+
+
+def refusal(name: str, number: int, step: Step, reason: str) -> ValueError:
+    x = step.intervention
+    return ValueError(f"Step {number} ({x.kind} at {x.site}, scope {step.scope}) cannot be written as {name}: {reason}")
+
+
+def added(steps: Sequence[Step]) -> dict[Site, Float[Tensor, " d_model"]]:
+    """What Adds add at each site, in float32: their vectors times their strengths, summed where a site has several."""
+    total: dict[Site, Tensor] = {}
+    for step in steps:
+        x = step.intervention
+        assert x.vector is not None
+        shift = x.strength * x.vector.detach().cpu().float()
+        total[x.site] = total[x.site] + shift if x.site in total else shift
+    return total
+
+
+def notes(recipe: Recipe) -> str:
+    """What we add to a file that has room: the method, and the identity of the model the recipe was made on."""
+    return json.dumps({"method": recipe.method, "model": recipe.model})
+
+
+def recipe_of(model: PreTrainedModel, steps: Sequence[Step], path: Path, said: str | None, method: str = "") -> Recipe:
+    """The recipe that a file holds, checked against the model. `said` are the notes that we left in it, if we did.
+
+    Raises ValueError where the notes name another model, or a vector does not fit.
+    """
+    identity = identity_of(model)
+    if said is not None:
+        words = _parse(said, f"What ThinkSteer noted in {path}")
+        check_mapping(words, f"What ThinkSteer noted in {path}")
+        check_keys(words, ("method", "model"), f"What ThinkSteer noted in {path}")
+        if not isinstance(words["model"], dict) or not isinstance(words["method"], str):
+            raise ValueError(f"What ThinkSteer noted in {path} is malformed: make the file again.")
+        check_keys(words["model"], identity, f"The model noted in {path}")
+        identity, method = words["model"], words["method"]
+    recipe = Recipe(tuple(steps), identity, method)
+    recipe.check(model)
+    return recipe
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError where the file is no JSON, or holds NaN or infinite numbers."""
+    try:
+        return _parse(Path(path).read_bytes().decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def check_mapping(words: Any, where: str) -> None:
+    if not isinstance(words, dict) or not all(isinstance(key, str) for key in words):
+        raise ValueError(f"{where} is {type(words).__name__}, where a mapping of words was expected.")
+
+
+def number_in(words: Mapping[str, Any], key: str, where: str) -> float:
+    value = words[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where} has {key} {value!r}, which is no number.")
+    return float(value)
+
+
+def _parse(text: str, where: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{where} holds {constant}, which is no finite number.")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}. It may be truncated: make it again.") from error
+
+
+def _is_output_before(site: Site) -> bool:
+    return site.name == "resid_pre" and site.layer > 0

@@ -1,0 +1,89 @@
+"""Files for the neighbours: a recipe as other tools steer with it, and back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from steer.interop import easysteer, lm_eval, vllm_lens
+from steer.interop import gguf_vectors as gguf
+from steer.interop.contents import read_json
+from steer.recipes.recipe import Recipe
+
+__all__ = ["FORMATS", "Format", "export_recipe", "import_recipe"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Who reads it, what its files are called, how it is written and read, and the key that tells its JSON."""
+
+    readers: str
+    suffixes: tuple[str, ...]
+    write: Callable[..., None]
+    read: Callable[..., Recipe]
+    key: str = ""
+
+
+FORMATS: dict[str, Format] = {
+    gguf.NAME: Format("llama.cpp, repeng, EasySteer", (".gguf",), gguf.write, gguf.read),
+    easysteer.NAME: Format("EasySteer", (".json",), easysteer.write, easysteer.read, "vectors"),
+    vllm_lens.NAME: Format("vllm-lens", (".json",), vllm_lens.write, vllm_lens.read, "activations"),
+    lm_eval.NAME: Format("lm-eval, model type `steered`", (".pt", ".pth"), lm_eval.write, lm_eval.read),
+}
+
+
+def export_recipe(recipe: Recipe, path: str | Path, format: str, *, model: PreTrainedModel | None = None) -> None:
+    """Write a recipe as a neighbour reads it: `format` is one of `FORMATS`.
+
+    With `model` the recipe is checked against it first. Raises ValueError for a step that the format cannot hold,
+    FileExistsError where the file exists. Nothing of a recipe is left out without a word: who applies it, and whether
+    at scale 1, is in the format's own module.
+    """
+    path, known = Path(path), _format(format)
+    if path.suffix not in known.suffixes:
+        raise ValueError(f"A file of {format} ends in {' or '.join(known.suffixes)}, but got {path.name!r}.")
+    if path.exists():
+        raise FileExistsError(f"{path} exists. Name another output, or remove it first.")
+    if model is not None:
+        recipe.check(model)
+    if format == lm_eval.NAME:
+        lm_eval.write(recipe, path, model=model)
+    else:
+        known.write(recipe, path)
+
+
+def import_recipe(path: str | Path, model: PreTrainedModel, format: str | None = None, *, shift: int = 0) -> Recipe:
+    """Read a neighbour's file as a recipe for `model`; without `format`, it is told by the name and, in JSON, the keys.
+
+    `shift` moves the layers of a GGUF file: -1 for one that llama.cpp's own generator made. Raises ValueError for a
+    file that is damaged, made for another model, or says what no step of ours does.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file.")
+    format = _told(path) if format is None else format
+    read = _format(format).read
+    if format == gguf.NAME:
+        return read(path, model, shift=shift)
+    if shift:
+        raise ValueError(f"shift is for GGUF files: the layers of {format} are counted from 0.")
+    return read(path, model)
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"{name!r} is no format of a neighbour. Known: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def _told(path: Path) -> str:
+    names = [name for name, known in FORMATS.items() if path.suffix in known.suffixes]
+    if path.suffix == ".json":
+        whole = read_json(path)
+        first = whole[0] if isinstance(whole, list) and whole else whole
+        keys = first if isinstance(first, dict) else {}
+        names = [name for name in names if FORMATS[name].key in keys]
+    if len(names) != 1:
+        raise ValueError(f"What {path} is, its name and keys do not tell. Name the format: {', '.join(FORMATS)}.")
+    return names[0]

@@ -1,0 +1,225 @@
+"""The main job: probe a model, derive edits, choose one, and report it beside its controls, on three splits."""
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from probes.completions import Completion
+from probes.directions import Direction
+from probes.evidence import separation
+from probes.heads import Head
+from probes.models import load
+from probes.sampling import Sampling
+from probes.tables import Table
+from steer.checkpoints._diff import Difference
+from steer.checkpoints.card import Section
+from steer.evaluation._evaluate import Arm, Evaluation, evaluate, solve
+from steer.evaluation.outcomes import Outcomes
+from steer.folding._export import export
+from steer.folding._fold import NotFoldable, check_folds, fold_error, folded
+from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
+from steer.recipes.recipe import Recipe
+from steer.report.record import record
+from steer.tasks.named import task_named
+from steer.tasks.task import Task
+
+KINDS: tuple[Kind, ...] = ("project", "replace", "one_sided")
+POSITIONS: tuple[Position, ...] = ("thinking", "first")
+RANKINGS: tuple[Ranking, ...] = ("raw", "centred")
+
+
+HEADS = (0.03, 0.06, 0.125)
+
+
+def grid(heads: Iterable[float] = HEADS, kinds: Iterable[Kind] = KINDS) -> tuple[Setting, ...]:
+    """Every kind, position, ranking and head count: what the selection split chooses from."""
+    return tuple(
+        Setting(kind, position, ranking, k) for k, kind, position, ranking in product(heads, kinds, POSITIONS, RANKINGS)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ThinkEditRun:
+    """A ThinkEdit from end to end: what was derived, chosen and measured. `report` saw no problem twice."""
+
+    model: PreTrainedModel
+    task: Task
+    sampling: Sampling
+    readings: Mapping[Position, LengthReading]
+    chosen: Setting
+    recipe: Recipe
+    heads: tuple[Head, ...]
+    selection: Evaluation
+    report: Evaluation
+    auroc: float
+
+    @property
+    def direction(self) -> Direction:
+        """The length direction in the layer of the head that scores highest."""
+        return self.readings[self.chosen.position].directions[self.heads[0][0]]
+
+    def export(self, folder: str | Path, *, found: Mapping[str, Any] | None = None) -> Difference:
+        """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.folding._export`.
+
+        `found` is this run's `steer.report.record.record`, kept as `run.json`; if left out, one without sweeps is made.
+        """
+        d, p = self.direction, self.direction.provenance
+        birth = (
+            f"Length direction at {d.site}: {p.estimator}, {p.n_positive} long less {p.n_negative} short completions, "
+            f"norm {d.norm / d.stream_norm:.2f} of the stream's, AUROC {self.auroc:.3f} on held-out completions. "
+            f"Setting: {self.chosen}, chosen by accuracy among {len(self.selection.arms) - 1} on a split of its own. "
+            f"Sampling: {self.sampling}. Versions: {p.versions}. Data: {p.data}."
+        )
+        sections = [
+            Section(
+                "Before and after",
+                "On problems that no selection saw, paired by problem.",
+                self.report.table(),
+            ),
+            Section("Provenance", birth),
+            Section("Selection", "All settings, on the selection split.", self.selection.table()),
+        ]
+        words = json.dumps(found or record(self, n=0), allow_nan=False)
+        return export(self.model, self.recipe, folder, sections=sections, extras={"run.json": words + "\n"})
+
+    def fold_error(self) -> float:
+        """The largest difference of a logit between the folded and the steered model, over 64 completions."""
+        split = self.readings[self.chosen.position].split
+        rows = [c.all_ids for c in (*split.short[:32], *split.long[:32])]
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=self.model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
+        return fold_error(self.model, folded(self.model, self.recipe), self.recipe, ids, mask)
+
+    def table(self) -> Table:
+        return self.report.table()
+
+    def to_frame(self):
+        return self.report.to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.direction._repr_html_() + self.recipe._repr_html_() + self.report._repr_html_()
+
+    def to_json(self) -> dict[str, Any]:
+        d = self.direction
+        return {
+            "direction": {
+                "auroc": self.auroc,
+                "layer": d.site.layer,
+                "norm_over_stream_norm": d.norm / d.stream_norm,
+            },
+            "heads": [f"L{layer}H{head}" for layer, head in self.heads],
+            "setting": str(self.chosen),
+            **self.report.to_json(),
+            "max_logit_diff_fold_vs_hook": self.fold_error(),
+        }
+
+
+def thinkedit(
+    model: str | PreTrainedModel,
+    task: str | Task = "chains",
+    *,
+    cutoffs: tuple[float, float] | None = None,
+    share: float = 0.25,
+    settings: Sequence[Setting] | None = None,
+    n_probe: int = 1000,
+    n_select: int = 400,
+    n_report: int = 1000,
+    samples: int = 1,
+    control_draws: int = 5,
+    sampling: Sampling | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> ThinkEditRun:
+    """ThinkEdit (Sun et al. 2025) on a model and a task, with its controls.
+
+    Three splits that share no problem: completions of the *probe* problems give directions and heads; the best of
+    `settings` that folds is chosen by accuracy on the *select* problems; every arm is measured on the *report*
+    problems. Short and long are cut at `cutoffs` thinking tokens (the paper's are 100 and 1000), or else at the
+    quantiles `share` and 1 - `share`. Arms: plain, published, edited, the best one-sided (run time only), and as
+    controls the same edit on random heads, on the lowest-scored heads, and along random directions.
+
+    Raises ValueError where a class is too small, the model has no thinking delimiters, or its family is unknown.
+    """
+    model = load(model) if isinstance(model, str) else model
+    task = task_named(task) if isinstance(task, str) else task
+    sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
+    attempt = partial(solve, model, sampling=sampling, batch_size=batch_size)
+    compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
+    probed = attempt(task.sample(n_probe, "probe", seed=seed), label="probing")
+    split = _split(probed, cutoffs, share)
+    readings = {position: LengthReading.of(model, split, position=position) for position in POSITIONS}
+
+    recipes = {setting: readings[setting.position].recipe(setting) for setting in settings or grid()}
+    problems = task.sample(n_select, "select", seed=seed)
+    selection = compare(problems, {str(setting): recipe for setting, recipe in recipes.items()})
+    best = sorted(recipes, key=lambda setting: -selection.score(str(setting)).accuracy)
+    chosen = _first_that_folds(model, best, recipes)
+    one_sided = next((setting for setting in best if setting.kind == "one_sided"), None)
+
+    problems = task.sample(n_report, "report", seed=seed)
+    plain = attempt(problems, samples=samples, label="plain")
+    reading = readings[chosen.position]
+    arms: dict[str, Arm] = {
+        "plain": plain,
+        "published": readings[PUBLISHED.position].recipe(PUBLISHED),
+        "edited": recipes[chosen],
+        **({} if one_sided is None else {"one_sided": recipes[one_sided]}),
+        "lowest_heads": _edit(reading, reading.scores(chosen.ranking).bottom(len(reading.heads(chosen))), chosen),
+    }
+    report = compare(problems, arms)
+    for name, draws in _controls(reading, chosen, control_draws, seed).items():
+        drawn = compare(problems, {"plain": plain, **draws})
+        report.arms[name] = Outcomes.pooled([drawn.arms[draw] for draw in draws])
+    heads = tuple(reading.heads(chosen))
+    held_out = _held_out(plain, split)
+    auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(chosen.position)))[0]
+    return ThinkEditRun(model, task, sampling, readings, chosen, recipes[chosen], heads, selection, report, auroc)
+
+
+def _split(completions: Sequence[Completion], cutoffs: tuple[float, float] | None, share: float) -> LengthSplit:
+    if cutoffs is None:
+        return LengthSplit.by_quantile(completions, share=share)
+    return LengthSplit.at(completions, below=cutoffs[0], above=cutoffs[1])
+
+
+def _held_out(completions: Sequence[Completion], split: LengthSplit) -> LengthSplit:
+    return LengthSplit.at(completions, below=split.below, above=split.above, minimum=2)
+
+
+def _first_that_folds(model: PreTrainedModel, best: Sequence[Setting], recipes: Mapping[Setting, Recipe]) -> Setting:
+    for setting in best:
+        try:
+            check_folds(model, recipes[setting])
+        except NotFoldable:
+            continue
+        return setting
+    raise NotFoldable("None of the settings folds into weights: add one of kind 'project'.")
+
+
+def _edit(reading: LengthReading, heads: Sequence[Head], setting: Setting) -> Recipe:
+    return reading.edit(heads, kind=setting.kind, weight=setting.weight)
+
+
+def _controls(reading: LengthReading, chosen: Setting, draws: int, seed: int) -> dict[str, dict[str, Recipe]]:
+    """The chosen edit on heads drawn from the others, and on the chosen heads along random directions."""
+    heads = reading.heads(chosen)
+    others = [head for head in reading.scores().top(reading.short_writes.numel()) if head not in heads]
+    rng = random.Random(seed)
+    return {
+        "random_heads": {
+            f"random heads {i}": _edit(reading, rng.sample(others, min(len(heads), len(others))), chosen)
+            for i in range(draws)
+        },
+        "random_direction": {
+            f"random direction {i}": _edit(reading.at_random(seed + i), heads, chosen) for i in range(draws)
+        },
+    }

@@ -1,0 +1,144 @@
+"""Apply a recipe at run time: plain Hugging Face code, with a few hooks."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.architectures import o_proj_of
+from probes.clock import Clock
+from probes.hooks import attached, observed, routed, watched
+from probes.sites import Site
+from steer.interventions.activation import Add, Intervention, placed, widened
+from steer.interventions.routing import RoutingEdit
+from steer.recipes.recipe import Recipe, Step
+from steer.runtime.firelog import FireLog
+from steer.runtime.gates import Gate, precedes
+from steer.runtime.rerouting import Chosen, Rerouting
+
+
+class NeverFired(ValueError):
+    """A recipe was applied, and touched no token."""
+
+
+@contextmanager
+def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -> Iterator[FireLog]:
+    """While open, the model runs with the recipe; `model.generate` needs to know nothing of it.
+
+    Gives the log of what is touched. Raises ValueError where the recipe was made on another model, or reads a site that
+    is computed only after the edit it decides on; and, at the end of the block, `NeverFired` where no step touched
+    a token, unless `must_fire` is false.
+    """
+    recipe.check(model)
+    steps = recipe.steps
+    scopes = list(dict.fromkeys(step.scope for step in steps))
+    needed = any(scope.phase != "all" or scope.condition is not None for scope in scopes)
+    clock = Clock.of(model, needed=needed, markers=list(dict.fromkeys(s.markers for s in scopes if s.markers)))
+    gates = {scope: Gate(scope, clock) for scope in scopes}
+    for step in steps:
+        _check_order(step, clock)
+    words = [(str(_site(step)), step.intervention.kind, str(step.scope)) for step in steps]
+    routes = {
+        number: (step.intervention, Chosen(gates[step.scope]))
+        for number, step in enumerate(steps)
+        if isinstance(step.intervention, RoutingEdit)
+    }
+    own = [routes[number][1] if number in routes else gates[step.scope] for number, step in enumerate(steps)]
+    log = FireLog(words, own, clock)
+
+    def see(ids: Tensor, mask: Tensor | None, n_past: int) -> None:
+        log.end_pass()
+        clock.advance(ids, mask, n_past)
+        for gate in gates.values():
+            gate.begin(ids)
+
+    with ExitStack() as stack:
+        if steps:
+            stack.enter_context(watched(model, see))
+        for scope, gate in gates.items():
+            if scope.gauge is not None:
+                stack.enter_context(observed(model, scope.gauge, gate.see))
+        for layer in dict.fromkeys(edit.site.layer for edit, _ in routes.values()):
+            edits = [(number, edit, gate) for number, (edit, gate) in routes.items() if edit.site.layer == layer]
+            stack.enter_context(routed(model, layer, edit=Rerouting(model, layer, edits, log)))
+        order = sorted(set(range(len(steps))) - set(routes), key=lambda number: _place(steps[number]))
+        for site, found in groupby(order, key=lambda number: _site(steps[number])):
+            here = [_Edit.of(model, number, steps[number], gates[steps[number].scope], log) for number in found]
+            stack.enter_context(attached(model, site, partial(_apply, edits=here)))
+        yield log
+        log.end_pass()
+    if must_fire and steps and not log.tokens:
+        raise NeverFired(
+            f"The recipe was applied, but touched no token: {'; '.join(dict.fromkeys(map(_said, words)))}. Did the "
+            "model run, and did it get to where the scope begins? With must_fire=False this is no error."
+        )
+
+
+class _Edit:
+    """A step at work: its tensors are where its site is, and what it changed is noted."""
+
+    def __init__(self, number: int, intervention: Intervention, gate: Gate, log: FireLog) -> None:
+        self.number, self.intervention, self.gate, self.log = number, intervention, gate, log
+        self._added: dict[torch.dtype, Tensor] = {}
+        if isinstance(intervention, Add):
+            self._norm = float((intervention.strength * intervention.vector.float()).norm())
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, number: int, step: Step, gate: Gate, log: FireLog) -> "_Edit":
+        device = next(o_proj_of(model, _site(step).layer).parameters()).device
+        assert not isinstance(step.intervention, RoutingEdit)
+        return cls(number, placed(step.intervention, device), gate, log)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        before = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        if isinstance(self.intervention, Add):
+            self.log.note(self.number, before, self._norm)
+            return torch.addcmul(x, self.gate.weight(x.dtype, x.device), self._vector(x.dtype))
+        new = self.intervention(x)
+        if self.gate.scope.varies:
+            wide = widened(x)
+            new = (wide + self.gate.weight(wide.dtype, x.device) * (widened(new) - wide)).to(x.dtype)
+        new = new.where(self.gate.mask.to(x.device)[..., None], x)
+        self.log.note(self.number, before, torch.linalg.vector_norm(widened(new) - widened(x), dim=-1))
+        return new
+
+    def _vector(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self._added:
+            assert isinstance(self.intervention, Add)
+            self._added[dtype] = (self.intervention.strength * widened(self.intervention.vector)).to(dtype)
+        return self._added[dtype]
+
+
+def _apply(x: Tensor, edits: list[_Edit]) -> Tensor:
+    for edit in edits:
+        x = edit(x)
+    return x
+
+
+def _check_order(step: Step, clock: Clock) -> None:
+    scope, site = step.scope, _site(step)
+    if scope.gauge is not None and not precedes(scope.gauge, site):
+        raise ValueError(f"The scope of {site} reads {scope.gauge}, which is computed after it: read an earlier site.")
+    if scope.condition is not None and not clock.delimiters.turn:
+        raise ValueError(
+            "A condition is judged at the end of the prompt, but the chat template writes no header before the model's "
+            "turn, so that end cannot be told. Set the tokenizer's chat template, or give Delimiters(turn=...)."
+        )
+
+
+def _site(step: Step) -> Site:
+    return step.intervention.site
+
+
+def _place(step: Step) -> tuple:
+    site = _site(step)
+    return site.layer, site.name, -1 if site.head is None else site.head
+
+
+def _said(words: tuple[str, str, str]) -> str:
+    site, kind, scope = words
+    return f"{kind} at {site}, scope {scope}"

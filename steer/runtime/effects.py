@@ -1,0 +1,122 @@
+"""What a recipe does to the next token: its distribution, and how far that is from the plain model's."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from probes.activations import Span
+from probes.models import tokenizer_of
+from probes.tables import Table
+from probes.tokens import Prompt, encode_prompt
+from steer.recipes.recipe import Recipe
+from steer.runtime._applied import applied
+
+
+def prompt_spans(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Span]:
+    """The last token of each prompt, written by the chat template: what it predicts is the first new token."""
+    rows = [tuple(encode_prompt(tokenizer_of(model), prompt)) for prompt in prompts]
+    return [Span(ids, len(ids) - 1, len(ids)) for ids in rows]
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: PreTrainedModel, spans: Sequence[Span], recipe: Recipe | None
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Of the next token at each position of each span, with the recipe or without; each span at the end of its row."""
+    rows, width = [span.ids[: span.stop] for span in spans], max(span.stop for span in spans)
+    ids = torch.tensor([[row[0]] * (width - len(row)) + list(row) for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    longest = max(span.stop - span.start for span in spans)
+    with nullcontext() if recipe is None else applied(model, recipe, must_fire=False):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=longest)
+    return out.logits.double().log_softmax(-1) if out.logits.device.type != "mps" else out.logits.log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt and the first tokens of its candidate answers; `correct` is an index into them."""
+
+    span: Span
+    candidates: tuple[int, ...]
+    correct: int
+
+
+@dataclass(frozen=True)
+class Effect:
+    """At one strength, over prompts: mean and variance of KL(plain ‖ steered) in nats and of the entropy in bits; the
+    mean share of the right answer among the candidates' probability, and how often it is the most likely of them."""
+
+    strength: float
+    kl: tuple[float, float]
+    entropy: tuple[float, float]
+    mass: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class EffectCurve:
+    """Effects over strengths."""
+
+    effects: tuple[Effect, ...]
+    n: int
+
+    def table(self) -> Table:
+        columns = ("strength", "KL, nats", "variance", "entropy, bits", "variance ", "answer mass", "accuracy")
+        rows = [(e.strength, *e.kl, *e.entropy, e.mass, e.accuracy) for e in self.effects]
+        return Table(columns, tuple(rows), f"First new token of {self.n} prompts")
+
+    def to_frame(self):
+        return self.table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+
+def effect_curve(
+    model: PreTrainedModel,
+    recipe_at: Callable[[float], Recipe],
+    choices: Sequence[Choice],
+    strengths: Sequence[float],
+    *,
+    batch_size: int = 32,
+) -> EffectCurve:
+    """The first new token's distribution at each strength (the metrics of Højer et al. 2025), in padded batches.
+
+    Answers are told by their first tokens alone: raises ValueError where two candidates of a prompt share one.
+    """
+    if not choices:
+        raise ValueError("A curve is measured on prompts, but none was given.")
+    for number, choice in enumerate(choices):
+        if len(set(choice.candidates)) < len(choice.candidates):
+            raise ValueError(
+                f"Two candidate answers of prompt {number} begin with one token, and cannot be told apart."
+            )
+    batches = [choices[i : i + batch_size] for i in range(0, len(choices), batch_size)]
+    return EffectCurve(tuple(_effect(model, recipe_at(s), s, batches) for s in strengths), len(choices))
+
+
+def _effect(model: PreTrainedModel, recipe: Recipe, strength: float, batches: Sequence[Sequence[Choice]]) -> Effect:
+    kl, entropy, mass, hits = [], [], [], []
+    for batch in batches:
+        spans = [choice.span for choice in batch]
+        plain, steered = (log_probabilities(model, spans, which)[:, -1] for which in (None, recipe))
+        kl.append((plain.exp() * (plain - steered)).sum(-1))
+        entropy.append(-(steered.exp() * steered).sum(-1) / torch.log(torch.tensor(2.0, dtype=steered.dtype)))
+        for row, choice in zip(steered, batch, strict=True):
+            among = row[list(choice.candidates)].softmax(-1)
+            mass.append(float(among[choice.correct]))
+            hits.append(int(among.argmax()) == choice.correct)
+    kls, entropies = torch.cat(kl), torch.cat(entropy)
+    return Effect(
+        strength,
+        (float(kls.mean()), float(kls.var(unbiased=False))),
+        (float(entropies.mean()), float(entropies.var(unbiased=False))),
+        sum(mass) / len(mass),
+        sum(hits) / len(hits),
+    )
