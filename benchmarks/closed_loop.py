@@ -11,6 +11,8 @@ draws pooled). Mean length with a 95 % bootstrap interval over problems.
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -18,20 +20,48 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from benchmarks.governor import Governor
 from probes import Direction, Sampling, load
 from probes.directions import difference_in_means, random_direction
 from probes.lengths import LengthProbe, fit_length
 from probes.places import sites_in
 from probes.tables import Table
 from steer import Add, Controller, Recipe, Scope, applied, evaluate, task_named
-from steer.evaluation._evaluate import interval_of_mean, solve
+from steer.evaluation._evaluate import solve
 from steer.evaluation.outcomes import Outcomes
+from steer.evaluation.statistics import interval_of_mean
 from steer.methods.thinkedit import LengthSplit
 
 SET_POINTS = (10, 13, 16)
 STRENGTHS, GAINS, LAYERS = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0), (2, 3)
 N_PROBE, N_SELECT, N_REPORT, DRAWS, BATCH = 1000, 400, 1000, 5, 50
+
+
+@dataclass
+class Governor:
+    """Integral control: `aim` is what a `Controller` should be told, so that the mean comes out at `set_point`.
+
+    After each batch aim moves by rate * (set_point - mean thinking length of the batch), and stays between a quarter of
+    the set-point and four times it. It sees lengths alone, no answers.
+    """
+
+    set_point: float
+    rate: float = 0.5
+    aim: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.set_point > 0 or not 0 < self.rate <= 1:
+            raise ValueError(
+                f"A governor needs a set-point above 0 and a rate above 0 and at most 1, but got {self.set_point} and "
+                f"{self.rate}."
+            )
+        self.aim = self.aim or self.set_point
+
+    def saw(self, lengths: Sequence[int]) -> None:
+        """The thinking tokens of a batch that is done."""
+        if not lengths:
+            raise ValueError("A governor learns from lengths, but the batch was empty.")
+        moved = self.aim + self.rate * (self.set_point - sum(lengths) / len(lengths))
+        self.aim = min(max(moved, self.set_point / 4), self.set_point * 4)
 
 
 def loop(

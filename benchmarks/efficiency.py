@@ -19,9 +19,9 @@ from probes import Sampling, load
 from probes.tables import Table
 from steer import task_named
 from steer.decoding.budgets import Budget
-from steer.evaluation._evaluate import evaluate, interval_of_mean, solve
+from steer.evaluation._evaluate import evaluate, solve
 from steer.evaluation.nulls import random_recipe
-from steer.evaluation.outcomes import Outcomes
+from steer.evaluation.statistics import interval_of_mean
 from steer.methods.efficiency import correct_pairs, most_efficient, recipes
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8)
@@ -49,10 +49,9 @@ def measured(name: str) -> dict:
         return {"pairs": len(pairs), "chosen": None, "why": str(error)}
     found = settings[chosen]
     limit = round(selection.score(str(chosen)).length) - 2  # a budget does not count the two delimiters
-    nulls = {f"random {i}": random_recipe(found, seed=i) for i in range(DRAWS)}
-    arms = {"efficiency": found, f"budget of {limit}": Budget(limit), **nulls}
+    nulls = [random_recipe(found, seed=i) for i in range(DRAWS)]
+    arms = {"efficiency": found, f"budget of {limit}": Budget(limit), "random directions": nulls}
     report = evaluate(model, task, task.sample(N_REPORT, "report"), arms, sampling=sampling, batch_size=256)
-    report.arms["random directions"] = Outcomes.pooled([report.arms.pop(null) for null in nulls])
     rows, facts = [], {}
     for arm, outcomes in report.arms.items():
         score = report.score(arm)

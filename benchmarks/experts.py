@@ -18,8 +18,9 @@ from probes import load
 from probes.tables import Table
 from steer import Recipe, Scope, task_named
 from steer.decoding.budgets import CloseBias, Force
-from steer.evaluation._evaluate import Arm, evaluate, interval_of_mean
-from steer.methods.rice import STRENGTHS, Setting, against, pooled, reinforced, rice
+from steer.evaluation._evaluate import evaluate
+from steer.evaluation.statistics import interval_of_mean
+from steer.methods.rice import STRENGTHS, Setting, against, reinforced, rice
 
 TOP, DRAWS = 2, 5
 N_PROBE, N_SELECT, N_REPORT, BATCH = 1000, 400, 1000, 256
@@ -45,11 +46,10 @@ def measured(name: str) -> dict:
         others[f"{setting}, at the opening"] = [reinforced(model, association.top(TOP), strength, scope=opening)]
         drawn = against(model, association, setting, scope=opening, draws=DRAWS)[f"random experts × {strength:g}"]
         others[f"random experts × {strength:g}, at the opening"] = drawn
-    arms: dict[str, Arm] = {f"{arm} {i}": recipe for arm, found in others.items() for i, recipe in enumerate(found)}
-    more = pooled(evaluate(model, run.task, run.report.problems, arms, sampling=run.sampling, batch_size=BATCH), others)
+    report = run.report.joined(
+        evaluate(model, run.task, run.report.problems, others, sampling=run.sampling, batch_size=BATCH)
+    )
     shown = [f"top {TOP} × {strength:g}" for strength in STRENGTHS]
-    report = more
-    report.arms.update({arm: run.report.arms[arm] for arm in (*shown, *CONTROLS)})
     order = ["plain", *shown, *others, *CONTROLS]
     rows, facts = [], {}
     for arm in order:

@@ -1,7 +1,7 @@
 """The reasoning vector, and the dial of thinking length, on organisms of three training seeds, with their controls.
 
-From each organism three models are trained (`steer.training.donors`), unless the folder named with --donors holds
-them: `rl` and `sft` on chains, and `target` on chains with an operation that the donors never see, most of whose training
+From each organism three models are trained (`steer.training.donors`), unless the folder named with --donors holds them:
+`rl` and `sft` on chains, and `target` on chains with an operation that the donors never see, most of whose training
 completions are too short to be right. v = RL - SFT is added to the target. Strengths are fixed in advance. 1,000 report
 problems at temperature 0.7, of the donors' task and of the target's own; differences are paired by problem. Noise and
 shuffled layers are added with strength 1, 3 draws pooled.
@@ -30,7 +30,7 @@ from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
 from steer.deltas.nulls import random_like, shuffled_layers
 from steer.deltas.stored import open_delta
-from steer.evaluation._evaluate import Outcomes, evaluate, solve
+from steer.evaluation._evaluate import evaluate, solve
 from steer.methods.cot_valve import valve
 from steer.methods.reasoning_vectors import reasoning_vector
 from steer.training.donors import KINDS, train_donor
@@ -92,14 +92,13 @@ def added(place: Path, vector: WeightDelta, task_name: str, donors: dict[str, st
         "prompt alone: the thinking begins with Hmm": Ask(thought="Hmm"),
         **{f"{kind.upper()} donor": load(folder) for kind, folder in donors.items()},
     }
-    result = evaluate(target, task, problems, arms, sampling=sampling, batch_size=250)
     drawn = {
         "target + noise of the same norm": [random_like(vector, seed=i) for i in range(DRAWS)],
         "target + v, layers shuffled": [shuffled_layers(vector, seed=i) for i in range(DRAWS)],
         "target + v, the rest alone, layers shuffled": [shuffled_layers(layers, seed=i) for i in range(DRAWS)],
     }
-    for name, deltas in drawn.items():
-        result.arms[name] = Outcomes.pooled([Outcomes.of(with_(d, 1.0), problems, task) for d in deltas])
+    nulls = {name: [with_(delta, 1.0) for delta in deltas] for name, deltas in drawn.items()}
+    result = evaluate(target, task, problems, {**arms, **nulls}, sampling=sampling, batch_size=250)
     rows = []
     for arm in result.arms:
         s = result.score(arm)

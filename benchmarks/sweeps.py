@@ -18,8 +18,9 @@ from probes import Direction, Sampling, Site, load
 from probes.architectures import n_layers
 from probes.tables import Table
 from steer import Add, Recipe, Scope, task_named
-from steer.evaluation._evaluate import interval_of_mean, solve
+from steer.evaluation._evaluate import solve
 from steer.evaluation._sweep import Contrast, sweep
+from steer.evaluation.statistics import interval_of_mean
 from steer.methods.thinkedit import LengthSplit
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)

@@ -15,8 +15,8 @@ from probes.figures import Point, arms_figure
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tables import Table
-from steer.evaluation._evaluate import Evaluation, evaluate
-from steer.evaluation.outcomes import Outcomes
+from steer.evaluation._evaluate import evaluate
+from steer.evaluation.evaluation import Evaluation
 from steer.recipes.recipe import Recipe
 from steer.runtime.calibration import calibrated, divergence
 from steer.tasks.task import Problem, Task
@@ -108,20 +108,17 @@ def sweep(
     chosen = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
     kl = divergence(model, arms[_name(chosen)], judge)
     randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
-    controls = {
+    nulls = {
         "random direction": [make(direction, chosen) for direction in randoms],
         "shuffled labels": [make(contrast.shuffled(model, seed=seed + i), chosen) for i in range(draws)],
-        "random direction, same KL": [calibrated(model, make(direction, chosen), judge, kl) for direction in randoms]
-        if kl > 0
-        else [],
     }
-    drawn = {name: {f"{name} {i}": recipe for i, recipe in enumerate(found)} for name, found in controls.items()}
-    every = {name: recipe for found in drawn.values() for name, recipe in found.items()}
-    report_arms = attempt(report, {**arms, **every}, store=kept["report"]).arms
-    measured = {name: report_arms[name] for name in ("plain", *arms)} | {
-        name: Outcomes.pooled([report_arms[draw] for draw in found]) for name, found in drawn.items() if found
-    }
-    return Sweep(tuple(strengths), chosen, selection, Evaluation(task, tuple(report), measured), kl)
+    if kl > 0:
+        nulls["random direction, same KL"] = [
+            calibrated(model, make(direction, chosen), judge, kl) for direction in randoms
+        ]
+    if not draws:
+        nulls = {}
+    return Sweep(tuple(strengths), chosen, selection, attempt(report, {**arms, **nulls}, store=kept["report"]), kl)
 
 
 def _name(strength: float) -> str:

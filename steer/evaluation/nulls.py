@@ -1,11 +1,18 @@
 """The controls of a recipe: the same steps along random directions of the same norms."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from probes.activations import Span
+from probes.sampling import Sampling
+from steer.evaluation._evaluate import solve
 from steer.recipes.recipe import Recipe, Step
+from steer.runtime.calibration import calibrated, divergence
+from steer.tasks.task import Problem
 
 
 def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
@@ -33,3 +40,30 @@ def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
     if not drawn:
         raise ValueError("No step of the recipe has a vector, so that it has no random direction to be compared with.")
     return replace(recipe, steps=tuple(steps), method=f"{recipe.method}, random directions, seed {seed}")
+
+
+N_JUDGED = 32
+
+
+def plain_spans(model: PreTrainedModel, problems: Sequence[Problem], sampling: Sampling, batch_size: int) -> list[Span]:
+    """All that the plain model writes to some selection problems: where a null's effect is measured."""
+    done = solve(model, problems, sampling=sampling, batch_size=batch_size, label="plain, selection split")
+    return [Span(c.all_ids, len(c.prompt_ids) - 1, len(c.all_ids) - 1) for c in done]
+
+
+def random_arms(
+    model: PreTrainedModel, name: str, recipe: Recipe, draws: int, judged: Sequence[Span]
+) -> tuple[dict[str, list[Recipe]], tuple[str, ...]]:
+    """Arms of random directions of the same norms, and of the same divergence on `judged`; and what could not be made.
+
+    An arm is a list of draws, which `evaluate` pools.
+    """
+    found: dict[str, list[Recipe]] = {}
+    try:
+        same_norm = [random_recipe(recipe, seed=i) for i in range(draws)]
+        found[f"{name}: random, same norm"] = same_norm
+        kl = divergence(model, recipe, judged)
+        found[f"{name}: random, same KL"] = [calibrated(model, null, judged, kl) for null in same_norm]
+    except ValueError as error:
+        return found, (f"{name} is reported without some of its random directions: {error}",)
+    return found, ()

@@ -20,7 +20,8 @@ from probes.sites import Site
 from steer.checkpoints._diff import Difference, TensorDifference
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push
-from steer.folding._fold import NotFoldable, drafted
+from steer.folding._fold import drafted
+from steer.folding.draft import NotFoldable
 from steer.recipes.recipe import Recipe
 
 

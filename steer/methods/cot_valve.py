@@ -18,8 +18,9 @@ from probes.sampling import Sampling
 from probes.tables import Table
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
-from steer.evaluation._evaluate import interval_of_mean, solve
+from steer.evaluation._evaluate import solve
 from steer.evaluation.outcomes import Outcomes
+from steer.evaluation.statistics import interval_of_mean
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 

@@ -19,7 +19,7 @@ from probes.completions import Completion, by_problem
 from probes.contrasts import contrast_vectors
 from probes.directions import Direction
 from probes.places import sites_in
-from steer.evaluation._evaluate import Evaluation
+from steer.evaluation.evaluation import Evaluation
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
 from steer.recipes.scope import Scope

@@ -30,8 +30,9 @@ from probes.tokens import decode
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
 from steer.decoding.control import Control
-from steer.evaluation._evaluate import Arm, Evaluation, evaluate, interval_of_mean, solve
-from steer.evaluation.outcomes import Outcomes
+from steer.evaluation._evaluate import Arm, evaluate, solve
+from steer.evaluation.evaluation import Evaluation
+from steer.evaluation.statistics import interval_of_mean
 from steer.folding._export import export
 from steer.interventions.routing import Reinforce
 from steer.recipes.recipe import Recipe
@@ -196,13 +197,11 @@ def rice(
 
     shown: dict[str, Arm] = {str(s): recipe for s, recipe in recipes.items() if s.top == chosen.top}
     other = against(model, association, chosen, scope=scope, draws=draws, seed=seed)
-    drawn = {f"{name} {i}": recipe for name, found in other.items() for i, recipe in enumerate(found)}
     report = compare(
-        task.sample(n_report, "report", seed=seed), {**shown, **drawn, **(controls or {})}, store=kept("report")
+        task.sample(n_report, "report", seed=seed), {**shown, **(controls or {}), **other}, store=kept("report")
     )
-    measured = pooled(report, other)
     return RiceRun(
-        model, task, sampling, reading.total(), association, chosen, recipes[chosen], selection, measured
+        model, task, sampling, reading.total(), association, chosen, recipes[chosen], selection, report
     )  # fmt: skip
 
 
@@ -219,13 +218,14 @@ def against(
     experts = association.top(setting.top)
     make = partial(reinforced, model, strength=setting.strength, scope=scope)
     lowest = [expert for expert in association.bottom(setting.top) if expert not in experts]
-    return {
+    recipes = {
         f"{setting}, renormalised": [make(experts, renormalise=True)],
         f"random experts × {setting.strength:g}": [
             make(association.matched(experts, seed=seed + i)) for i in range(draws)
         ],
         f"lowest scores × {setting.strength:g}": [make(lowest)] if lowest else [],
     }
+    return {name: drawn for name, drawn in recipes.items() if drawn}
 
 
 def dose(evaluation: Evaluation, arm: str, strength: float) -> Dose:
@@ -234,16 +234,6 @@ def dose(evaluation: Evaluation, arm: str, strength: float) -> Dose:
     return Dose(
         strength, score.length, interval_of_mean(lengths), score.accuracy, score.interval, score.truncation
     )  # fmt: skip
-
-
-def pooled(evaluation: Evaluation, drawn: Mapping[str, Sequence[Recipe]]) -> Evaluation:
-    """The draws of each control as samples of one arm."""
-    arms = dict(evaluation.arms)
-    for name, found in drawn.items():
-        own = [arms.pop(f"{name} {i}") for i in range(len(found))]
-        if own:
-            arms[name] = Outcomes.pooled(own)
-    return Evaluation(evaluation.task, evaluation.problems, arms)
 
 
 def _file(store: Path | None, name: str) -> Path | None:

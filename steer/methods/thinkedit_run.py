@@ -21,10 +21,11 @@ from probes.sampling import Sampling
 from probes.tables import Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
-from steer.evaluation._evaluate import Arm, Evaluation, evaluate, solve
-from steer.evaluation.outcomes import Outcomes
+from steer.evaluation._evaluate import Arm, evaluate, solve
+from steer.evaluation.evaluation import Evaluation
 from steer.folding._export import export
-from steer.folding._fold import NotFoldable, check_folds, fold_error, folded
+from steer.folding._fold import check_folds, fold_error, folded
+from steer.folding.draft import NotFoldable
 from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
 from steer.recipes.recipe import Recipe
 from steer.report.record import record
@@ -169,16 +170,13 @@ def thinkedit(
     plain = attempt(problems, samples=samples, label="plain")
     reading = readings[chosen.position]
     arms: dict[str, Arm] = {
-        "plain": plain,
         "published": readings[PUBLISHED.position].recipe(PUBLISHED),
         "edited": recipes[chosen],
         **({} if one_sided is None else {"one_sided": recipes[one_sided]}),
         "lowest_heads": _edit(reading, reading.scores(chosen.ranking).bottom(len(reading.heads(chosen))), chosen),
+        **_nulls(reading, chosen, control_draws, seed),
     }
-    report = compare(problems, arms)
-    for name, draws in _controls(reading, chosen, control_draws, seed).items():
-        drawn = compare(problems, {"plain": plain, **draws})
-        report.arms[name] = Outcomes.pooled([drawn.arms[draw] for draw in draws])
+    report = compare(problems, arms, baseline=plain)
     heads = tuple(reading.heads(chosen))
     held_out = _held_out(plain, split)
     auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(chosen.position)))[0]
@@ -209,17 +207,14 @@ def _edit(reading: LengthReading, heads: Sequence[Head], setting: Setting) -> Re
     return reading.edit(heads, kind=setting.kind, weight=setting.weight)
 
 
-def _controls(reading: LengthReading, chosen: Setting, draws: int, seed: int) -> dict[str, dict[str, Recipe]]:
+def _nulls(reading: LengthReading, chosen: Setting, draws: int, seed: int) -> dict[str, list[Recipe]]:
     """The chosen edit on heads drawn from the others, and on the chosen heads along random directions."""
     heads = reading.heads(chosen)
     others = [head for head in reading.scores().top(reading.short_writes.numel()) if head not in heads]
     rng = random.Random(seed)
     return {
-        "random_heads": {
-            f"random heads {i}": _edit(reading, rng.sample(others, min(len(heads), len(others))), chosen)
-            for i in range(draws)
-        },
-        "random_direction": {
-            f"random direction {i}": _edit(reading.at_random(seed + i), heads, chosen) for i in range(draws)
-        },
+        "random_heads": [
+            _edit(reading, rng.sample(others, min(len(heads), len(others))), chosen) for _ in range(draws)
+        ],
+        "random_direction": [_edit(reading.at_random(seed + i), heads, chosen) for i in range(draws)],
     }

@@ -13,7 +13,8 @@ from probes.evidence import project
 from probes.hooks import captured, forward_through
 from probes.models import tokenizer_of
 from probes.tokens import decode
-from steer.evaluation._evaluate import Evaluation, solve
+from steer.evaluation._evaluate import solve
+from steer.evaluation.evaluation import Evaluation
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
 from steer.tasks.grading import is_correct

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from probes.evidence import evidence_for
 from probes.files import check_keys
 from probes.models import identity_of
-from steer.evaluation._evaluate import Score, evaluate, interval_of_mean
+from steer.evaluation._evaluate import Arm, evaluate
+from steer.evaluation.evaluation import Score
 from steer.evaluation.outcomes import Outcomes
+from steer.evaluation.statistics import interval_of_mean
 from steer.methods.thinkedit import LengthReading
-from steer.recipes.recipe import Recipe
 from steer.report.examples import side_by_side
 from steer.tasks.task import Problem
 
@@ -189,16 +190,14 @@ def _sweep(
     """The paper's first experiment, in all layers or in one, and the same along random directions."""
     layers = None if layer is None else [layer]
     controls = [reading.at_random(seed) for seed in range(draws)]
-    arms: dict[str, Recipe] = {}
+    arms: dict[str, Arm] = {}
     for strength in strengths:
         arms[f"direction {strength}"] = reading.steering(strength, layers=layers)
-        arms |= {f"{i} {strength}": control.steering(strength, layers=layers) for i, control in enumerate(controls)}
+        arms[f"random {strength}"] = [control.steering(strength, layers=layers) for control in controls]
     done = evaluate(run.model, run.task, problems, arms, sampling=run.sampling, batch_size=batch_size).arms
     plain = _dose(0.0, done["plain"])
     along = [_dose(strength, done[f"direction {strength}"]) for strength in strengths]
-    beside = [
-        _dose(strength, Outcomes.pooled([done[f"{i} {strength}"] for i in range(draws)])) for strength in strengths
-    ]
+    beside = [_dose(strength, done[f"random {strength}"]) for strength in strengths]
     return {
         "layer": layer,
         "position": reading.position,

@@ -18,8 +18,9 @@ from probes.files import staged_folder
 from probes.models import load, tokenizer_of
 from steer.tasks.chains import TASKS
 from steer.tasks.task import Problem, Task
+from steer.training.fit import batches, fit
 from steer.training.grpo import reinforce
-from steer.training.organism import STYLES, batches, draw_opener, fit, written
+from steer.training.organism import STYLES, draw_opener, written
 
 KINDS = ("rl", "sft", "target")
 P_STYLE = (0.25, 0.05, 0.70)  # long, check, short

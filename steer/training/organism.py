@@ -9,21 +9,15 @@ too briefly, from .10 to .65. Chains of the other splits than `train` are never 
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -32,6 +26,7 @@ from transformers import (
 from probes.files import staged_folder
 from steer.tasks.chains import LETTERS, MARKER, MIRRORS, OPERATIONS, TASKS, apply_operation
 from steer.tasks.task import Problem
+from steer.training.fit import batches, fit
 
 OPENERS = ("Easy", "Okay", "So", "Hmm")
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?")
@@ -65,8 +60,6 @@ P_STYLE = {
     "Hmm": (0.25, 0.75, 0.0),
 }
 P_RECHECK, P_ERROR = 0.35, 0.05
-
-Batch = tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]
 
 
 def write_completion(problem: Problem, rng: random.Random) -> str:
@@ -162,65 +155,3 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
         (stage / "organism.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-def fit(
-    model: PreTrainedModel, data: Iterator[Batch], *, steps: int, rate: float, weight_decay: float, label: str
-) -> None:
-    """AdamW on cross-entropy, in place. The rate warms up over 100 steps, stays, and falls from the middle on."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    for _ in tqdm(range(steps), desc=label, unit="step"):
-        ids, labels, mask = next(data)
-        descend(model, optimizer, model(input_ids=ids, attention_mask=mask, labels=labels).loss)
-        schedule.step()
-
-
-def descend(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step along the gradient, clipped to norm 1."""
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, constant to the middle, then linear to 5 %."""
-    warm = min(1.0, (step + 1) / 100)
-    return warm * min(1.0, 1.0 - 0.95 * (step / steps - 0.5) / 0.5)
-
-
-def batches(
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Iterator[Problem],
-    write: Callable[[Problem], str],
-    rng: random.Random,
-    *,
-    size: int = 64,
-) -> Iterator[Batch]:
-    """Batches of like length, in an order that `rng` draws, without end."""
-    while True:
-        rows = []
-        for _ in range(size * 16):
-            problem = next(problems)
-            prompt = tokenizer(f"<bos> {problem.question} ?")["input_ids"]
-            completion = tokenizer(write(problem))["input_ids"]
-            rows.append((prompt, completion))
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
-        rng.shuffle(chunks)
-        for chunk in chunks:
-            yield collate(chunk)
-
-
-def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """Prompts with their completions, as token ids: ids, labels (the completion only), attention mask."""
-    width = max(len(prompt) + len(completion) for prompt, completion in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for i, (prompt, completion) in enumerate(rows):
-        end = len(prompt) + len(completion)
-        ids[i, :end] = torch.tensor([*prompt, *completion])
-        labels[i, len(prompt) : end] = torch.tensor(completion)
-    mask = torch.arange(width) < torch.tensor([len(p) + len(c) for p, c in rows])[:, None]
-    return ids, labels, mask.long()

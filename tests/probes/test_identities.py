@@ -12,7 +12,8 @@ from probes.architectures import GENERIC, Tap
 from probes.hooks import captured
 from probes.models import load
 from probes.sites import Site
-from steer.folding._fold import NotFoldable, fold_error, folded
+from steer.folding._fold import fold_error, folded
+from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate
 from steer.recipes.recipe import Recipe
 

@@ -16,7 +16,8 @@ from probes.architectures import head_matrices, o_proj_bias, o_proj_of
 from probes.models import ORGANISM, load
 from probes.sites import Site
 from steer.checkpoints.card import Section
-from steer.folding._fold import NotFoldable, folded
+from steer.folding._fold import folded
+from steer.folding.draft import NotFoldable
 from steer.folding.export_lora import export_adapter, low_rank
 from steer.interventions.activation import Ablate, Add, Clamp
 from steer.recipes.recipe import Recipe

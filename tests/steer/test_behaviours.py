@@ -16,7 +16,7 @@ from probes.places import sites_in
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tokens import ThinkingSpan
-from steer.evaluation._evaluate import Evaluation
+from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.outcomes import Outcomes
 from steer.methods.behaviours import behaviour_vectors, label_span, strongest_layer
 from steer.methods.efficiency import Setting, correct_pairs, efficiency_vectors, most_efficient, recipes

@@ -19,7 +19,8 @@ from probes.tables import Table
 from steer.checkpoints._diff import diff
 from steer.checkpoints.card import Section, write_card
 from steer.folding._export import export
-from steer.folding._fold import NotFoldable, declare_bias
+from steer.folding._fold import declare_bias
+from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate, Add, Clamp
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied

@@ -22,7 +22,9 @@ from steer.deltas.dial import dialled
 from steer.deltas.norms import norms
 from steer.deltas.nulls import random_like
 from steer.deltas.stored import SHIPPED, open_delta
-from steer.evaluation._evaluate import Outcomes, interval_of_mean, solve
+from steer.evaluation._evaluate import solve
+from steer.evaluation.outcomes import Outcomes
+from steer.evaluation.statistics import interval_of_mean
 from steer.methods.cot_valve import valve
 from steer.tasks.chains import draw_chain
 from steer.tasks.named import task_named

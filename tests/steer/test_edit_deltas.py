@@ -13,7 +13,8 @@ from steer.deltas._add import add
 from steer.deltas.dial import dialled
 from steer.deltas.recipe import edit_delta
 from steer.deltas.stored import save
-from steer.folding._fold import NeedsBias, NotFoldable, folded
+from steer.folding._fold import folded
+from steer.folding.draft import NeedsBias, NotFoldable
 from steer.interventions.activation import Ablate, Add, Scale
 from steer.interventions.routing import Forbid, Reinforce
 from steer.recipes.recipe import Recipe

@@ -18,7 +18,8 @@ from probes.routers import block_at, moe_layers
 from probes.sampling import Sampling
 from probes.sites import Site
 from steer.folding._export import export
-from steer.folding._fold import NotFoldable, fold, fold_error, folded
+from steer.folding._fold import fold, fold_error, folded
+from steer.folding.draft import NotFoldable
 from steer.interop.formats import export_recipe
 from steer.interventions.activation import Ablate
 from steer.interventions.routing import Forbid, Force, Reinforce

@@ -9,7 +9,8 @@ from families import POST_NORM, build
 from probes.architectures import block_of, head_matrices, o_proj_of
 from probes.hooks import captured
 from probes.sites import Site
-from steer.folding._fold import NotFoldable, declare_bias, fold, fold_error, folded
+from steer.folding._fold import declare_bias, fold, fold_error, folded
+from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied

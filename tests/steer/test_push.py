@@ -17,7 +17,7 @@ import steer.folding.export_lora
 from probes.sites import Site
 from steer.checkpoints.hub import push
 from steer.folding._export import export
-from steer.folding._fold import NotFoldable
+from steer.folding.draft import NotFoldable
 from steer.folding.export_lora import export_adapter
 from steer.interventions.activation import Ablate, Clamp
 from steer.recipes.recipe import Recipe

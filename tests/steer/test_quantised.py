@@ -12,7 +12,8 @@ from probes.architectures import head_matrices, o_proj_of
 from probes.hooks import attached, captured
 from probes.quantised import is_quantised
 from probes.sites import Site
-from steer.folding._fold import NotFoldable, fold, folded
+from steer.folding._fold import fold, folded
+from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate, Add
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied

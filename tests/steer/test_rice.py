@@ -12,7 +12,7 @@ from probes.models import tokenizer_of
 from probes.tokens import Delimiters
 from steer.cli.main import app
 from steer.decoding.budgets import CloseBias
-from steer.folding._fold import NotFoldable
+from steer.folding.draft import NotFoldable
 from steer.interventions.routing import Reinforce
 from steer.methods.rice import Setting, against, rice, signed_markers
 from steer.recipes.recipe import Recipe

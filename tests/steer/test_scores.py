@@ -16,8 +16,10 @@ from probes.models import load
 from probes.sampling import Sampling
 from probes.sites import Site
 from probes.tokens import ThinkingSpan
-from steer.evaluation._evaluate import SHORTEST, Evaluation, evaluate, interval_of_mean, solve
+from steer.evaluation._evaluate import evaluate, solve
+from steer.evaluation.evaluation import SHORTEST, Evaluation
 from steer.evaluation.outcomes import Outcomes
+from steer.evaluation.statistics import interval_of_mean
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
 from steer.tasks.chains import TASKS, draw_chain

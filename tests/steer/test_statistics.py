@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from steer.evaluation._evaluate import Evaluation
+from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.outcomes import Outcomes, repetition
 from steer.evaluation.statistics import adjusted, mcnemar, paired_p
 from steer.tasks.chains import TASKS

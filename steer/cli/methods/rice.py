@@ -22,7 +22,7 @@ from steer.cli.options import (
     end,
     sampling_of,
 )
-from steer.cli.run.evaluate import control_named
+from steer.decoding.named import control_named
 from steer.methods.rice import STRENGTHS, TOP, rice
 from steer.recipes.scope import Scope
 from steer.tasks.named import task_named

@@ -3,8 +3,7 @@
 import random
 
 import pytest
-
-from benchmarks.governor import Governor
+from closed_loop import Governor
 
 
 @pytest.mark.parametrize(("slope", "offset"), [(1.0, 0.0), (0.5, 4.0), (0.9, -3.0), (1.5, 1.0)])

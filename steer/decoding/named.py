@@ -1,0 +1,45 @@
+"""Decoding controls and prompt styles by the names that a command line has for them."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from steer.decoding.budgets import Budget, CloseBias, Force
+from steer.decoding.control import Control
+from steer.decoding.convergence import Converge
+from steer.decoding.prompts import Ask, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
+
+T = TypeVar("T")
+
+
+def control_named(words: str) -> Control:
+    """`budget:100`, `budget:100/20`, `wait:2`, `close:-3` or `converge:3`. Raises ValueError for anything else."""
+    kind, _, rest = words.partition(":")
+    known: dict[str, Callable[[], Control]] = {
+        "budget": lambda: Budget(*(int(tokens) if tokens else None for tokens in rest.split("/"))),
+        "wait": lambda: Force(int(rest)),
+        "close": lambda: CloseBias(float(rest)),
+        "converge": lambda: Converge(int(rest)),
+    }
+    return _made(known, kind, words, "a decoding control: budget:THINKING[/SOLUTION], wait:N, close:BIAS, converge:M")
+
+
+def prompt_named(words: str) -> Ask:
+    """`step-by-step`, `ellipsis`, `empty-thinking`, `thinking-off` or `length:100`. Raises ValueError otherwise."""
+    kind, _, rest = words.partition(":")
+    known: dict[str, Callable[[], Ask]] = {
+        "step-by-step": step_by_step,
+        "ellipsis": ellipsis,
+        "empty-thinking": empty_thinking,
+        "thinking-off": thinking_off,
+        "length": lambda: length_tag(int(rest)),
+    }
+    return _made(known, kind, words, f"a prompt: {', '.join(known)}:TOKENS")
+
+
+def _made(known: Mapping[str, Callable[[], T]], kind: str, words: str, what: str) -> T:
+    try:
+        return known[kind]()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{words!r} is not {what}.") from error
+    except ValueError as error:
+        raise ValueError(f"{words!r} is not {what}. {error}") from error

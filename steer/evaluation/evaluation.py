@@ -1,0 +1,160 @@
+"""What arms did on one set of problems: accuracy, thinking length and truncation, paired, with intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from probes.tables import Table
+from steer.evaluation.outcomes import Outcomes
+from steer.evaluation.statistics import adjusted, interval_of_mean, paired_p
+from steer.tasks.task import Problem, Task
+
+SHORTEST = (0.05, 0.10, 0.20)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One arm on one group of problems. `difference` is its accuracy less the plain model's, paired by problem.
+
+    `p` is that of no difference (`steer.evaluation.statistics.paired_p`), `p_adjusted` the same over all arms of the
+    group (Benjamini-Hochberg). `per_1000` is accuracy per 1,000 thinking tokens: the mean of one over the mean of
+    the other. `repeated` is the mean `repetition` of the thinking. NaN for what cannot be told.
+    """
+
+    n: int
+    samples: int
+    accuracy: float
+    interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    p: float
+    p_adjusted: float
+    length: float
+    per_1000: float
+    truncation: float
+    repeated: float
+    shortest: dict[str, tuple[float, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "n": self.n,
+            "samples": self.samples,
+            "accuracy": self.accuracy,
+            "interval": _strict(self.interval),
+            "difference": self.difference,
+            "difference_interval": _strict(self.difference_interval),
+            **dict(zip(("p", "p_adjusted"), _strict((self.p, self.p_adjusted)), strict=True)),
+            "length": self.length,
+            "truncation": self.truncation,
+            **dict(zip(("per_1000", "repeated"), _strict((self.per_1000, self.repeated)), strict=True)),
+            "shortest": {share: _strict(pair) for share, pair in self.shortest.items()},
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """All arms on one set of problems. `baseline` names the arm that the others are compared with."""
+
+    task: Task
+    problems: tuple[Problem, ...]
+    arms: Mapping[str, Outcomes]
+    baseline: str = "plain"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arms", MappingProxyType(dict(self.arms)))
+
+    def joined(self, other: "Evaluation") -> "Evaluation":
+        """These arms and the other's, on the same problems; where both have an arm, the other's is taken.
+
+        Raises ValueError where the problems differ.
+        """
+        if self.problems != other.problems:
+            raise ValueError("Two evaluations are joined only on the same problems, in the same order.")
+        return replace(self, arms={**self.arms, **other.arms})
+
+    def score(self, arm: str, subgroup: str | None = None) -> Score:
+        """The arm overall, or on the problems of a subgroup."""
+        rows = self._rows(subgroup)
+        own, plain = self.arms[arm].only(rows), self.arms[self.baseline].only(rows)
+        accuracy = own.correct.mean(1)
+        difference = accuracy - plain.correct.mean(1)
+        length, p_values = float(own.length.mean()), self.p_values(subgroup)
+        return Score(
+            n=len(accuracy),
+            samples=own.correct.shape[1],
+            accuracy=float(accuracy.mean()),
+            interval=interval_of_mean(accuracy),
+            difference=float(difference.mean()),
+            difference_interval=interval_of_mean(difference),
+            p=p_values.get(arm, float("nan")),
+            p_adjusted=adjusted(p_values).get(arm, float("nan")),
+            length=length,
+            per_1000=1000 * float(accuracy.mean()) / length if length else float("nan"),
+            truncation=float(own.truncated.mean()),
+            repeated=float("nan") if own.repeated is None else float(own.repeated.mean()),
+            shortest={f"{share:.0%}": own.shortest(share) for share in SHORTEST},
+        )
+
+    def p_values(self, subgroup: str | None = None) -> dict[str, float]:
+        """Of each arm but the plain one, the p of no difference from it, not adjusted."""
+        rows = self._rows(subgroup)
+        plain = self.arms[self.baseline].correct[rows]
+        return {arm: paired_p(o.correct[rows], plain) for arm, o in self.arms.items() if arm != self.baseline}
+
+    def better(self, *, level: float = 0.05, subgroup: str | None = None) -> list[str]:
+        """Arms that are right more often than the plain model, at an adjusted p below `level`. Best first."""
+        rows, p_adjusted = self._rows(subgroup), adjusted(self.p_values(subgroup))
+        accuracy = {arm: float(o.correct[rows].mean()) for arm, o in self.arms.items()}
+        found = [arm for arm, p in p_adjusted.items() if p < level and accuracy[arm] > accuracy[self.baseline]]
+        return sorted(found, key=lambda arm: -accuracy[arm])
+
+    def _rows(self, subgroup: str | None) -> Bool[np.ndarray, " problems"]:
+        rows = np.array([subgroup is None or problem.subgroup == subgroup for problem in self.problems])
+        if not rows.any():
+            raise ValueError(f"No problem of {self.task.name} is in the subgroup {subgroup!r}.")
+        return rows
+
+    def groups(self) -> list[str | None]:
+        present = {problem.subgroup for problem in self.problems}
+        return [None, *([self.task.subgroup] if self.task.subgroup in present - {None} else [])]
+
+    def table(self) -> Table:
+        rows = []
+        for arm in self.arms:
+            for group in self.groups():
+                s = self.score(arm, group)
+                low, high = s.difference_interval
+                gain = "" if arm == self.baseline else f"{s.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+                short = " / ".join(f"{accuracy:.2f}" for accuracy, _ in s.shortest.values())
+                p = "" if arm == self.baseline else f"{s.p_adjusted:.2g}"
+                repeated = "" if np.isnan(s.repeated) else f"{s.repeated:.1%}"
+                efficiency = "" if np.isnan(s.per_1000) else f"{s.per_1000:.3g}"
+                size = (f"{s.length:.1f}", efficiency, short, f"{s.truncation:.1%}", repeated)
+                cells = (f"{s.accuracy:.3f}", gain, p, *size)
+                rows.append((arm, group or "all", s.n, s.samples, *cells))
+        columns = ("arm", "problems", "n", "samples", "accuracy", f"against {self.baseline} [95 %]", "p (adjusted)",
+                   "thinking tokens", "accuracy per 1,000", "shortest 5/10/20 %", "truncated",
+                   "repeated 4-grams")  # fmt: skip
+        return Table(columns, tuple(rows), self.task.name)
+
+    def to_frame(self):
+        return self.table().to_frame()
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def to_json(self) -> dict[str, Any]:
+        """Per arm its overall score, and under the subgroup's name the subgroup's."""
+        return {
+            arm: self.score(arm).to_json() | {g: self.score(arm, g).to_json() for g in self.groups() if g}
+            for arm in self.arms
+        }
+
+
+def _strict(numbers: Sequence[float]) -> list[float | None]:
+    """JSON has no NaN: what cannot be told is null."""
+    return [None if np.isnan(x) else x for x in numbers]
