@@ -21,9 +21,9 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from probes import Direction, Sampling, load
-from probes.directions import difference_in_means, random_direction
-from probes.lengths import LengthProbe, fit_length
-from probes.places import sites_in
+from probes.directions.direction import difference_in_means, random_direction
+from probes.directions.length_probe import LengthProbe, fit_length
+from probes.model.paths import sites_in
 from probes.tables import Table
 from steer import Add, Controller, Recipe, Scope, applied, evaluate, task_named
 from steer.evaluation._evaluate import solve

@@ -1,4 +1,5 @@
-"""What counting experts costs while generating: seconds with `probes.experts.counting` open, over seconds without.
+"""What counting experts costs while generating: seconds with `probes.activations.experts.counting` open, over seconds
+without.
 
 The organism (4 sparse layers of 8 experts, a decode step of a few milliseconds: any cost shows) and a random Qwen3-MoE
 of 16 layers with 64 experts, top 8; batch 1 and 32, a fixed number of new tokens, greedy, one thread. All token classes
@@ -22,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from probes import load
-from probes.experts import counting
-from probes.models import tokenizer_of
+from probes.activations.experts import counting
+from probes.model.loading import tokenizer_of
 from probes.tables import Table
 from steer.methods.rice import signed_markers
 

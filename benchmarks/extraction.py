@@ -1,8 +1,8 @@
 """What reading costs: the mean of every layer's resid_post over each text, in time against the plain forward pass
 and in memory from 4,096 to 32,768 tokens.
 
-Time. The fair peer of `probes.activations.record` is the base forward, `model.model(...)`: all blocks and the final
-norm, without unembedding; `record` runs the same blocks and stops after the last. The full forward, which ends in
+Time. The fair peer of `probes.activations._record.record` is the base forward, `model.model(...)`: all blocks and the
+final norm, without unembedding; `record` runs the same blocks and stops after the last. The full forward, which ends in
 logits, is timed beside it. So are three neighbours that read the same means: transformers' output_hidden_states, a
 trace of nnsight that stops after the last block, and run_with_cache of TransformerLens' bridge, which goes on to
 logits; the last two only where they are installed (the `peers` extra). Ours also reads the mean norm. A round runs
@@ -38,10 +38,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from probes import load
-from probes.activations import Recorded, Span, record
-from probes.models import tokenizer_of
-from probes.places import sites_in
-from probes.sites import Site
+from probes.activations._record import Recorded, Span, record
+from probes.model.loading import tokenizer_of
+from probes.model.paths import sites_in
+from probes.model.sites import Site
 from probes.tables import Table
 
 ROUNDS, BATCH, POS = 24, 4, 128

@@ -1,10 +1,10 @@
 """What head scoring costs beside the forward pass: z_h · (W_hᵀ v) on z's mean, against building every head's write.
 
 Both start from one batch's `z` and the columns of `o_proj`, and end in ⟨mean write, v⟩ for each head. Ours is the
-arithmetic of `probes.heads.head_writes`, u_h = W_hᵀ v included, though it needs that once and not for each batch. The
-other builds the writes [tokens, n_heads, d_model], as TransformerLens' hook_result does, and projects them on v. Random
-numbers, float32, one thread. The target is judged by the processor's clock: on a busy machine the wall's flatters the
-arm that is too short to be interrupted.
+arithmetic of `probes.activations.heads.head_writes`, u_h = W_hᵀ v included, though it needs that once and not for each
+batch. The other builds the writes [tokens, n_heads, d_model], as TransformerLens' hook_result does, and projects them
+on v. Random numbers, float32, one thread. The target is judged by the processor's clock: on a busy machine the wall's
+flatters the arm that is too short to be interrupted.
 
     GOMP_SPINCOUNT=0 python benchmarks/heads.py [ROUNDS]
 """

@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes import load
-from probes.hooks import attached
-from probes.models import tokenizer_of
-from probes.places import sites_in
+from probes.model.hooks import attached
+from probes.model.loading import tokenizer_of
+from probes.model.paths import sites_in
 from probes.tables import Table
 from steer import Add, Recipe, applied
 from steer.runtime.firelog import FireLog

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from probes import Direction, Sampling, Site, load
-from probes.architectures import n_layers
+from probes.model.architectures import n_layers
 from probes.tables import Table
 from steer import Add, Recipe, Scope, task_named
 from steer.evaluation._evaluate import solve

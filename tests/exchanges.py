@@ -3,7 +3,7 @@
 import gguf
 import torch
 
-from probes.sites import Site
+from probes.model.sites import Site
 from steer.interventions.activation import Ablate, Add, Rotate
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope

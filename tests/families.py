@@ -6,8 +6,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from probes.models import load
-from probes.routers import block_at, moe_layers
+from probes.model.loading import load
+from probes.model.routers import block_at, moe_layers
 
 D_VOCAB, N_LAYERS = 97, 3
 BASE = {

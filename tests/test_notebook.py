@@ -11,12 +11,12 @@ import pytest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PUBLIC_MODULES = (
-    "probes.association",
-    "probes.expert_figures",
-    "probes.experts",
-    "probes.figures",
-    "probes.lengths",
-    "probes.places",
+    "probes.evidence.association",
+    "probes.figures.experts",
+    "probes.activations.experts",
+    "probes.figures.plots",
+    "probes.directions.length_probe",
+    "probes.model.paths",
     "steer.deltas._add",
     "steer.decoding.budgets",
     "steer.runtime.calibration",
@@ -104,7 +104,7 @@ def test_a_notebook_uses_public_names_only(path):
     ("code", "private"),
     [
         ("from probes import load", []),
-        ("from probes.hooks import forward_through", ["probes.hooks.forward_through"]),
+        ("from probes.model.hooks import forward_through", ["probes.model.hooks.forward_through"]),
         ("import steer.methods.thinkedit_run", ["steer.methods.thinkedit_run"]),
     ],
 )

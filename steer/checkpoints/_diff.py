@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probes.models import place_of
+from probes.model.loading import place_of
 from probes.tables import Table
 
 

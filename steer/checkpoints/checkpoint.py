@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from probes.models import place_of
+from probes.model.loading import place_of
 
 WHOLE: dict[str, torch.dtype] = {
     "F64": torch.float64,

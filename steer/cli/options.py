@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from probes.sampling import Sampling
+from probes.generation.sampling import Sampling
 from probes.tables import Table
 from steer.tasks.task import SPLITS, Split, Task
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from probes.models import tokenizer_of
-from probes.sampling import CUT
-from probes.tokens import decode, find
+from probes.generation.sampling import CUT
+from probes.model.loading import tokenizer_of
+from probes.model.tokens import decode, find
 from steer.decoding.control import Processors
 from steer.decoding.state import Ids, Rows, Scores
 

@@ -9,10 +9,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from probes.completions import Completion
-from probes.generation import end_ids
-from probes.models import delimiters_of
-from probes.sampling import Event
+from probes.generation._generate import end_ids
+from probes.generation.completions import Completion
+from probes.generation.sampling import Event
+from probes.model.loading import delimiters_of
 from probes.tables import Table
 from steer.decoding.state import Ids, Rows, Scores
 
@@ -48,7 +48,7 @@ class Together:
 
 @dataclass(frozen=True, eq=False)
 class Controlled:
-    """A control on a model, as `probes.generation.generate(..., decoding=...)` takes it."""
+    """A control on a model, as `probes.generation._generate.generate(..., decoding=...)` takes it."""
 
     model: PreTrainedModel
     control: Control

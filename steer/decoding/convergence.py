@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from probes.models import delimiters_of, markers_of, tokenizer_of
-from probes.tokens import decode, encode_prompt, find
+from probes.model.loading import delimiters_of, markers_of, tokenizer_of
+from probes.model.tokens import decode, encode_prompt, find
 from steer.decoding.budgets import words_ids
 from steer.decoding.control import Processors
 from steer.decoding.state import Ids, Rows, Scores

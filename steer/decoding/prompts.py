@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from probes.models import delimiters_of, tokenizer_of
-from probes.tokens import encode_prompt, thinking_span
+from probes.model.loading import delimiters_of, tokenizer_of
+from probes.model.tokens import encode_prompt, thinking_span
 from steer.decoding.budgets import words_ids
 
 

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.clock import Clock
-from probes.sampling import Event
-from probes.tokens import Delimiters
+from probes.generation.sampling import Event
+from probes.model.tokens import Delimiters
+from probes.thinking.phases import Clock
 
 Ids = Int[Tensor, "batch pos"]
 Scores = Float[Tensor, "batch d_vocab"]
@@ -20,8 +20,8 @@ _THINKING, _ANSWER = 1, 2
 class Rows:
     """State of one run, a number or a truth for each row, on the device; nothing is copied to the host before `events`.
 
-    The thinking is that of `probes.tokens.thinking_span`: from the first opening delimiter of the turn to the closing
-    one after it. What is written before or after it is solution, a second block of thinking included.
+    The thinking is that of `probes.model.tokens.thinking_span`: from the first opening delimiter of the turn to the
+    closing one after it. What is written before or after it is solution, a second block of thinking included.
 
     - `opened`, `closed`, `done`: the thinking has begun, has ended, the row has ended; `thinking`: it is in between.
     - `thoughts`: tokens generated since the thinking was opened. `said`: tokens generated outside the thinking, since

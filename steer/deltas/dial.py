@@ -16,8 +16,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from probes.models import tokenizer_of
-from probes.quantised import is_packed
+from probes.model.loading import tokenizer_of
+from probes.model.quantised import is_packed
 from steer.checkpoints.checkpoint import as_rows, blocks, vocabulary_of
 from steer.deltas.delta import WeightDelta, first, is_vocabulary, summed
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from probes.figures import grids_figure
+from probes.figures.plots import grids_figure
 from probes.tables import Table
 from steer.checkpoints.checkpoint import blocks
 from steer.deltas.delta import WeightDelta

@@ -10,15 +10,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import width_of
-from probes.completions import Completion
-from probes.generation import generate
-from probes.hooks import captured, forward_through
-from probes.models import tokenizer_of
-from probes.sampling import Sampling
-from probes.sites import Site
+from probes.generation._generate import generate
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
+from probes.model.architectures import width_of
+from probes.model.hooks import captured, forward_through
+from probes.model.loading import tokenizer_of
+from probes.model.sites import Site
+from probes.model.tokens import Prompt, decode
 from probes.tables import Table
-from probes.tokens import Prompt, decode
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
 from steer.runtime.firelog import FireLog

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from probes.completions import Completion
-from probes.generation import generate
-from probes.models import fingerprint
-from probes.sampling import Sampling
+from probes.generation._generate import generate
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
+from probes.model.loading import fingerprint
 from steer.decoding.control import Control, Controlled
 from steer.decoding.prompts import Ask
 from steer.evaluation.evaluation import Evaluation
@@ -98,7 +98,7 @@ def solve(
 ) -> list[Completion]:
     """Completions of the problems' questions, put as `ask` says, under a control; named by the problems' ids.
 
-    `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far.
+    `store`: see `probes.generation._generate.generate`. With `grader` the progress bar shows the accuracy so far.
     """
     named = {problem.id: problem for problem in problems}
     questions, ids = [ask.question(problem.question) for problem in problems], [problem.id for problem in problems]

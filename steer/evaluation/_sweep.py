@@ -9,11 +9,11 @@ import plotly.graph_objects as go
 import torch
 from transformers import PreTrainedModel
 
-from probes.activations import Span
-from probes.directions import Direction, difference_in_means, random_direction
-from probes.figures import Point, arms_figure
-from probes.sampling import Sampling
-from probes.sites import Site
+from probes.activations._record import Span
+from probes.directions.direction import Direction, difference_in_means, random_direction
+from probes.figures.plots import Point, arms_figure
+from probes.generation.sampling import Sampling
+from probes.model.sites import Site
 from probes.tables import Table
 from steer.evaluation._evaluate import evaluate
 from steer.evaluation.evaluation import Evaluation

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from probes.completions import Completion, by_problem
+from probes.generation.completions import Completion, by_problem
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 

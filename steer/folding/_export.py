@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from probes.architectures import head_matrices
 from probes.files import staged_folder
-from probes.models import folder_of, origin_of, tokenizer_of
-from probes.sites import Site
+from probes.model.architectures import head_matrices
+from probes.model.loading import folder_of, origin_of, tokenizer_of
+from probes.model.sites import Site
 from probes.tables import Table
 from steer.checkpoints._diff import Difference, diff
 from steer.checkpoints.card import Section, write_card

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.architectures import (
+from probes.model.architectures import (
     architecture_of,
     block_of,
     config_of,
@@ -18,9 +18,9 @@ from probes.architectures import (
     output_first,
     width_of,
 )
-from probes.models import origin_of
-from probes.quantised import is_quantised
-from probes.sites import Site, SiteName
+from probes.model.loading import origin_of
+from probes.model.quantised import is_quantised
+from probes.model.sites import Site, SiteName
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
 from steer.folding.routing import fold_routing
 from steer.interventions.activation import Ablate, Add, Affine, Scale

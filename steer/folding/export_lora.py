@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first
 from probes.files import staged_folder, write_tensors
-from probes.models import origin_of
-from probes.places import path_of
-from probes.sites import Site
+from probes.model.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first
+from probes.model.loading import origin_of
+from probes.model.paths import path_of
+from probes.model.sites import Site
 from steer.checkpoints._diff import Difference, TensorDifference
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push

@@ -3,8 +3,8 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import architecture_of, block_of, config_of
-from probes.routers import block_at
+from probes.model.architectures import architecture_of, block_of, config_of
+from probes.model.routers import block_at
 from steer.folding.draft import Draft, NotFoldable
 from steer.interventions.routing import Forbid, Reinforce, RoutingEdit
 from steer.runtime.rerouting import BIAS, FAR

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.files import check_keys
-from probes.models import identity_of
-from probes.sites import Site
+from probes.model.loading import identity_of
+from probes.model.sites import Site
 from steer.interventions.activation import Ablate
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.files import check_keys, staged_file
-from probes.sites import Site
+from probes.model.sites import Site
 from steer.interop.contents import check_mapping, check_steps, number_in, read_json, recipe_of, refusal
 from steer.interop.gguf_vectors import directions_in
 from steer.interventions.activation import Ablate, Add, Intervention, Rotate

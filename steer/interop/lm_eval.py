@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import ARCHITECTURES, Architecture, architecture_of, multiplier_of
 from probes.files import check_keys, staged_file
-from probes.places import site_of
-from probes.sites import Site
+from probes.model.architectures import ARCHITECTURES, Architecture, architecture_of, multiplier_of
+from probes.model.paths import site_of
+from probes.model.sites import Site
 from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, number_in, recipe_of, refusal
 from steer.interventions.activation import Ablate, Add
 from steer.recipes.recipe import Recipe, Step
@@ -25,8 +25,8 @@ def write(recipe: Recipe, path: Path, *, model: PreTrainedModel | None = None) -
     """One entry for each module: Adds as `add`, summed where a site has several, an Ablate as `clamp` to its target.
 
     Modules are named from `model.base_model` on, such as `layers.20`; `model` is needed only for a family without a row
-    in `probes.architectures`. A torch file by lm-eval's own definition, of tensors, numbers and words alone. Raises
-    ValueError for all that the format cannot hold.
+    in `probes.model.architectures`. A torch file by lm-eval's own definition, of tensors, numbers and words alone.
+    Raises ValueError for all that the format cannot hold.
     """
     row = _row(recipe, model)
     outputs = tuple(name for name, tap in row.taps.items() if tap.side == "output" and name != "result")

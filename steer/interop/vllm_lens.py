@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.files import check_keys, staged_file
-from probes.sites import Site
+from probes.model.sites import Site
 from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, number_in, read_json, recipe_of
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe, Step

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.directions import Direction
-from probes.sites import Site
+from probes.directions.direction import Direction
+from probes.model.sites import Site
 
 Units = Literal["stream", "raw"]
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from probes.routers import Expert, block_at
-from probes.sites import Site
+from probes.model.routers import Expert, block_at
+from probes.model.sites import Site
 
 
 @dataclass(frozen=True, eq=False)

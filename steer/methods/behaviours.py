@@ -1,7 +1,8 @@
 """Behaviour vectors: what a kind of thought, such as backtracking, has in common (after Venhoff et al. 2025).
 
-The paper has spans labelled by a large language model; here the labels are whoever's gave the spans, for instance
-the rules of `probes.segments`, and the layer is chosen by an explicit metric. Nothing is claimed about its figures.
+The paper has spans labelled by a large language model; here the labels are whoever's gave the spans, for instance the
+rules of `probes.thinking.segments`, and the layer is chosen by an explicit metric. Nothing is claimed about its
+figures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from probes.activations import Span, record
-from probes.attribution import Metric, attribution
-from probes.directions import Direction, Provenance
-from probes.places import sites_in
+from probes.activations._record import Span, record
+from probes.directions.attribution import Metric, attribution
+from probes.directions.direction import Direction, Provenance
+from probes.model.paths import sites_in
 
 LONGEST = 11  # positions of a span that are read: the one before it and the ten first
 EARLY, LATE = 0.15, 0.1  # shares of the layers left out at both ends when one is chosen

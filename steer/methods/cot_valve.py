@@ -11,10 +11,10 @@ from jaxtyping import Shaped
 from plotly.graph_objects import Figure
 from transformers import PreTrainedModel
 
-from probes.completions import Completion, by_problem
-from probes.figures import Dose, sweep_figure
+from probes.figures.plots import Dose, sweep_figure
 from probes.files import staged_file
-from probes.sampling import Sampling
+from probes.generation.completions import Completion, by_problem
+from probes.generation.sampling import Sampling
 from probes.tables import Table
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from probes.activations import text_span
-from probes.contrasts import Estimator, contrast_vectors
-from probes.directions import Direction
-from probes.places import sites_in
+from probes.activations._record import text_span
+from probes.directions.direction import Direction
+from probes.directions.paired import Estimator, contrast_vectors
+from probes.model.paths import sites_in
 from steer.interventions.activation import Add, Rotate
 from steer.recipes.recipe import Recipe
 
@@ -26,7 +26,7 @@ def control_vectors(
     """One vector for each layer's resid_post, read at the last token: of question and right answer (`positive`),
     against the same with a wrong one (`negative`), pair by pair.
 
-    The last token is each text's own, whatever the padding. See `probes.contrasts` for the estimators.
+    The last token is each text's own, whatever the padding. See `probes.directions.paired` for the estimators.
     """
     above, below = ([text_span(model, text, last=True) for text in texts] for texts in (positive, negative))
     return list(contrast_vectors(model, above, below, sites_in(model, "resid_post"), estimator=estimator).values())

@@ -1,10 +1,10 @@
 """RICE: find the few experts that go with the start of thinking, and reinforce them (Wang et al. 2025).
 
 arXiv 2505.14681. Experts are scored by nPMI with `<think>`, less that with `</think>` and with "Alternatively" (see
-`probes.association`); the paper reinforces the top 2 by 64, both numbers chosen on a set that is among those reported.
-No code of it is public, and all that is known of it here is second-hand, so no fidelity is claimed. Here the choice is
-made on one split and reported on another, beside what is not known of the paper: experts of about the same load drawn
-at random, those with the lowest score, the weights normalised again, decoding controls, and intervals.
+`probes.evidence.association`); the paper reinforces the top 2 by 64, both numbers chosen on a set that is among those
+reported. No code of it is public, and all that is known of it here is second-hand, so no fidelity is claimed. Here the
+choice is made on one split and reported on another, beside what is not known of the paper: experts of about the same
+load drawn at random, those with the lowest score, the weights normalised again, decoding controls, and intervals.
 """
 
 import json
@@ -18,15 +18,15 @@ from typing import Any
 import plotly.graph_objects as go
 from transformers import PreTrainedModel
 
-from probes.association import Association, associate
-from probes.expert_figures import doses_figure
-from probes.experts import ExpertCounts, read_experts
-from probes.figures import Dose
-from probes.models import delimiters_of, load, tokenizer_of
-from probes.routers import Expert
-from probes.sampling import Sampling
+from probes.activations.experts import ExpertCounts, read_experts
+from probes.evidence.association import Association, associate
+from probes.figures.experts import doses_figure
+from probes.figures.plots import Dose
+from probes.generation.sampling import Sampling
+from probes.model.loading import delimiters_of, load, tokenizer_of
+from probes.model.routers import Expert
+from probes.model.tokens import decode
 from probes.tables import Table
-from probes.tokens import decode
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
 from steer.decoding.control import Control
@@ -229,7 +229,7 @@ def against(
 
 
 def dose(evaluation: Evaluation, arm: str, strength: float) -> Dose:
-    """What an arm did, as a point of `probes.expert_figures.doses_figure`."""
+    """What an arm did, as a point of `probes.figures.experts.doses_figure`."""
     score, lengths = evaluation.score(arm), evaluation.arms[arm].length.mean(1).astype(float)
     return Dose(
         strength, score.length, interval_of_mean(lengths), score.accuracy, score.interval, score.truncation

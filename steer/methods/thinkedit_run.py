@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from probes.completions import Completion
-from probes.directions import Direction
-from probes.evidence import separation
-from probes.heads import Head
-from probes.models import load
-from probes.sampling import Sampling
+from probes.activations.heads import Head
+from probes.directions.direction import Direction
+from probes.evidence.separation import separation
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
+from probes.model.loading import load
 from probes.tables import Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section

@@ -11,11 +11,11 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import tap_of, width_of
 from probes.files import check_keys, read_tensors, read_yaml, staged_folder, write_tensors
-from probes.models import identity_of
-from probes.quantised import is_quantised
-from probes.sites import Site
+from probes.model.architectures import tap_of, width_of
+from probes.model.loading import identity_of
+from probes.model.quantised import is_quantised
+from probes.model.sites import Site
 from probes.tables import Table
 from steer.interventions.activation import KINDS, Intervention
 from steer.interventions.routing import Forbid, Force, Reinforce, RoutingEdit, check_expert
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """Steps in order. `model` is the identity of the model it was made on (`probes.models.identity_of`)."""
+    """Steps in order. `model` is the identity of the model it was made on (`probes.model.loading.identity_of`)."""
 
     steps: tuple[Step, ...]
     model: dict[str, Any]

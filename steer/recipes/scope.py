@@ -9,14 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.clock import Ids
-from probes.directions import Direction
+from probes.directions.direction import Direction
+from probes.directions.length_probe import LengthProbe
 from probes.files import check_keys
-from probes.lengths import LengthProbe
-from probes.models import markers_of, tokenizer_of
-from probes.segments import step_ids
-from probes.sites import Site
-from probes.tokens import present_markers
+from probes.model.loading import markers_of, tokenizer_of
+from probes.model.sites import Site
+from probes.model.tokens import present_markers
+from probes.thinking.phases import Ids
+from probes.thinking.segments import step_ids
 
 Phase = Literal["all", "prompt", "thinking", "answer"]
 SCOPES: tuple[Phase, ...] = get_args(Phase)
@@ -152,7 +152,7 @@ class Scope:
     @classmethod
     def after_marker(cls, model: PreTrainedModel, n: int, markers: Sequence[str] | None = None) -> "Scope":
         """The thinking from the end of the n-th reflection marker on. Raises ValueError where the vocabulary lacks all
-        of them; a marker that it lacks is left out, and named by `probes.tokens.present_markers`."""
+        of them; a marker that it lacks is left out, and named by `probes.model.tokens.present_markers`."""
         wanted = tuple(markers_of(model) if markers is None else markers)
         found, absent = present_markers(tokenizer_of(model), wanted)
         if not found:

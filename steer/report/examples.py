@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from probes.activations import POSITIONS
-from probes.completions import Completion
-from probes.directions import Direction
-from probes.evidence import project
-from probes.hooks import captured, forward_through
-from probes.models import tokenizer_of
-from probes.tokens import decode
+from probes.activations._record import POSITIONS
+from probes.directions.direction import Direction
+from probes.evidence.separation import project
+from probes.generation.completions import Completion
+from probes.model.hooks import captured, forward_through
+from probes.model.loading import tokenizer_of
+from probes.model.tokens import decode
 from steer.evaluation._evaluate import solve
 from steer.evaluation.evaluation import Evaluation
 from steer.recipes.recipe import Recipe

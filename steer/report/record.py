@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from probes.evidence import evidence_for
+from probes.evidence.separation import evidence_for
 from probes.files import check_keys
-from probes.models import identity_of
+from probes.model.loading import identity_of
 from steer.evaluation._evaluate import Arm, evaluate
 from steer.evaluation.evaluation import Score
 from steer.evaluation.outcomes import Outcomes

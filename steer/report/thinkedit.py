@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from probes.figures import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
+from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
 from probes.files import staged_file
 from steer.report.html import (
     folded_away,

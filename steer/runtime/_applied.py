@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import o_proj_of
-from probes.clock import Clock
-from probes.hooks import attached, observed, routed, watched
-from probes.sites import Site
+from probes.model.architectures import o_proj_of
+from probes.model.hooks import attached, observed, routed, watched
+from probes.model.sites import Site
+from probes.thinking.phases import Clock
 from steer.interventions.activation import Add, Intervention, placed, widened
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.clock import PHASES, Clock
 from probes.tables import Table
+from probes.thinking.phases import PHASES, Clock
 from steer.runtime.gates import Touched
 
 _NEVER = 2**62

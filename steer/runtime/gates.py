@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.clock import Clock
-from probes.sites import SITE_NAMES, Site, SiteName
+from probes.model.sites import SITE_NAMES, Site, SiteName
+from probes.thinking.phases import Clock
 from steer.recipes.scope import Scope
 
 # In which order a block computes its sites; resid_pre comes first.

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.architectures import config_of
-from probes.routers import Routing, SparseBlock, block_at
+from probes.model.architectures import config_of
+from probes.model.routers import Routing, SparseBlock, block_at
 from steer.interventions.routing import Forbid, Force, Reinforce, RoutingEdit
 from steer.runtime.firelog import FireLog
 from steer.runtime.gates import Gate, Touched

@@ -1,6 +1,6 @@
 """Is an answer right? A truncated completion is not, whatever it says."""
 
-from probes.completions import Completion
+from probes.generation.completions import Completion
 from steer.tasks.answers import last_boxed, letter_of, number_of, stated
 from steer.tasks.task import Grader, Problem
 

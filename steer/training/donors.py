@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from probes.files import staged_folder
-from probes.models import load, tokenizer_of
+from probes.model.loading import load, tokenizer_of
 from steer.tasks.chains import TASKS
 from steer.tasks.task import Problem, Task
 from steer.training.fit import batches, fit

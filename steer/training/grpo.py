@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.completions import Completion
-from probes.sampling import Sampling
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
 from steer.evaluation._evaluate import solve
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task

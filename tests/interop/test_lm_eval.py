@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from probes.models import ORGANISM, load
-from probes.sites import Site
+from probes.model.loading import ORGANISM, load
+from probes.model.sites import Site
 from steer.interop.formats import export_recipe, import_recipe
 from steer.interventions.activation import Ablate, Add
 from steer.recipes.recipe import Recipe

@@ -12,7 +12,7 @@ import torch
 from families import build
 from safetensors.torch import load_file
 
-from probes.models import tokenizer_of
+from probes.model.loading import tokenizer_of
 from steer.checkpoints.checkpoint import Checkpoint
 from steer.deltas._add import add
 from steer.deltas.delta import WeightDelta

@@ -7,9 +7,9 @@ import pytest
 import torch
 from families import FAMILIES, N_LAYERS, PARALLEL, build
 
-from probes.architectures import architecture_of, block_of, is_parallel, o_proj_of, tap_of
-from probes.hooks import captured
-from probes.sites import Site
+from probes.model.architectures import architecture_of, block_of, is_parallel, o_proj_of, tap_of
+from probes.model.hooks import captured
+from probes.model.sites import Site
 
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from probes.association import associate, mutual_information, npmi, risk_difference
-from probes.experts import ExpertReading
+from probes.activations.experts import ExpertReading
+from probes.evidence.association import associate, mutual_information, npmi, risk_difference
 
 
 def random_tokens(seed, n_tokens=400, n_experts=6, k=2, p_marker=0.2):

@@ -9,19 +9,19 @@ import torch
 from families import D_VOCAB, SPECIAL, build
 from rich.console import Console
 
-from probes.activations import Span, span_means, text_span
-from probes.completions import Completion
-from probes.directions import Direction, direction_between, random_direction
-from probes.evidence import auroc
+from probes.activations._record import Span, span_means, text_span
+from probes.activations.moments import Moments
+from probes.directions.components import on_manifold, principal_components
+from probes.directions.direction import Direction, direction_between, random_direction
+from probes.directions.length_probe import fit_length
+from probes.evidence.separation import auroc
 from probes.files import read_tensors, write_tensors
-from probes.lengths import fit_length
-from probes.manifold import on_manifold, principal_components
-from probes.models import identity_of, tokenizer_of
-from probes.sampling import Sampling
-from probes.sites import Site
-from probes.statistics import Moments
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
+from probes.model.loading import identity_of, tokenizer_of
+from probes.model.sites import Site
+from probes.model.tokens import ThinkingSpan
 from probes.tables import Table
-from probes.tokens import ThinkingSpan
 
 A = ["w7 w8 w9 w10 w11 w12", "w20", "w13 w14"]
 B = ["w15 w16 <think> w17", "w18 w19 w18 w19 w18"]

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from probes.expert_figures import doses_figure, loads_figure, scores_figure, usage_figure
-from probes.figures import Dose
+from probes.figures.experts import doses_figure, loads_figure, scores_figure, usage_figure
+from probes.figures.plots import Dose
 
 GRID = [[0.5, -2.0, math.nan], [0.1, 0.0, 1.0]]
 

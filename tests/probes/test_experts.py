@@ -4,13 +4,13 @@ import pytest
 import torch
 from families import MOE, UNLISTED_MOE, build_sparse
 
-from probes.experts import ExpertCounts, counting, read_experts, weights_along
-from probes.generation import generate
-from probes.hooks import attached, forward_through, routed
-from probes.models import load
-from probes.routers import Routing, block_at, moe_layers
-from probes.sampling import Sampling
-from probes.sites import Site
+from probes.activations.experts import ExpertCounts, counting, read_experts, weights_along
+from probes.generation._generate import generate
+from probes.generation.sampling import Sampling
+from probes.model.hooks import attached, forward_through, routed
+from probes.model.loading import load
+from probes.model.routers import Routing, block_at, moe_layers
+from probes.model.sites import Site
 from steer.interventions.routing import Force
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
@@ -211,7 +211,7 @@ def test_classes_are_the_phases_and_the_markers():
 
 @torch.no_grad()
 def test_a_marker_of_several_ways_and_tokens_counts_where_it_ends_also_across_passes(monkeypatch):
-    monkeypatch.setattr("probes.experts.present_markers", lambda *_: ({"m": [(9,), (8, 7)]}, ()))
+    monkeypatch.setattr("probes.activations.experts.present_markers", lambda *_: ({"m": [(9,), (8, 7)]}, ()))
     model, ids = build_sparse("qwen3_moe"), torch.tensor([[1, 8, 7, 9, 7, 8, 8, 7, 9]])
     with counting(model, ["m"]) as whole:
         model(input_ids=ids)

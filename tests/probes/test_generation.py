@@ -10,13 +10,13 @@ import torch
 from families import build, build_tokenizer
 from scipy.stats import chisquare
 
-from probes import generation
-from probes.completions import Completion, by_problem, read_completions, write_completions
-from probes.generation import generate
-from probes.hooks import watched
-from probes.models import load, tokenizer_of
-from probes.sampling import GumbelNoise, Sampling, row_key
-from probes.tokens import ThinkingSpan, decode, encode_prompt
+from probes.generation import _generate as generation
+from probes.generation._generate import generate
+from probes.generation.completions import Completion, by_problem, read_completions, write_completions
+from probes.generation.sampling import GumbelNoise, Sampling, row_key
+from probes.model.hooks import watched
+from probes.model.loading import load, tokenizer_of
+from probes.model.tokens import ThinkingSpan, decode, encode_prompt
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 WARM = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=48)

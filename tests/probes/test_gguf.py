@@ -4,15 +4,15 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
-from probes import gguf
-from probes.architectures import head_matrices, n_layers
-from probes.generation import generate
-from probes.gguf import converted, smollm2_file
-from probes.hooks import captured
-from probes.models import delimiters_of, folder_of, load, tokenizer_of
-from probes.sampling import Sampling
-from probes.sites import Site
-from probes.tokens import encode_prompt
+from probes.generation._generate import generate
+from probes.generation.sampling import Sampling
+from probes.model import gguf_files as gguf
+from probes.model.architectures import head_matrices, n_layers
+from probes.model.gguf_files import converted, smollm2_file
+from probes.model.hooks import captured
+from probes.model.loading import delimiters_of, folder_of, load, tokenizer_of
+from probes.model.sites import Site
+from probes.model.tokens import encode_prompt
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import torch
 from families import BASE, N_LAYERS, build_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from probes import architectures, identities
-from probes.architectures import GENERIC, Tap
-from probes.hooks import captured
-from probes.models import load
-from probes.sites import Site
+from probes.model import architectures, identities
+from probes.model.architectures import GENERIC, Tap
+from probes.model.hooks import captured
+from probes.model.loading import load
+from probes.model.sites import Site
 from steer.folding._fold import fold_error, folded
 from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate

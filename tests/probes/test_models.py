@@ -8,8 +8,9 @@ import torch
 from families import build, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from probes.generation import generate
-from probes.models import (
+from probes.generation._generate import generate
+from probes.generation.sampling import Sampling
+from probes.model.loading import (
     ORGANISM,
     delimiters_of,
     fingerprint,
@@ -20,8 +21,7 @@ from probes.models import (
     origin_of,
     tokenizer_of,
 )
-from probes.sampling import Sampling
-from probes.tokens import REFLECTION_MARKERS, Delimiters, encode_prompt
+from probes.model.tokens import REFLECTION_MARKERS, Delimiters, encode_prompt
 
 CHAIN = "a 3 b +4 c *7"
 # a tokenizer that does not think

@@ -8,11 +8,12 @@ from families import TEMPLATE, build_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from probes.completions import Completion
-from probes.gguf import converted, smollm2_file
-from probes.models import load, tokenizer_of
-from probes.sampling import Sampling
-from probes.segments import (
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
+from probes.model.gguf_files import converted, smollm2_file
+from probes.model.loading import load, tokenizer_of
+from probes.model.tokens import find_delimiters, thinking_span
+from probes.thinking.segments import (
     RULES,
     Rules,
     Segment,
@@ -22,7 +23,6 @@ from probes.segments import (
     segments,
     step_ids,
 )
-from probes.tokens import find_delimiters, thinking_span
 
 STEPS = (
     "\n\nOkay, 3 + 4 is 7.\n\n",

@@ -1,10 +1,10 @@
 import pytest
 from families import build
 
-from probes.architectures import tap_of
-from probes.hooks import attached
-from probes.places import path_of, site_of
-from probes.sites import SITE_NAMES, Site
+from probes.model.architectures import tap_of
+from probes.model.hooks import attached
+from probes.model.paths import path_of, site_of
+from probes.model.sites import SITE_NAMES, Site
 
 
 @pytest.mark.parametrize("text", ["L12.resid_post", "L12H7.z", "L0H0.result", "L3.mlp_in"])

@@ -7,8 +7,8 @@ from families import SPECIAL, build_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from probes.models import load, markers_of, tokenizer_of
-from probes.tokens import (
+from probes.model.loading import load, markers_of, tokenizer_of
+from probes.model.tokens import (
     REFLECTION_MARKERS,
     Delimiters,
     ThinkingSpan,

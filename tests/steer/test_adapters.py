@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import steer.folding.export_lora
-from probes.architectures import head_matrices, o_proj_bias, o_proj_of
-from probes.models import ORGANISM, load
-from probes.sites import Site
+from probes.model.architectures import head_matrices, o_proj_bias, o_proj_of
+from probes.model.loading import ORGANISM, load
+from probes.model.sites import Site
 from steer.checkpoints.card import Section
 from steer.folding._fold import folded
 from steer.folding.draft import NotFoldable

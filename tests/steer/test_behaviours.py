@@ -7,15 +7,15 @@ import pytest
 import torch
 from families import build
 
-from probes.activations import Span
-from probes.attribution import attribution, log_probability_of
-from probes.completions import Completion
-from probes.directions import difference_in_means
-from probes.hooks import attached, captured
-from probes.places import sites_in
-from probes.sampling import Sampling
-from probes.sites import Site
-from probes.tokens import ThinkingSpan
+from probes.activations._record import Span
+from probes.directions.attribution import attribution, log_probability_of
+from probes.directions.direction import difference_in_means
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
+from probes.model.hooks import attached, captured
+from probes.model.paths import sites_in
+from probes.model.sites import Site
+from probes.model.tokens import ThinkingSpan
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.outcomes import Outcomes
 from steer.methods.behaviours import behaviour_vectors, label_span, strongest_layer

@@ -12,11 +12,11 @@ import torch
 from families import build, build_tokenizer
 from transformers import LogitsProcessor
 
-from probes.completions import read_completions
-from probes.generation import generate
-from probes.models import delimiters_of, load, tokenizer_of
-from probes.sampling import Sampling
-from probes.tokens import Delimiters, encode_prompt, find, thinking_span
+from probes.generation._generate import generate
+from probes.generation.completions import read_completions
+from probes.generation.sampling import Sampling
+from probes.model.loading import delimiters_of, load, tokenizer_of
+from probes.model.tokens import Delimiters, encode_prompt, find, thinking_span
 from steer.decoding.budgets import Budget, CloseBias, Force
 from steer.decoding.control import Controlled, ControlLog, Processors, Together
 from steer.decoding.convergence import Converge, Rule, YesNo, thoughts_of

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import steer.folding._export
-from probes.models import ORGANISM, load, tokenizer_of
-from probes.sites import Site
+from probes.model.loading import ORGANISM, load, tokenizer_of
+from probes.model.sites import Site
 from probes.tables import Table
 from steer.checkpoints._diff import diff
 from steer.checkpoints.card import Section, write_card
@@ -209,8 +209,8 @@ def test_an_export_that_fails_midway_leaves_nothing(part, last_word, monkeypatch
 KILLED = """
 import os, signal, sys, torch
 import steer.folding._export
-from probes.models import load
-from probes.sites import Site
+from probes.model.loading import load
+from probes.model.sites import Site
 from steer.interventions.activation import Ablate
 from steer.recipes.recipe import Recipe
 steer.folding._export.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

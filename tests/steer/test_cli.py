@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from probes.models import ORGANISM, load
-from probes.sites import Site
+from probes.model.loading import ORGANISM, load
+from probes.model.sites import Site
 from steer.cli.main import main
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from probes.models import tokenizer_of
+from probes.model.loading import tokenizer_of
 from steer.checkpoints.checkpoint import Checkpoint
 from steer.cli.weights.vector import app
 from steer.deltas.delta import WeightDelta, matches

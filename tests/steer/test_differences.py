@@ -8,7 +8,7 @@ import torch
 from families import build
 from safetensors.torch import save_file
 
-from probes.models import ORGANISM
+from probes.model.loading import ORGANISM
 from steer.checkpoints._diff import diff
 
 INDEX = "model.safetensors.index.json"

@@ -13,9 +13,9 @@ from families import build
 from torch.nn.functional import log_softmax
 from typer.testing import CliRunner
 
-from probes.generation import generate
-from probes.models import load, tokenizer_of
-from probes.sampling import Sampling
+from probes.generation._generate import generate
+from probes.generation.sampling import Sampling
+from probes.model.loading import load, tokenizer_of
 from steer.cli.methods.donors import donors_
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled

@@ -6,8 +6,8 @@ from families import build
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from probes.models import load, tokenizer_of
-from probes.sites import Site
+from probes.model.loading import load, tokenizer_of
+from probes.model.sites import Site
 from steer.cli.weights.vector import app
 from steer.deltas._add import add
 from steer.deltas.dial import dialled

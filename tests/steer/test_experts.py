@@ -7,16 +7,16 @@ import torch
 from families import MOE, UNLISTED_MOE, build, build_sparse
 from transformers import AutoModelForCausalLM
 
-from probes.activations import Span
-from probes.association import associate
-from probes.completions import Completion
-from probes.experts import read_experts
-from probes.generation import generate
-from probes.hooks import routed
-from probes.models import load
-from probes.routers import block_at, moe_layers
-from probes.sampling import Sampling
-from probes.sites import Site
+from probes.activations._record import Span
+from probes.activations.experts import read_experts
+from probes.evidence.association import associate
+from probes.generation._generate import generate
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
+from probes.model.hooks import routed
+from probes.model.loading import load
+from probes.model.routers import block_at, moe_layers
+from probes.model.sites import Site
 from steer.folding._export import export
 from steer.folding._fold import fold, fold_error, folded
 from steer.folding.draft import NotFoldable

@@ -5,11 +5,11 @@ import torch
 from families import build
 from transformers import LogitsProcessorList
 
-from probes.clock import Clock
-from probes.hooks import captured
-from probes.models import load, tokenizer_of
-from probes.sites import Site
-from probes.tokens import Delimiters
+from probes.model.hooks import captured
+from probes.model.loading import load, tokenizer_of
+from probes.model.sites import Site
+from probes.model.tokens import Delimiters
+from probes.thinking.phases import Clock
 from steer.interventions.activation import Ablate, Add, Rotate
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Condition, Controller, Schedule, Scope

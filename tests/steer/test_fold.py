@@ -6,9 +6,9 @@ import pytest
 import torch
 from families import POST_NORM, build
 
-from probes.architectures import block_of, head_matrices, o_proj_of
-from probes.hooks import captured
-from probes.sites import Site
+from probes.model.architectures import block_of, head_matrices, o_proj_of
+from probes.model.hooks import captured
+from probes.model.sites import Site
 from steer.folding._fold import declare_bias, fold, fold_error, folded
 from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale

@@ -24,9 +24,9 @@ import pytest
 import torch
 from tqdm.std import TqdmDefaultWriteLock
 
-from probes.completions import read_completions
-from probes.models import load
-from probes.sites import Site
+from probes.generation.completions import read_completions
+from probes.model.loading import load
+from probes.model.sites import Site
 from steer.cli.main import app
 from steer.folding._export import export
 from steer.folding.export_lora import export_adapter

@@ -14,9 +14,9 @@ from exchanges import NAMES, POST, TOKENS, control_vector, logits, recipe_for, v
 from families import build
 from typer.testing import CliRunner
 
-from probes.hooks import attached
-from probes.models import load
-from probes.sites import Site
+from probes.model.hooks import attached
+from probes.model.loading import load
+from probes.model.sites import Site
 from steer.cli.weights.exchange import export_, import_
 from steer.interop.formats import FORMATS, export_recipe, import_recipe
 from steer.interventions.activation import Ablate, Add, Clamp, Scale

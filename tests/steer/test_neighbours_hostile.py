@@ -7,7 +7,7 @@ import torch
 from exchanges import NAMES, control_vector, recipe_for, vector
 from families import build
 
-from probes.models import load
+from probes.model.loading import load
 from steer.interop.formats import FORMATS, export_recipe, import_recipe
 
 

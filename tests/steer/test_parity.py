@@ -9,8 +9,8 @@ from families import N_LAYERS, PARALLEL, build
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from probes.architectures import width_of
-from probes.sites import Site
+from probes.model.architectures import width_of
+from probes.model.sites import Site
 from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Condition, Controller, Schedule, Scope

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 import steer.folding._export
 import steer.folding.export_lora
-from probes.sites import Site
+from probes.model.sites import Site
 from steer.checkpoints.hub import push
 from steer.folding._export import export
 from steer.folding.draft import NotFoldable

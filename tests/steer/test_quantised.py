@@ -8,10 +8,10 @@ import torch
 from families import build
 from torch import nn
 
-from probes.architectures import head_matrices, o_proj_of
-from probes.hooks import attached, captured
-from probes.quantised import is_quantised
-from probes.sites import Site
+from probes.model.architectures import head_matrices, o_proj_of
+from probes.model.hooks import attached, captured
+from probes.model.quantised import is_quantised
+from probes.model.sites import Site
 from steer.folding._fold import fold, folded
 from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate, Add

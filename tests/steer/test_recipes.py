@@ -8,9 +8,9 @@ import yaml
 from families import build
 
 from probes.files import read_tensors, write_tensors
-from probes.hooks import attached, captured
-from probes.models import identity_of
-from probes.sites import Site
+from probes.model.hooks import attached, captured
+from probes.model.loading import identity_of
+from probes.model.sites import Site
 from steer.interventions.activation import Ablate, Add, Clamp
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope

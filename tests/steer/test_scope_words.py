@@ -7,10 +7,10 @@ import torch
 import yaml
 from families import SPECIAL, build, build_tokenizer
 
-from probes.directions import direction_between
+from probes.directions.direction import direction_between
 from probes.files import read_tensors, write_tensors
-from probes.models import load, tokenizer_of
-from probes.sites import Site
+from probes.model.loading import load, tokenizer_of
+from probes.model.sites import Site
 from steer.interventions.activation import Add, Rotate, Scale
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Condition, Controller, Schedule, Scope

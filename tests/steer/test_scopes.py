@@ -7,11 +7,11 @@ import torch
 from families import build
 from transformers import LogitsProcessorList
 
-from probes.clock import Clock
-from probes.hooks import attached, watched
-from probes.models import load, tokenizer_of
-from probes.sites import Site
-from probes.tokens import Delimiters, thinking_span
+from probes.model.hooks import attached, watched
+from probes.model.loading import load, tokenizer_of
+from probes.model.sites import Site
+from probes.model.tokens import Delimiters, thinking_span
+from probes.thinking.phases import Clock
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
 from steer.recipes.scope import SCOPES

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from probes import load
-from probes.generation import generate
-from probes.hooks import captured
-from probes.models import tokenizer_of
-from probes.sampling import Sampling
-from probes.segments import Rules, segments
+from probes.generation._generate import generate
+from probes.generation.sampling import Sampling
+from probes.model.hooks import captured
+from probes.model.loading import tokenizer_of
+from probes.thinking.segments import Rules, segments
 from steer.methods.seal import seal_vectors, steering
 from steer.runtime._applied import applied
 from steer.tasks.named import task_named

@@ -9,7 +9,7 @@ from families import build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from probes.models import tokenizer_of
+from probes.model.loading import tokenizer_of
 from steer.checkpoints.checkpoint import Checkpoint, as_rows, blocks
 
 INDEX = "model.safetensors.index.json"

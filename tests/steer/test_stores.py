@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from probes import Sampling, load
-from probes.sites import Site
+from probes.model.sites import Site
 from steer.decoding.budgets import Budget
 from steer.decoding.prompts import Ask
 from steer.evaluation import _evaluate as scores

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from probes import load
-from probes.directions import difference_in_means, random_direction
-from probes.figures import Point, pareto_front
-from probes.sampling import Sampling
-from probes.sites import Site
+from probes.directions.direction import difference_in_means, random_direction
+from probes.figures.plots import Point, pareto_front
+from probes.generation.sampling import Sampling
+from probes.model.sites import Site
 from steer.cli.main import app
 from steer.evaluation._evaluate import solve
 from steer.evaluation._sweep import Contrast, sweep

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from probes.completions import Completion
-from probes.sampling import Sampling
+from probes.generation.completions import Completion
+from probes.generation.sampling import Sampling
 from steer.tasks import gym
 from steer.tasks.answers import last_boxed, letter_of, number_of, stated
 from steer.tasks.grading import is_correct

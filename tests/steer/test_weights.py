@@ -21,8 +21,8 @@ from families import build, build_tokenizer
 from safetensors.torch import load_file, save_file
 from tqdm.std import TqdmDefaultWriteLock
 
-from probes.models import folder_of, load, tokenizer_of
-from probes.sampling import Sampling
+from probes.generation.sampling import Sampling
+from probes.model.loading import folder_of, load, tokenizer_of
 from steer.checkpoints.checkpoint import Checkpoint
 from steer.checkpoints.stream import stream as streaming
 from steer.deltas._add import Plan, add

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from probes.files import staged_folder
-from probes.models import load
+from probes.model.loading import load
 from steer.cli.options import (
     BatchSize,
     Delimit,

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from probes.models import load
-from probes.sampling import Sampling
+from probes.generation.sampling import Sampling
+from probes.model.loading import load
 from steer.cli.options import Delimit, DeviceMap, Dtype, Json, Model, console, end
 from steer.evaluation._compare import compare
 from steer.recipes.recipe import Recipe

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from probes.models import load
+from probes.model.loading import load
 from steer.cli.options import (
     BatchSize,
     Count,

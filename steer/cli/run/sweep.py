@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from probes.activations import text_spans
-from probes.directions import Direction
+from probes.activations._record import text_spans
+from probes.directions.direction import Direction
 from probes.files import staged_folder
-from probes.models import load
-from probes.sites import Site
+from probes.model.loading import load
+from probes.model.sites import Site
 from steer.cli.options import (
     BatchSize,
     Delimit,

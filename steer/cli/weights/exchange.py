@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from probes.models import load
+from probes.model.loading import load
 from probes.tables import Table
 from steer.cli.options import Delimit, DeviceMap, Dtype, Json, Model, Output, end
 from steer.folding._export import export

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from probes.files import staged_file
-from probes.models import load
+from probes.model.loading import load
 from probes.tables import Table
 from steer.checkpoints.checkpoint import WHOLE, Checkpoint
 from steer.cli.options import Json, Output, console, end

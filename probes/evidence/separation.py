@@ -11,10 +11,10 @@ from scipy.stats import mannwhitneyu, rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations import Span, span_means
-from probes.directions import Direction
-from probes.places import sites_in
-from probes.sites import Site, SiteName
+from probes.activations._record import Span, span_means
+from probes.directions.direction import Direction
+from probes.model.paths import sites_in
+from probes.model.sites import Site, SiteName
 from probes.tables import Table
 
 if TYPE_CHECKING:

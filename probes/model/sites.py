@@ -7,7 +7,7 @@
 
 `attn_out` and `mlp_out` are what is added to the stream. `z` is the input of `o_proj`, head by head.
 `L5H7.result` is what head 7 contributes to the output of `o_proj`: its columns of the matrix times its `z`.
-`L5E7.routing` is the weight that the router of a sparse block gives expert 7; `probes.routers` reads it.
+`L5E7.routing` is the weight that the router of a sparse block gives expert 7; `probes.model.routers` reads it.
 """
 
 import re

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes.architectures import block_of, head_matrices, multiplier_of, n_heads, tap_of
-from probes.routers import Routing, block_at, read_routing
-from probes.sites import Site
+from probes.model.architectures import block_of, head_matrices, multiplier_of, n_heads, tap_of
+from probes.model.routers import Routing, block_at, read_routing
+from probes.model.sites import Site
 
 Edit = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
 See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int], None]

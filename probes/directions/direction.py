@@ -12,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations import Span, record, text_span
-from probes.architectures import final_norm_of
+from probes.activations._record import Span, record, text_span
 from probes.files import check_keys, read_tensors, write_tensors
-from probes.models import identity_of, tokenizer_of
-from probes.sites import Site
+from probes.model.architectures import final_norm_of
+from probes.model.loading import identity_of, tokenizer_of
+from probes.model.sites import Site
+from probes.model.tokens import decode
 from probes.tables import Table
-from probes.tokens import decode
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from probes.figure_style import (
+from probes.figures.style import (
     BLUE,
     CYCLE,
     DASHES,

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations import POSITIONS, span_means
-from probes.completions import Completion
-from probes.sites import Site
+from probes.activations._record import POSITIONS, span_means
+from probes.generation.completions import Completion
+from probes.model.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,8 @@ def fit_length(
     position: str = "first",
     ridge: float = 1e-3,
 ) -> LengthProbe:
-    """Ridge regression of a completion's thinking tokens on its activation at a position (`probes.activations`).
+    """Ridge regression of a completion's thinking tokens on its activation at a position
+    (`probes.activations._record`).
 
     `ridge` is in units of the activation's mean variance. Every fourth completion is held out for `r2`. Completions
     that never close their thinking are left out. Raises ValueError where fewer than 20 are left.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.architectures import (
+from probes.model.architectures import (
     GENERIC,
     Architecture,
     config_of,
@@ -17,8 +17,8 @@ from probes.architectures import (
     o_proj_bias,
     o_proj_of,
 )
-from probes.hooks import captured
-from probes.sites import Site, SiteName
+from probes.model.hooks import captured
+from probes.model.sites import Site, SiteName
 
 _SEQUENTIAL: tuple[tuple[SiteName, tuple[SiteName, ...]], ...] = (
     ("resid_mid", ("resid_pre", "attn_out")),
@@ -45,7 +45,7 @@ def adopt(model: PreTrainedModel) -> None:
     del model._thinksteer_row
     raise ValueError(
         f"No architecture row for model_type {config_of(model).model_type!r}, and the generic row does not hold: "
-        f"{broken[0]}. Add a row to probes/architectures.py; the tests then check it."
+        f"{broken[0]}. Add a row to probes/model/architectures.py; the tests then check it."
     )
 
 

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from probes.quantised import computed_weight, is_packed
-from probes.sites import Site, SiteName
+from probes.model.quantised import computed_weight, is_packed
+from probes.model.sites import Site, SiteName
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v3": SPARSE_BIASED,
     "gpt_oss": GPT_OSS,
 }
-# What an unlisted family may look like; each is taken only if the identities hold (probes/identities.py).
+# What an unlisted family may look like; each is taken only if the identities hold (probes/model/identities.py).
 GENERIC: tuple[Architecture, ...] = (
     replace(PRE_NORM, mlp_writers=()),
     replace(SANDWICH_NORM, mlp_writers=(), declares_bias=None),
@@ -185,7 +185,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     if row is None:
         raise ValueError(
             f"No architecture row for model_type {model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. "
-            "probes.load tries the generic row on an unlisted family; or add a row to probes/architectures.py."
+            "probes.load tries the generic row on an unlisted family; or add a row to probes/model/architectures.py."
         )
     return row
 
@@ -282,7 +282,7 @@ def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
     if site.head is not None and not site.head < n_heads(model):
         raise IndexError(f"Head {site.head} is out of range: the model has heads 0 to {n_heads(model) - 1}.")
     if site.name == "routing":
-        raise ValueError(f"{site} is no activation but a router's choice: read it with probes.experts.")
+        raise ValueError(f"{site} is no activation but a router's choice: read it with probes.activations.experts.")
     if site.name == "result" and site.head is None:
         raise ValueError(f"{site} needs a head: write L{site.layer}H0.result.")
     tap = taps[site.name]

@@ -11,10 +11,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from probes.completions import Completion, order_completions, read_completions, write_completions
-from probes.models import delimiters_of, origin_of, tokenizer_of
-from probes.sampling import CUT, Decoding, Event, Sampling, row_key
-from probes.tokens import Prompt, decode, encode_prompt, thinking_span
+from probes.generation.completions import Completion, order_completions, read_completions, write_completions
+from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
+from probes.model.loading import delimiters_of, origin_of, tokenizer_of
+from probes.model.tokens import Prompt, decode, encode_prompt, thinking_span
 
 
 def generate(

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from probes.figure_style import (
+from probes.figures.plots import Dose
+from probes.figures.style import (
     BLUE,
     CYCLE,
     DASHES,
@@ -24,8 +25,7 @@ from probes.figure_style import (
     escaped,
     see_through,
 )
-from probes.figures import Dose
-from probes.routers import Expert
+from probes.model.routers import Expert
 
 Grid = Sequence[Sequence[Number]] | Float[np.ndarray, "rows columns"] | Float[Tensor, "rows columns"]
 _LOAD = [[0, see_through(BLUE, 0.06)], [1, BLUE]]

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations import Span, span_means
-from probes.directions import Direction, Provenance
-from probes.sites import Site
+from probes.activations._record import Span, span_means
+from probes.directions.direction import Direction, Provenance
+from probes.model.sites import Site
 
 Estimator = Literal["reading", "contrast", "pca", "pca uncentred"]
 

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations import Span, record
-from probes.architectures import attn_gain, head_matrices, n_heads, n_layers
-from probes.sites import Site
+from probes.activations._record import Span, record
+from probes.model.architectures import attn_gain, head_matrices, n_heads, n_layers
+from probes.model.sites import Site
 from probes.tables import Table
 
 Head = tuple[int, int]

@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.activations import Span
-from probes.directions import Direction
-from probes.hooks import captured, forward_through
-from probes.sites import Site
+from probes.activations._record import Span
+from probes.directions.direction import Direction
+from probes.model.hooks import captured, forward_through
+from probes.model.sites import Site
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from probes.architectures import ARCHITECTURES, config_of, n_heads, n_layers, width_of
-from probes.gguf import converted, smollm2_file
-from probes.identities import adopt
-from probes.sites import Site
-from probes.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
+from probes.model.architectures import ARCHITECTURES, config_of, n_heads, n_layers, width_of
+from probes.model.gguf_files import converted, smollm2_file
+from probes.model.identities import adopt
+from probes.model.sites import Site
+from probes.model.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
 
 ORGANISM = Path(__file__).parent / "organism"
 
@@ -50,7 +50,8 @@ def load(
     `source` is a hub id, a local folder, a GGUF file, `"organism"` (the embedded model, 0.76 M parameters), `"smollm2"`
     (SmolLM2-135M-Instruct out of a package), or a model that you built yourself, with its `tokenizer`. `delimiters`
     override what opens and closes the thinking, which is else found in the tokenizer. A family without a row in
-    `probes.architectures` is taken if a generic row holds (`probes.identities`), else refused with a ValueError.
+    `probes.model.architectures` is taken if a generic row holds (`probes.model.identities`), else refused with a
+    ValueError.
     """
     if isinstance(source, PreTrainedModel):
         model, name = source, source.config._name_or_path or type(source).__name__

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from probes.files import check_keys, staged_file
-from probes.sampling import Event, Sampling
-from probes.tokens import ThinkingSpan
+from probes.generation.sampling import Event, Sampling
+from probes.model.tokens import ThinkingSpan
 
 Stop = Literal["eos", "length"]
 _CONTROLLED: dict[str, Any] = {"decoding": "", "events": ()}  # keys that only a controlled completion has in a file

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.models import delimiters_of, tokenizer_of
-from probes.tokens import Delimiters
+from probes.model.loading import delimiters_of, tokenizer_of
+from probes.model.tokens import Delimiters
 
 PHASES = ("prompt", "thinking", "answer")
 Ids = tuple[int, ...]

@@ -12,12 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.completions import Completion
+from probes.activations.moments import Moments
 from probes.files import check_keys
-from probes.hooks import forward_through, observed
-from probes.models import tokenizer_of
-from probes.sites import Site
-from probes.statistics import Moments
+from probes.generation.completions import Completion
+from probes.model.hooks import forward_through, observed
+from probes.model.loading import tokenizer_of
+from probes.model.sites import Site
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float, Real
 from scipy.special import xlogy
 from scipy.stats import false_discovery_control, norm
 
-from probes.experts import ExpertReading
-from probes.routers import Expert
+from probes.activations.experts import ExpertReading
+from probes.model.routers import Expert
 from probes.tables import Table
 
 Counts = float | Real[np.ndarray, "..."]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes.architectures import block_of, config_of, n_layers
+from probes.model.architectures import block_of, config_of, n_layers
 
 Expert = tuple[int, int]  # layer and number, as the model counts them
 

@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from probes.architectures import Tap, architecture_of, n_layers, tap_of
-from probes.sites import Site, SiteName
+from probes.model.architectures import Tap, architecture_of, n_layers, tap_of
+from probes.model.sites import Site, SiteName
 
 
 def path_of(model: nn.Module, site: Site) -> str:
