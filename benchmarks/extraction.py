@@ -1,7 +1,7 @@
 """What reading costs: the mean of every layer's resid_post over each text, in time against the plain forward pass
 and in memory from 4,096 to 32,768 tokens.
 
-Time. The fair peer of `probes.activations._record.record` is the base forward, `model.model(...)`: all blocks and the
+Time. The fair peer of `probes.activations.record` is the base forward, `model.model(...)`: all blocks and the
 final norm, without unembedding; `record` runs the same blocks and stops after the last. The full forward, which ends in
 logits, is timed beside it. So are three neighbours that read the same means: transformers' output_hidden_states, a
 trace of nnsight that stops after the last block, and run_with_cache of TransformerLens' bridge, which goes on to
@@ -38,11 +38,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from probes import load
-from probes.activations._record import Recorded, Span, record
+from probes.activations._record import Recorded, record
 from probes.model.loading import tokenizer_of
 from probes.model.paths import sites_in
 from probes.model.sites import Site
 from probes.tables import Table
+from probes.thinking.spans import Span
 
 ROUNDS, BATCH, POS = 24, 4, 128
 MEMORY_BATCH, MEMORY_TOKENS = 16, (4_096, 32_768)

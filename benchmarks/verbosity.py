@@ -20,13 +20,13 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from probes import Completion, Direction, Sampling, difference_in_means, generate, load
-from probes.activations._record import Span
 from probes.directions.direction import random_direction
 from probes.model.architectures import n_layers
 from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import encode_prompt
 from probes.tables import Table
+from probes.thinking.spans import Span
 from steer import Add, Recipe, applied
 from steer.evaluation.outcomes import repetition
 

@@ -1,6 +1,6 @@
 """What weight arithmetic costs: target + RL - SFT of bfloat16 checkpoints of many shards, made on the fly.
 
-Arms, in one run, each in a process of its own: `cp` of the three checkpoints, `steer.deltas._add.add`, and mergekit's
+Arms, in one run, each in a process of its own: `cp` of the three checkpoints, `steer.deltas.add`, and mergekit's
 `linear`, where `--mergekit` names its `mergekit-yaml`. The page cache is what the arms before left; each arm runs
 `--rounds` times in an order drawn anew, and the medians count. Wall time ends when the command ends, as with `cp`.
 Anonymous memory is the largest RssAnon of the process, read every 20 ms: pages that are mapped from files, and that

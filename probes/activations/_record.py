@@ -1,10 +1,8 @@
 """Read activations and reduce them as they are read: per sequence, the mean over a span of positions."""
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -13,69 +11,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from probes.activations.moments import Moments
-from probes.files import check_keys
-from probes.generation.completions import Completion
 from probes.model.hooks import forward_through, observed
-from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
-
-
-@dataclass(frozen=True)
-class Span:
-    """Token ids, and the positions [start, stop) of them that are read."""
-
-    ids: tuple[int, ...]
-    start: int
-    stop: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop <= len(self.ids):
-            raise ValueError(f"Positions {self.start} to {self.stop} are not in a sequence of {len(self.ids)} tokens.")
-
-
-Position = Callable[[Completion], Span]
-
-
-def thinking(completion: Completion) -> Span:
-    """[start-1, end-1): the positions whose next token is a token of the thinking (ThinkEdit)."""
-    span = _thought(completion)
-    start = max(span.start - 1, 0)
-    return Span(completion.all_ids[: span.end - 1], start, span.end - 1)
-
-
-def first_thought(completion: Completion) -> Span:
-    """The one position that predicts the first thought: the last token of the opening delimiter."""
-    span = _thought(completion)
-    return Span(completion.all_ids[: span.first + 1], span.first, span.first + 1)
-
-
-def last_thought(completion: Completion) -> Span:
-    """The last of the positions of `thinking`: it predicts the end of the closing delimiter."""
-    end = thinking(completion).stop
-    return Span(completion.all_ids[:end], end - 1, end)
-
-
-POSITIONS: Mapping[str, Position] = {"thinking": thinking, "first": first_thought}
-
-
-def text_span(model: PreTrainedModel, text: str, *, last: bool = False) -> Span:
-    """All tokens of a plain text, or its last one."""
-    ids = tuple(tokenizer_of(model).encode(text))
-    return Span(ids, len(ids) - 1 if last else 0, len(ids))
-
-
-def text_spans(model: PreTrainedModel, path: Path, *, last: bool = False) -> list[Span]:
-    """Spans of a JSONL file: completions of ours at their thinking, or lines of `{"text": ...}` as plain texts."""
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
-    spans = []
-    for number, line in enumerate(lines, start=1):
-        words = json.loads(line)
-        if "text" in words:
-            check_keys(words, ("text",), f"Line {number} of {path}")
-            spans.append(text_span(model, words["text"], last=last))
-        else:
-            spans.append(thinking(Completion.from_json(line)))
-    return spans
+from probes.thinking.spans import Span
 
 
 def span_means(
@@ -152,9 +90,3 @@ def batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
         size = max(1, batch_tokens // len(spans[order[0]].ids))
         yield order[:size]
         order = order[size:]
-
-
-def _thought(completion: Completion):
-    if completion.span is None:
-        raise ValueError(f"Completion {completion.id!r} has no thinking to read.")
-    return completion.span

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span, batches
+from probes.activations._record import batches
 from probes.generation.completions import Completion
 from probes.model.hooks import chosen, forward_through, routed, watched
 from probes.model.loading import tokenizer_of
@@ -19,6 +19,7 @@ from probes.model.routers import Routing, block_at, moe_layers
 from probes.model.tokens import present_markers
 from probes.tables import Table
 from probes.thinking.phases import PHASES, Clock
+from probes.thinking.spans import Span
 
 Ways = Sequence[tuple[int, ...]]  # the token ids a marker may be written with
 _PASSES, _TOKENS = 128, 4096  # what is held before it is counted

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span, record
+from probes.activations._record import record
 from probes.model.architectures import attn_gain, head_matrices, n_heads, n_layers
 from probes.model.sites import Site
 from probes.tables import Table
+from probes.thinking.spans import Span
 
 Head = tuple[int, int]
 

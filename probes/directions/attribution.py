@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span
 from probes.directions.direction import Direction
 from probes.model.hooks import attached
+from probes.thinking.spans import Span
 
 Metric = Callable[[Float[Tensor, " d_vocab"]], Float[Tensor, ""]]
 

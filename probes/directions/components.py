@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span
 from probes.directions.direction import Direction
 from probes.model.hooks import captured, forward_through
 from probes.model.sites import Site
+from probes.thinking.spans import Span
 
 
 @torch.no_grad()

@@ -12,13 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span, record, text_span
+from probes.activations._record import record
 from probes.files import check_keys, read_tensors, write_tensors
 from probes.model.architectures import final_norm_of
 from probes.model.loading import identity_of, tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import decode
 from probes.tables import Table
+from probes.thinking.spans import Span, text_span
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import POSITIONS, span_means
+from probes.activations._record import span_means
 from probes.generation.completions import Completion
 from probes.model.sites import Site
+from probes.thinking.spans import POSITIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ def fit_length(
     ridge: float = 1e-3,
 ) -> LengthProbe:
     """Ridge regression of a completion's thinking tokens on its activation at a position
-    (`probes.activations._record`).
+    (`probes.activations.record`).
 
     `ridge` is in units of the activation's mean variance. Every fourth completion is held out for `r2`. Completions
     that never close their thinking are left out. Raises ValueError where fewer than 20 are left.

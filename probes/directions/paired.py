@@ -8,9 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span, span_means
+from probes.activations._record import span_means
 from probes.directions.direction import Direction, Provenance
 from probes.model.sites import Site
+from probes.thinking.spans import Span
 
 Estimator = Literal["reading", "contrast", "pca", "pca uncentred"]
 

@@ -11,11 +11,12 @@ from scipy.stats import mannwhitneyu, rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span, span_means
+from probes.activations._record import span_means
 from probes.directions.direction import Direction
 from probes.model.paths import sites_in
 from probes.model.sites import Site, SiteName
 from probes.tables import Table
+from probes.thinking.spans import Span
 
 if TYPE_CHECKING:
     import pandas

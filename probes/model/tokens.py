@@ -73,6 +73,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: b
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
+def words_ids(tokenizer: PreTrainedTokenizerBase, words: str, what: str) -> tuple[int, ...]:
+    """The token ids of words, which are a `what`. Raises ValueError where the vocabulary cannot write them."""
+    ids = tuple(tokenizer.encode(words, add_special_tokens=False))
+    if not ids or decode(tokenizer, ids).strip() != words.strip():
+        raise ValueError(
+            f"The vocabulary of {tokenizer.name_or_path!r} cannot write the {what} {words!r}. Name another."
+        )
+    return ids
+
+
 def find_delimiters(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str] | Delimiters | None = None) -> Delimiters:
     """The delimiters given, else those of the known ones that the vocabulary or the chat template holds.
 

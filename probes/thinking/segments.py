@@ -8,11 +8,11 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from probes.activations._record import Span
 from probes.generation.completions import Completion
 from probes.model.loading import delimiters_of, tokenizer_of
 from probes.model.tokens import find_delimiters, present_markers
 from probes.tables import Table
+from probes.thinking.spans import Span
 
 Label = Literal["execution", "reflection", "transition", "backtracking", "answer"]
 LABELS: tuple[Label, ...] = get_args(Label)

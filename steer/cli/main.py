@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from probes.activations._record import text_spans
 from probes.directions.direction import Direction, difference_in_means
 from probes.generation.completions import read_completions
 from probes.model.loading import load
 from probes.model.sites import Site
 from probes.tables import Table
+from probes.thinking.spans import text_spans
 from steer.checkpoints._diff import diff as compare_checkpoints
 from steer.checkpoints.hub import check_repository, push
 from steer.cli.methods.donors import donors_

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from probes.generation.sampling import CUT
 from probes.model.loading import tokenizer_of
-from probes.model.tokens import decode, find
+from probes.model.tokens import find, words_ids
 from steer.decoding.control import Processors
 from steer.decoding.state import Ids, Rows, Scores
 
@@ -85,7 +85,7 @@ class Force:
             raise ValueError(f"A marker is inserted 0 times or more, but got n={self.n}.")
 
     def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:
-        ids = words_ids(model, self.marker, "marker")
+        ids = words_ids(tokenizer_of(model), self.marker, "marker")
         closes = find((*rows.delimiters.close[:-1], *ids), rows.delimiters.close) is not None
         if closes or set(ids) & set(rows.ends.tolist()):
             raise ValueError(f"The marker {self.marker!r} would itself end the thinking. Name another.")
@@ -159,17 +159,6 @@ class _Bias(LogitsProcessor):
         if self.bias.until is not None:
             where = where & (rows.thoughts < self.bias.until)
         return _added(scores, rows.close[-1:], where, self.bias.strength)
-
-
-def words_ids(model: PreTrainedModel, words: str, what: str) -> tuple[int, ...]:
-    """The token ids of words. Raises ValueError where the vocabulary cannot write them."""
-    tokenizer = tokenizer_of(model)
-    ids = tuple(tokenizer.encode(words, add_special_tokens=False))
-    if not ids or decode(tokenizer, ids).strip() != words.strip():
-        raise ValueError(
-            f"The vocabulary of {tokenizer.name_or_path!r} cannot write the {what} {words!r}. Name another."
-        )
-    return ids
 
 
 def _added(scores: Scores, tokens: Tensor, where: Tensor, amount: float) -> Scores:

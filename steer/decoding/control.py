@@ -48,7 +48,7 @@ class Together:
 
 @dataclass(frozen=True, eq=False)
 class Controlled:
-    """A control on a model, as `probes.generation._generate.generate(..., decoding=...)` takes it."""
+    """A control on a model, as `probes.generation.generate(..., decoding=...)` takes it."""
 
     model: PreTrainedModel
     control: Control

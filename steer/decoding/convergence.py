@@ -8,8 +8,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from probes.model.loading import delimiters_of, markers_of, tokenizer_of
-from probes.model.tokens import decode, encode_prompt, find
-from steer.decoding.budgets import words_ids
+from probes.model.tokens import decode, encode_prompt, find, words_ids
 from steer.decoding.control import Processors
 from steer.decoding.state import Ids, Rows, Scores
 
@@ -65,7 +64,7 @@ class Converge:
         return f"Converge({', '.join(own)})"
 
     def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:
-        guide = words_ids(model, self.guide, "guide") if self.guide else ()
+        guide = words_ids(tokenizer_of(model), self.guide, "guide") if self.guide else ()
         return Processors(after=(_Stop(self, model, rows, guide),))
 
 

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from probes.model.loading import delimiters_of, tokenizer_of
-from probes.model.tokens import encode_prompt, thinking_span
-from steer.decoding.budgets import words_ids
+from probes.model.tokens import encode_prompt, thinking_span, words_ids
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Ask:
         delimiters = delimiters_of(model)
         prompt = encode_prompt(tokenizer_of(model), self.question(""), template=self.template)
         opened = thinking_span(prompt, [], delimiters) is not None
-        words = words_ids(model, self.thought, "thought") if self.thought else ()
+        words = words_ids(tokenizer_of(model), self.thought, "thought") if self.thought else ()
         return (*(() if opened else delimiters.open), *words, *(delimiters.close if self.closed else ()))
 
 

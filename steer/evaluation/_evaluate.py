@@ -98,7 +98,7 @@ def solve(
 ) -> list[Completion]:
     """Completions of the problems' questions, put as `ask` says, under a control; named by the problems' ids.
 
-    `store`: see `probes.generation._generate.generate`. With `grader` the progress bar shows the accuracy so far.
+    `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far.
     """
     named = {problem.id: problem for problem in problems}
     questions, ids = [ask.question(problem.question) for problem in problems], [problem.id for problem in problems]

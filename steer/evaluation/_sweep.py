@@ -9,12 +9,12 @@ import plotly.graph_objects as go
 import torch
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span
 from probes.directions.direction import Direction, difference_in_means, random_direction
 from probes.figures.plots import Point, arms_figure
 from probes.generation.sampling import Sampling
 from probes.model.sites import Site
 from probes.tables import Table
+from probes.thinking.spans import Span
 from steer.evaluation._evaluate import evaluate
 from steer.evaluation.evaluation import Evaluation
 from steer.recipes.recipe import Recipe

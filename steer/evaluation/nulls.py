@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span
 from probes.generation.sampling import Sampling
+from probes.thinking.spans import Span
 from steer.evaluation._evaluate import solve
 from steer.recipes.recipe import Recipe, Step
 from steer.runtime.calibration import calibrated, divergence

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span, record
+from probes.activations._record import record
 from probes.directions.attribution import Metric, attribution
 from probes.directions.direction import Direction, Provenance
 from probes.model.paths import sites_in
+from probes.thinking.spans import Span
 
 LONGEST = 11  # positions of a span that are read: the one before it and the ten first
 EARLY, LATE = 0.15, 0.1  # shares of the layers left out at both ends when one is chosen

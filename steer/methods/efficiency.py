@@ -13,12 +13,12 @@ from itertools import product
 
 from transformers import PreTrainedModel
 
-from probes.activations._record import Position, last_thought, thinking
 from probes.directions.direction import Direction
 from probes.directions.paired import contrast_vectors
 from probes.generation.completions import Completion, by_problem
 from probes.model.architectures import n_layers
 from probes.model.paths import sites_in
+from probes.thinking.spans import Position, last_thought, thinking
 from steer.evaluation.evaluation import Evaluation
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe

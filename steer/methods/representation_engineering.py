@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from probes.activations._record import text_span
 from probes.directions.direction import Direction
 from probes.directions.paired import Estimator, contrast_vectors
 from probes.model.paths import sites_in
+from probes.thinking.spans import text_span
 from steer.interventions.activation import Add, Rotate
 from steer.recipes.recipe import Recipe
 

@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import POSITIONS, Span
 from probes.activations.heads import Head, HeadScores, head_writes, written_unit
 from probes.directions.direction import Direction, difference_in_means, random_direction
 from probes.generation.completions import Completion
 from probes.model.paths import sites_in
 from probes.model.sites import Site, SiteName
+from probes.thinking.spans import POSITIONS, Span
 from steer.interventions.activation import Ablate, Add, Clamp, Intervention
 from steer.recipes.recipe import Recipe
 

@@ -68,7 +68,7 @@ class ThinkEditRun:
         return self.readings[self.chosen.position].directions[self.heads[0][0]]
 
     def export(self, folder: str | Path, *, found: Mapping[str, Any] | None = None) -> Difference:
-        """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.folding._export`.
+        """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.folding.export`.
 
         `found` is this run's `steer.report.record.record`, kept as `run.json`; if left out, one without sweeps is made.
         """

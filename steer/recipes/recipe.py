@@ -1,4 +1,4 @@
-"""A recipe: interventions with their scopes, and the file that travels. `steer.runtime._applied` runs it."""
+"""A recipe: interventions with their scopes, and the file that travels. `steer.runtime.applied` runs it."""
 
 import hashlib
 import math

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from probes.activations._record import POSITIONS
 from probes.directions.direction import Direction
 from probes.evidence.separation import project
 from probes.generation.completions import Completion
 from probes.model.hooks import captured, forward_through
 from probes.model.loading import tokenizer_of
 from probes.model.tokens import decode
+from probes.thinking.spans import POSITIONS
 from steer.evaluation._evaluate import solve
 from steer.evaluation.evaluation import Evaluation
 from steer.recipes.recipe import Recipe

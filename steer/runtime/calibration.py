@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span
+from probes.thinking.spans import Span
 from steer.interventions.activation import Add
 from steer.interventions.routing import Forbid, Force
 from steer.recipes.recipe import Recipe, Step

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations._record import Span
 from probes.model.loading import tokenizer_of
 from probes.model.tokens import Prompt, encode_prompt
 from probes.tables import Table
+from probes.thinking.spans import Span
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
 

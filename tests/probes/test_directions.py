@@ -9,7 +9,7 @@ import torch
 from families import D_VOCAB, SPECIAL, build
 from rich.console import Console
 
-from probes.activations._record import Span, span_means, text_span
+from probes.activations._record import span_means
 from probes.activations.moments import Moments
 from probes.directions.components import on_manifold, principal_components
 from probes.directions.direction import Direction, direction_between, random_direction
@@ -22,6 +22,7 @@ from probes.model.loading import identity_of, tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import ThinkingSpan
 from probes.tables import Table
+from probes.thinking.spans import Span, text_span
 
 A = ["w7 w8 w9 w10 w11 w12", "w20", "w13 w14"]
 B = ["w15 w16 <think> w17", "w18 w19 w18 w19 w18"]

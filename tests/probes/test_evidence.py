@@ -5,9 +5,9 @@ import torch
 from families import build
 from scipy.stats import binom
 
-from probes.activations._record import Span
 from probes.evidence.separation import auroc, evidence_for, evidence_of, halves_of
 from probes.model.sites import Site
+from probes.thinking.spans import Span
 
 SITE, D = Site(0, "resid_mid"), 12
 

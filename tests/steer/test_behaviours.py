@@ -7,7 +7,6 @@ import pytest
 import torch
 from families import build
 
-from probes.activations._record import Span
 from probes.directions.attribution import attribution, log_probability_of
 from probes.directions.direction import difference_in_means
 from probes.generation.completions import Completion
@@ -16,6 +15,7 @@ from probes.model.hooks import attached, captured
 from probes.model.paths import sites_in
 from probes.model.sites import Site
 from probes.model.tokens import ThinkingSpan
+from probes.thinking.spans import Span
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.outcomes import Outcomes
 from steer.methods.behaviours import behaviour_vectors, label_span, strongest_layer

@@ -5,9 +5,9 @@ import torch
 from families import build
 
 from probes import load
-from probes.activations._record import Span
 from probes.directions.direction import direction_between
 from probes.model.sites import Site
+from probes.thinking.spans import Span
 from steer.interventions.activation import Ablate, Add
 from steer.recipes.recipe import Recipe
 from steer.recipes.scope import Scope

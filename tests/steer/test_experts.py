@@ -7,7 +7,6 @@ import torch
 from families import MOE, UNLISTED_MOE, build, build_sparse
 from transformers import AutoModelForCausalLM
 
-from probes.activations._record import Span
 from probes.activations.experts import read_experts
 from probes.evidence.association import associate
 from probes.generation._generate import generate
@@ -17,6 +16,7 @@ from probes.model.hooks import routed
 from probes.model.loading import load
 from probes.model.routers import block_at, moe_layers
 from probes.model.sites import Site
+from probes.thinking.spans import Span
 from steer.folding._export import export
 from steer.folding._fold import fold, fold_error, folded
 from steer.folding.draft import NotFoldable

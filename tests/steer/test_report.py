@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from probes.activations._record import Span
 from probes.evidence.separation import project
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
 from probes.model.loading import tokenizer_of
+from probes.thinking.spans import Span
 from steer.methods.thinkedit import Setting
 from steer.methods.thinkedit_run import thinkedit
 from steer.report.html import shade, token_span

@@ -6,10 +6,10 @@ import pytest
 import torch
 from families import build
 
-from probes.activations._record import Span
 from probes.directions.paired import contrast_vectors
 from probes.model.hooks import attached, captured
 from probes.model.sites import Site
+from probes.thinking.spans import Span
 from steer.methods.representation_engineering import control_vectors, steering
 from steer.runtime.effects import Choice, effect_curve
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from families import build
 
-from probes.activations._record import POSITIONS
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.architectures import block_of, head_matrices, o_proj_of
@@ -12,6 +11,7 @@ from probes.model.hooks import captured
 from probes.model.loading import delimiters_of
 from probes.model.sites import Site
 from probes.model.tokens import thinking_span
+from probes.thinking.spans import POSITIONS
 from steer.folding._fold import folded
 from steer.methods.thinkedit import PUBLISHED, LengthReading, LengthSplit
 from steer.runtime._applied import applied

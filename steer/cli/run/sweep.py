@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from probes.activations._record import text_spans
 from probes.directions.direction import Direction
 from probes.files import staged_folder
 from probes.model.loading import load
 from probes.model.sites import Site
+from probes.thinking.spans import text_spans
 from steer.cli.options import (
     BatchSize,
     Delimit,
