@@ -96,7 +96,7 @@ def main() -> None:
         setting: np.mean([abs(tried[str((setting, target))].length.mean() / target - 1) for target in SET_POINTS])
         for setting in settings
     }
-    layer, strength, gain = chosen = min(errors, key=lambda setting: errors[setting])
+    layer, strength, gain = selected = min(errors, key=lambda setting: errors[setting])
 
     def governed(direction: Direction, target: int) -> Outcomes:
         """The report split in batches, under a governor that settled on the selection split."""
@@ -115,7 +115,7 @@ def main() -> None:
         )
 
     rows: list[tuple] = []
-    facts = {"chosen": chosen, "error_on_selection": float(errors[chosen]), "r2_of_the_probe": probes[layer].r2}
+    facts = {"selected": selected, "error_on_selection": float(errors[selected]), "r2_of_the_probe": probes[layer].r2}
     plain = lengths(report, {})["plain"]
     for target in SET_POINTS:
         alone = loop(model, directions[layer], probes[layer], target, strength, gain)

@@ -43,12 +43,12 @@ def measured(name: str) -> dict:
     named = {str(setting): recipe for setting, recipe in settings.items()}
     selection = evaluate(model, task, task.sample(N_SELECT, "select"), named, sampling=sampling, batch_size=256)
     try:
-        chosen = most_efficient(selection, list(settings))
+        selected = most_efficient(selection, list(settings))
     except ValueError as error:
         Console(width=140).print(f"{name}: {error}")
-        return {"pairs": len(pairs), "chosen": None, "why": str(error)}
-    found = settings[chosen]
-    limit = round(selection.score(str(chosen)).length) - 2  # a budget does not count the two delimiters
+        return {"pairs": len(pairs), "selected": None, "why": str(error)}
+    found = settings[selected]
+    limit = round(selection.score(str(selected)).length) - 2  # a budget does not count the two delimiters
     nulls = [random_recipe(found, seed=i) for i in range(DRAWS)]
     arms = {"efficiency": found, f"budget of {limit}": Budget(limit), "random directions": nulls}
     report = evaluate(model, task, task.sample(N_REPORT, "report"), arms, sampling=sampling, batch_size=256)
@@ -61,8 +61,8 @@ def measured(name: str) -> dict:
                      f"{score.accuracy:.3f}", gain))  # fmt: skip
         facts[arm] = {"length": score.length, "interval": [low, high], "accuracy": score.accuracy, "gain": gain}
     columns = ("arm", "n", "thinking tokens [95 %]", "accuracy", "against plain [95 %]")
-    Console(width=140).print(Table(columns, tuple(rows), f"{name}: {len(pairs)} pairs; chosen: {chosen}"))
-    return {"pairs": len(pairs), "chosen": str(chosen), **facts}
+    Console(width=140).print(Table(columns, tuple(rows), f"{name}: {len(pairs)} pairs; chosen: {selected}"))
+    return {"pairs": len(pairs), "selected": str(selected), **facts}
 
 
 if __name__ == "__main__":

@@ -17,14 +17,18 @@ from rich.console import Console
 from probes import load
 from probes.tables import Table
 from steer import Recipe, Scope, task_named
-from steer.decoding.budgets import CloseBias, Force
+from steer.decoding.budgets import BudgetForcing, CloseBias
 from steer.evaluation._evaluate import evaluate
 from steer.evaluation.statistics import interval_of_mean
-from steer.methods.rice import STRENGTHS, Setting, against, reinforced, rice
+from steer.methods.rice import STRENGTHS, RiceSetting, nulls, recipe, rice
 
 TOP, DRAWS = 2, 5
 N_PROBE, N_SELECT, N_REPORT, BATCH = 1000, 400, 1000, 256
-CONTROLS = {"wait, once": Force(1), "closing biased by -1": CloseBias(-1.0), "closing biased by -2": CloseBias(-2.0)}
+CONTROLS = {
+    "wait, once": BudgetForcing(1),
+    "closing biased by -1": CloseBias(-1.0),
+    "closing biased by -2": CloseBias(-2.0),
+}
 
 
 def main() -> None:
@@ -41,10 +45,10 @@ def measured(name: str) -> dict:
     model, association = run.model, run.association
     opening, others = Scope("thinking", window=(0, 1)), dict[str, list[Recipe]]()
     for strength in STRENGTHS:
-        setting = Setting(TOP, strength)
-        others |= against(model, association, setting, draws=DRAWS)
-        others[f"{setting}, at the opening"] = [reinforced(model, association.top(TOP), strength, scope=opening)]
-        drawn = against(model, association, setting, scope=opening, draws=DRAWS)[f"random experts × {strength:g}"]
+        setting = RiceSetting(TOP, strength)
+        others |= nulls(model, association, setting, draws=DRAWS)
+        others[f"{setting}, at the opening"] = [recipe(model, association.top(TOP), strength, scope=opening)]
+        drawn = nulls(model, association, setting, scope=opening, draws=DRAWS)[f"random experts × {strength:g}"]
         others[f"random experts × {strength:g}, at the opening"] = drawn
     report = run.report.joined(
         evaluate(model, run.task, run.report.problems, others, sampling=run.sampling, batch_size=BATCH)
@@ -67,9 +71,10 @@ def measured(name: str) -> dict:
                "repeated 4-grams")  # fmt: skip
     console = Console(width=150)
     console.print(association.table(6))
-    console.print(Table(columns, tuple(rows), f"{name}: {run.experts}, chosen on the selection split: {run.chosen}"))
+    console.print(Table(columns, tuple(rows), f"{name}: {run.experts}, chosen on the selection split: {run.selected}"))
     lowest = association.bottom(TOP)
-    return {"experts": run.experts, "lowest": lowest, "chosen": run.chosen.strength, "left_out": association.left_out,
+    return {"experts": run.experts, "lowest": lowest, "selected": run.selected.strength,
+            "left_out": association.left_out,
             **facts}  # fmt: skip
 
 

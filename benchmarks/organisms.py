@@ -28,8 +28,8 @@ def main() -> None:
         if seed and not place.exists():
             train(place, seed=seed)
         run = thinkedit("organism" if seed == 0 else str(place), n_report=1500, batch_size=256)
-        Console(width=140).print(f"training seed {seed}: {run.chosen}, heads {run.heads}", run.table())
-        facts[str(seed)] = run.to_json()
+        Console(width=140).print(f"training seed {seed}: {run.selected}, heads {run.heads}", run.table())
+        facts[str(seed)] = run.to_dict()
     print(json.dumps(facts))
 
 

@@ -24,19 +24,18 @@ from rich.console import Console
 from probes import Sampling, load
 from probes.tables import Table
 from steer import task_named
-from steer.decoding.prompts import Ask
+from steer.decoding.prompts import PromptStyle
 from steer.deltas._add import add
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
 from steer.deltas.nulls import random_like, shuffled_layers
 from steer.deltas.stored import open_delta
 from steer.evaluation._evaluate import evaluate, solve
-from steer.methods.cot_valve import valve
-from steer.methods.reasoning_vectors import reasoning_vector
+from steer.methods.cot_valve import length_dial
 from steer.training.donors import KINDS, train_donor
 
 STRENGTHS = (-1.0, 0.25, 0.5, 1.0)
-ALPHAS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+SETTINGS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 N, DRAWS = 1000, 3
 TASKS = ("chains", "mirrors")
 
@@ -53,7 +52,7 @@ def main() -> None:
         for kind, place in places.items():
             if not place.exists():
                 train_donor(kind, place, start=organism, seed=seed)
-        vector, donors = reasoning_vector(places["rl"], places["sft"]), {k: str(places[k]) for k in ("rl", "sft")}
+        vector, donors = WeightDelta.between(places["rl"], places["sft"]), {k: str(places[k]) for k in ("rl", "sft")}
         found = {task: added(places["target"], vector, task, donors) for task in TASKS}
         found |= {f"the dial {kind} - base": dial(organism, places[kind]) for kind in ("sft", "rl")}
         if organism == "organism":
@@ -78,18 +77,18 @@ def added(place: Path, vector: WeightDelta, task_name: str, donors: dict[str, st
     problems, sampling = task.sample(N, "report"), Sampling.of(target, max_new_tokens=task.max_new_tokens)
     attempt = partial(solve, target, sampling=sampling, batch_size=250)
 
-    def with_(delta: WeightDelta, alpha: float):
-        with dialled(target, delta, alpha):
+    def with_(delta: WeightDelta, strength: float):
+        with dialled(target, delta, strength):
             return attempt(problems)
 
     layers = vector.selected(skip=["embed"])
     unmarked = [replace(problem, question=problem.id) for problem in problems]
     arms = {
-        **{f"target {alpha:+g} v": with_(vector, alpha) for alpha in STRENGTHS},
+        **{f"target {strength:+g} v": with_(vector, strength) for strength in STRENGTHS},
         "target + v, embedding and head alone": with_(vector.selected(["embed"]), 1.0),
         "target + v, the rest alone": with_(layers, 1.0),
         "prompt alone: `quick` left out": attempt(unmarked),
-        "prompt alone: the thinking begins with Hmm": Ask(thought="Hmm"),
+        "prompt alone: the thinking begins with Hmm": PromptStyle(thought="Hmm"),
         **{f"{kind.upper()} donor": load(folder) for kind, folder in donors.items()},
     }
     drawn = {
@@ -107,7 +106,7 @@ def added(place: Path, vector: WeightDelta, task_name: str, donors: dict[str, st
         name = "target" if arm == "plain" else arm
         rows.append((name, f"{s.n} × {s.samples}", f"{s.accuracy:.3f}", gain, f"{s.length:.1f}", f"{s.truncation:.1%}"))
     columns = ("arm", "n", "accuracy", "against the target [95 %]", "thinking tokens", "truncated")
-    return Table(columns, tuple(rows), "v = RL - SFT; the RL donor is the ceiling"), result.to_json()
+    return Table(columns, tuple(rows), "v = RL - SFT; the RL donor is the ceiling"), result.to_dict()
 
 
 def dial(organism: str, donor: Path) -> tuple[Table, dict]:
@@ -115,7 +114,7 @@ def dial(organism: str, donor: Path) -> tuple[Table, dict]:
     model, task = load(organism), task_named("chains")
     sampling = Sampling.of(model, max_new_tokens=task.max_new_tokens)
     delta, problems = WeightDelta.between(donor, organism), task.sample(N, "report")
-    found = valve(model, delta, task, problems, sampling=sampling, alphas=ALPHAS, batch_size=250)
+    found = length_dial(model, delta, task, problems, sampling=sampling, strengths=SETTINGS, batch_size=250)
     change, interval = found.change
     facts = {"polarity": found.polarity, "monotone": found.monotone, "change": change, "interval": interval}
     return found.table(), facts

@@ -19,7 +19,7 @@ from probes.model.architectures import n_layers
 from probes.tables import Table
 from steer import Add, Recipe, Scope, task_named
 from steer.evaluation._evaluate import solve
-from steer.evaluation._sweep import Contrast, sweep
+from steer.evaluation._sweep import LabelledDirection, sweep
 from steer.evaluation.statistics import interval_of_mean
 from steer.methods.thinkedit import LengthSplit
 
@@ -39,7 +39,7 @@ def measured(name: str) -> dict:
     probed = solve(model, task.sample(N_PROBE, "probe"), sampling=sampling, batch_size=256)
     short, long = LengthSplit.by_quantile(probed).spans("first")
     site = Site(n_layers(model) // 2, "resid_post")
-    contrast = Contrast.of(model, long, short, site)
+    contrast = LabelledDirection.of(model, long, short, site)
 
     def at_the_opening(direction: Direction, strength: float) -> Recipe:
         return Recipe.of(model, [Add.of(direction, strength, units="raw")], scope=Scope("thinking", window=(0, 1)))
@@ -66,9 +66,9 @@ def measured(name: str) -> dict:
         facts[arm] = {"length": score.length, "interval": [low, high], "accuracy": score.accuracy, "gain": gain}
     columns = ("arm", "n", "thinking tokens [95 %]", "accuracy", "against plain [95 %]")
     direction = contrast.direction
-    title = f"{name}: {direction}; chosen {found.chosen:+g}, {found.kl:.3f} nats at the opening"
+    title = f"{name}: {direction}; chosen {found.selected:+g}, {found.kl:.3f} nats at the opening"
     Console(width=140).print(Table(columns, tuple(rows), title))
-    return {"chosen": found.chosen, "kl": found.kl, **facts}
+    return {"selected": found.selected, "kl": found.kl, **facts}
 
 
 if __name__ == "__main__":

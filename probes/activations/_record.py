@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from probes.activations.moments import Moments
-from probes.model.hooks import forward_through, observed
+from probes.model.hooks import forward_through, hook_site
 from probes.model.sites import Site
 from probes.thinking.spans import Span
 
@@ -45,7 +45,7 @@ def span_means(
             norms: dict[Site, Tensor] = {}
             with ExitStack() as stack:
                 for site in sites:
-                    stack.enter_context(observed(model, site, _reducer(site, weights, means, norms)))
+                    stack.enter_context(hook_site(model, site, _reducer(site, weights, means, norms)))
                 forward_through(model, top, ids, real.long().to(ids.device))
             yield rows, means, norms
             bar.update(len(rows))

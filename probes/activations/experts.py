@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import batches
 from probes.generation.completions import Completion
-from probes.model.hooks import chosen, forward_through, routed, watched
+from probes.model.hooks import forward_through, hook_choice, hook_inputs, hook_router
 from probes.model.loading import tokenizer_of
 from probes.model.routers import Routing, block_at, moe_layers
 from probes.model.tokens import present_markers
@@ -127,7 +127,7 @@ def weights_along(model: PreTrainedModel, completion: Completion) -> Float[Tenso
     ids = torch.tensor([completion.all_ids], device=model.device)
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(routed(model, layer, see=lambda routing: found.append(routing.dense[0].cpu())))
+            stack.enter_context(hook_router(model, layer, see=lambda routing: found.append(routing.dense[0].cpu())))
         forward_through(model, layers[-1], ids, torch.ones_like(ids))
     return torch.stack(found)
 
@@ -147,9 +147,9 @@ def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[Ex
     tokens = torch.zeros(len(tally.classes), dtype=torch.long, device=device)
     held = _Held(tally, counts, tokens)
     with ExitStack() as stack:
-        stack.enter_context(watched(model, held.begin))
+        stack.enter_context(hook_inputs(model, held.begin))
         for row, layer in enumerate(tally.layers):
-            stack.enter_context(chosen(model, layer, partial(held.see, row)))
+            stack.enter_context(hook_choice(model, layer, partial(held.see, row)))
         yield ExpertCounts(tally.layers, tally.classes, counts, tokens, lacking)
         held.settle()
         if int(tokens[0]) and not counts.any():
@@ -234,9 +234,9 @@ class _Tally:
             found[layer] = _chosen(self.masks, routing.ids, routing.logits.shape[-1]).transpose(0, 1)
 
         with ExitStack() as stack:
-            stack.enter_context(watched(model, self.begin))
+            stack.enter_context(hook_inputs(model, self.begin))
             for layer in self.layers:
-                stack.enter_context(routed(model, layer, see=partial(see, layer)))
+                stack.enter_context(hook_router(model, layer, see=partial(see, layer)))
             forward_through(model, self.layers[-1], ids, real.long().to(ids.device))
         if missing := [layer for layer in self.layers if layer not in found]:
             raise ValueError(_UNHEARD.format(layers=f"of layers {str(missing)[1:-1]}"))

@@ -75,9 +75,9 @@ class Direction:
         norm = (self.stream_norm + other.stream_norm) / 2
         return Direction(self.site, self.vector + other.vector, norm, whole)
 
-    def __mul__(self, factor: float) -> "Direction":
-        provenance = replace(self.provenance, estimator=f"{factor:g} ({self.provenance.estimator})")
-        return replace(self, vector=factor * self.vector, provenance=provenance)
+    def __mul__(self, strength: float) -> "Direction":
+        provenance = replace(self.provenance, estimator=f"{strength:g} ({self.provenance.estimator})")
+        return replace(self, vector=strength * self.vector, provenance=provenance)
 
     def __neg__(self) -> "Direction":
         return self * -1.0

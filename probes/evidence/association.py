@@ -26,33 +26,33 @@ Values = float | Float[np.ndarray, "..."]
 _CHUNK = 64
 
 
-def npmi(k: Counts, chosen: Counts, markers: Counts, tokens: Counts) -> Values:
+def npmi(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     """Normalised pointwise mutual information of a marker and an expert, in [-1, 1]; -1 where they never meet.
 
     Args:
         k: occurrences of the marker at which the expert was chosen.
         chosen: tokens at which it was chosen. markers, tokens: how many there are of either.
     """
-    k, chosen, markers, tokens = np.broadcast_arrays(*(np.asarray(x, float) for x in (k, chosen, markers, tokens)))
+    k, routed, markers, tokens = np.broadcast_arrays(*(np.asarray(x, float) for x in (k, routed, markers, tokens)))
     with np.errstate(divide="ignore", invalid="ignore"):
         joint = np.log(tokens / k)
-        value = (np.log(k / markers) + np.log(tokens / chosen)) / joint
+        value = (np.log(k / markers) + np.log(tokens / routed)) / joint
     value = np.where(joint == 0, 1.0, value)  # every token is the marker, and the expert always chosen
     return np.clip(np.where(k == 0, -1.0, value), -1.0, 1.0)
 
 
-def risk_difference(k: Counts, chosen: Counts, markers: Counts, tokens: Counts) -> Values:
+def risk_difference(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     """How much more often the expert is chosen at the marker than elsewhere: k/M - (K - k)/(T - M)."""
-    return k / markers - (chosen - k) / (tokens - markers)
+    return k / markers - (routed - k) / (tokens - markers)
 
 
-def mutual_information(k: Counts, chosen: Counts, markers: Counts, tokens: Counts) -> Values:
+def mutual_information(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     """Of two yes-or-no facts on a token, that it is the marker and that it chose the expert; in bits."""
-    cells = ((k, 1, 1), (markers - k, 1, 0), (chosen - k, 0, 1), (tokens - markers - chosen + k, 0, 0))
+    cells = ((k, 1, 1), (markers - k, 1, 0), (routed - k, 0, 1), (tokens - markers - routed + k, 0, 0))
     total = np.zeros(())
     for count, is_marker, is_chosen in cells:
         p = count / tokens
-        alone = (markers if is_marker else tokens - markers) * (chosen if is_chosen else tokens - chosen) / tokens**2
+        alone = (markers if is_marker else tokens - markers) * (routed if is_chosen else tokens - routed) / tokens**2
         total = total + xlogy(p, np.where(p > 0, p / np.where(alone > 0, alone, 1), 1))
     return total / np.log(2)
 
@@ -74,7 +74,7 @@ class Association:
     high: Float[np.ndarray, "layers experts"]
     q: Float[np.ndarray, "layers experts"]
     npmi: dict[str, Float[np.ndarray, "layers experts"]]
-    chosen: Float[np.ndarray, "layers experts"]
+    routed: Float[np.ndarray, "layers experts"]
     tokens: int
     occurrences: dict[str, int]
     minimum: int
@@ -83,7 +83,7 @@ class Association:
     @property
     def load(self) -> Float[np.ndarray, "layers experts"]:
         """The share of all tokens that chose each expert."""
-        return self.chosen / self.tokens
+        return self.routed / self.tokens
 
     def top(self, count: int) -> list[Expert]:
         """The experts with the highest scores over the whole model, highest first; ties in the model's order."""
@@ -188,10 +188,10 @@ def associate(
 
 def _p_of_none(counts: np.ndarray, tokens: np.ndarray, signs: np.ndarray) -> Float[np.ndarray, "layers experts"]:
     """Two-sided; every completion is a stratum, in which the choices and the number of markers are given."""
-    chosen, total = counts[:, :1], tokens[:, :1, None, None]
+    routed, total = counts[:, :1], tokens[:, :1, None, None]
     markers = tokens[:, 1:, None, None]
-    excess = (counts[:, 1:] - markers * chosen / total).sum(0)
-    spread = markers * (total - markers) * chosen * (total - chosen) / (total**2 * np.maximum(total - 1, 1))
+    excess = (counts[:, 1:] - markers * routed / total).sum(0)
+    spread = markers * (total - markers) * routed * (total - routed) / (total**2 * np.maximum(total - 1, 1))
     z = excess / np.sqrt(np.maximum(spread.sum(0), np.finfo(float).tiny))
     return 2 * norm.sf(np.abs(np.tensordot(np.sign(signs), z, 1)) / np.sqrt(len(signs)))
 

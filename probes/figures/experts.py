@@ -32,22 +32,22 @@ _LOAD = [[0, see_through(BLUE, 0.06)], [1, BLUE]]
 
 
 def scores_figure(
-    scores: Mapping[str, Grid], layers: Sequence[int], *, chosen: Sequence[Expert] = (), title: str = ""
+    scores: Mapping[str, Grid], layers: Sequence[int], *, outlined: Sequence[Expert] = (), title: str = ""
 ) -> go.Figure:
     """Grids of one number for each expert, layers downwards, one grid above the other: nPMI by marker, or a score.
 
-    Orange is positive, blue negative, on one scale; `chosen` experts are outlined. NaN leaves a cell empty.
+    Orange is positive, blue negative, on one scale; `outlined` experts are outlined. NaN leaves a cell empty.
     """
     largest = max((float(np.nanmax(np.abs(_array(grid)))) for grid in scores.values()), default=0.0) or 1.0
-    return _grids(scores, layers, [list(stop) for stop in DIVERGING], (-largest, largest), chosen, title)
+    return _grids(scores, layers, [list(stop) for stop in DIVERGING], (-largest, largest), outlined, title)
 
 
 def loads_figure(
-    loads: Mapping[str, Grid], layers: Sequence[int], *, chosen: Sequence[Expert] = (), title: str = ""
+    loads: Mapping[str, Grid], layers: Sequence[int], *, outlined: Sequence[Expert] = (), title: str = ""
 ) -> go.Figure:
     """Grids of the share of tokens that choose each expert, layers downwards: one for each phase, on one scale."""
     largest = max((float(np.nanmax(_array(grid))) for grid in loads.values()), default=1.0)
-    return _grids(loads, layers, _LOAD, (0.0, largest), chosen, title)
+    return _grids(loads, layers, _LOAD, (0.0, largest), outlined, title)
 
 
 def usage_figure(
@@ -116,7 +116,7 @@ def _grids(
     layers: Sequence[int],
     scale: list,
     limits: tuple[float, float],
-    chosen: Sequence[Expert],
+    outlined: Sequence[Expert],
     title: str,
 ) -> go.Figure:
     figure = make_subplots(
@@ -135,7 +135,7 @@ def _grids(
             row=row,
             col=1,
         )
-        for layer, expert in chosen:
+        for layer, expert in outlined:
             at = list(layers).index(layer)
             box = {"x0": expert - 0.5, "x1": expert + 0.5, "y0": at - 0.5, "y1": at + 0.5}
             figure.add_shape(type="rect", line={"color": PINK, "width": 3}, row=row, col=1, **box)

@@ -108,12 +108,12 @@ def arms_figure(points: Sequence[Point]) -> go.Figure:
     figure = blank(f"mean thinking tokens ({marks})", "accuracy")
     for group in groups:
         for i, name in enumerate(names):
-            chosen = [p for p in points if (p.name, p.group) == (name, group)]
+            selected = [p for p in points if (p.name, p.group) == (name, group)]
             symbol = SYMBOLS[i % len(SYMBOLS)] + ("" if group == groups[0] else "-open")
             figure.add_scatter(
-                x=[p.length for p in chosen],
-                y=[p.accuracy for p in chosen],
-                error_y=error_bars([p.accuracy for p in chosen], [p.interval for p in chosen]),
+                x=[p.length for p in selected],
+                y=[p.accuracy for p in selected],
+                error_y=error_bars([p.accuracy for p in selected], [p.interval for p in selected]),
                 name=escaped(name),
                 legendgroup=escaped(name),
                 showlegend=group == groups[0],

@@ -50,12 +50,12 @@ class Completion:
     def all_ids(self) -> tuple[int, ...]:
         return self.prompt_ids + self.ids
 
-    def to_json(self) -> str:
+    def to_line(self) -> str:
         words = asdict(self)
         return json.dumps(words if self.decoding else {key: words[key] for key in words if key not in _CONTROLLED})
 
     @classmethod
-    def from_json(cls, line: str) -> "Completion":
+    def from_line(cls, line: str) -> "Completion":
         words: dict[str, Any] = dict(_CONTROLLED) | json.loads(line)
         check_keys(words, (field.name for field in fields(cls)), "A completion")
         for key in ("prompt_ids", "ids"):
@@ -85,7 +85,7 @@ def write_completions(path: Path, completions: Iterable[Completion]) -> None:
         if file.tell() and not _ends_a_line(file):
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-        file.writelines(completion.to_json().encode() + b"\n" for completion in completions)
+        file.writelines(completion.to_line().encode() + b"\n" for completion in completions)
 
 
 def _ends_a_line(file: BinaryIO) -> bool:
@@ -96,7 +96,7 @@ def _ends_a_line(file: BinaryIO) -> bool:
 def read_completions(path: Path) -> list[Completion]:
     """All whole lines; a last line that was cut off by a kill is left out."""
     lines = Path(path).read_text().splitlines(keepends=True)
-    return [Completion.from_json(line) for line in lines if line.endswith("\n")]
+    return [Completion.from_line(line) for line in lines if line.endswith("\n")]
 
 
 def order_completions(path: Path, completions: Iterable[Completion]) -> None:

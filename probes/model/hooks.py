@@ -29,7 +29,7 @@ def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 
 
 @contextmanager
-def observed(model: nn.Module, site: Site, see: Callable[[Tensor], None]) -> Iterator[None]:
+def hook_site(model: nn.Module, site: Site, see: Callable[[Tensor], None]) -> Iterator[None]:
     """While open, `see` gets the activation `[batch pos width]` at `site`, where the family's row says it is."""
     with _on_tap(model, site, see):
         yield
@@ -117,12 +117,12 @@ def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Ten
 
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(observed(model, site, keep(site)))
+            stack.enter_context(hook_site(model, site, keep(site)))
         yield cache
 
 
 @contextmanager
-def watched(model: nn.Module, see: See) -> Iterator[None]:
+def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
     """While open, `see` gets each forward pass' new token ids, its attention mask, and the cached length.
 
     Beam search is refused: it swaps the rows of a cache, and whoever follows them would not know.
@@ -157,7 +157,7 @@ def _refuse_beams(*_: Any) -> None:
 
 
 @contextmanager
-def routed(
+def hook_router(
     model: nn.Module,
     layer: int,
     *,
@@ -175,7 +175,7 @@ def routed(
     def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         shape[:] = [tuple((args[0] if args else kwargs["hidden_states"]).shape[:-1])]
 
-    def chosen(_module: nn.Module, _args: tuple, output: Any) -> None:
+    def on_router(_module: nn.Module, _args: tuple, output: Any) -> None:
         found[:] = [read_routing(parts, output, shape[0])]
         if see is not None:
             see(found[0])
@@ -192,7 +192,7 @@ def routed(
 
     handles = [
         parts.block.register_forward_pre_hook(begin, with_kwargs=True),
-        parts.router.register_forward_hook(chosen),
+        parts.router.register_forward_hook(on_router),
         *([] if edit is None else [parts.experts.register_forward_pre_hook(change)]),
     ]
     try:
@@ -203,9 +203,9 @@ def routed(
 
 
 @contextmanager
-def chosen(model: nn.Module, layer: int, see: Callable[[Int[Tensor, "tokens k"]], None]) -> Iterator[None]:
-    """While open, `see` gets which experts the router of a sparse block chose, rows one after another: as `routed`, for
-    little time. What a router gives back is checked once."""
+def hook_choice(model: nn.Module, layer: int, see: Callable[[Int[Tensor, "tokens k"]], None]) -> Iterator[None]:
+    """While open, `see` gets which experts the router of a sparse block chose, rows one after another: as
+    `hook_router`, for little time. What a router gives back is checked once."""
     parts, known = block_at(model, layer), False
 
     def after(_module: nn.Module, _args: tuple, output: Any) -> None:

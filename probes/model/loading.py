@@ -61,7 +61,7 @@ def load(
             delimiters = delimiters or known.given
     else:
         name = str(source)
-        path = place_of(source)
+        path = resolve(source)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, revision=revision)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer is None:
@@ -76,7 +76,7 @@ def load(
     return model.eval()
 
 
-def place_of(source: str | Path) -> str | Path:
+def resolve(source: str | Path) -> str | Path:
     """What transformers can read: a hub id, or a folder; a GGUF file is converted first."""
     if source == "organism":
         return ORGANISM
@@ -109,7 +109,7 @@ def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
 
 def folder_of(model: PreTrainedModel) -> Path | None:
     """The local folder the weights were read from, if they were."""
-    folder = Path(place_of(origin_of(model).name))
+    folder = Path(resolve(origin_of(model).name))
     return folder if folder.is_dir() else None
 
 

@@ -66,7 +66,7 @@ def text_spans(model: PreTrainedModel, path: Path, *, last: bool = False) -> lis
             check_keys(words, ("text",), f"Line {number} of {path}")
             spans.append(text_span(model, words["text"], last=last))
         else:
-            spans.append(thinking(Completion.from_json(line)))
+            spans.append(thinking(Completion.from_line(line)))
     return spans
 
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probes.model.loading import place_of
+from probes.model.loading import resolve
 from probes.tables import Table
 
 
@@ -85,7 +85,7 @@ def tensor_files(source: str | Path) -> dict[str, Path]:
 
 
 def _folder(source: str | Path) -> Path:
-    folder = Path(place_of(source))
+    folder = Path(resolve(source))
     if folder.is_dir():
         return folder
     if Path(source).is_absolute() or str(source).startswith("."):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from probes.model.loading import place_of
+from probes.model.loading import resolve
 
 WHOLE: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -33,7 +33,7 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorInfo:
     """Where a tensor lies: `dtype` in the words of safetensors, bytes `begin` to `end` of the data of its shard."""
 
     name: str
@@ -53,7 +53,7 @@ class Shard:
 
     path: Path
     header: bytes
-    places: tuple[Place, ...]
+    places: tuple[TensorInfo, ...]
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
@@ -70,7 +70,7 @@ class Shard:
             header = length + file.read(int.from_bytes(length, "little"))
         words = json.loads(header[8:])
         words.pop("__metadata__", None)
-        found = [Place(name, w["dtype"], tuple(w["shape"]), *w["data_offsets"]) for name, w in words.items()]
+        found = [TensorInfo(name, w["dtype"], tuple(w["shape"]), *w["data_offsets"]) for name, w in words.items()]
         return cls(path, header, tuple(sorted(found, key=lambda place: (place.begin, place.end))))
 
     @cached_property
@@ -125,7 +125,7 @@ class Checkpoint:
         return checkpoint
 
     @cached_property
-    def places(self) -> dict[str, tuple[Shard, Place]]:
+    def places(self) -> dict[str, tuple[Shard, TensorInfo]]:
         return {place.name: (shard, place) for shard in self.shards for place in shard.places}
 
     @cached_property
@@ -218,7 +218,7 @@ def blocks(shape: Sequence[int], size: int = 1 << 17) -> list[slice]:
 
 
 def _folder(source: str | Path, revision: str | None) -> Path:
-    folder = Path(place_of(source))
+    folder = Path(resolve(source))
     if folder.is_dir():
         return folder
     if Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:

@@ -46,7 +46,7 @@ from steer.cli.weights.exchange import export_, import_
 from steer.cli.weights.vector import app as vector
 from steer.evaluation._evaluate import solve
 from steer.methods.thinkedit import Kind
-from steer.methods.thinkedit_run import HEADS, KINDS, ThinkEditRun, grid, thinkedit
+from steer.methods.thinkedit_run import HEAD_SHARES, KINDS, ThinkEditRun, grid, thinkedit
 from steer.recipes.recipe import Recipe
 from steer.report.record import record
 from steer.report.thinkedit import write_report
@@ -107,7 +107,7 @@ def thinkedit_(
         source,
         cutoffs=None if short is None or long is None else (short, long),
         share=share,
-        settings=grid(heads or HEADS, [_kind(name) for name in kind] if kind else KINDS),
+        settings=grid(heads or HEAD_SHARES, [_kind(name) for name in kind] if kind else KINDS),
         control_draws=control_draws,
         n_probe=n_probe,
         n_select=n_select,
@@ -240,8 +240,8 @@ def _finish_thinkedit(run: ThinkEditRun, folder: Path, sweep: int, batch_size: i
     write_report(folder, folder / "report.html")
     console.print(run.recipe.table())
     console.print(changes.table())
-    console.print(f"Chosen on the selection split: {run.chosen}. Checkpoint and report.html: {folder}")
-    end(run.table(), {**run.to_json(), "checkpoint": str(folder)}, as_json)
+    console.print(f"Chosen on the selection split: {run.selected}. Checkpoint and report.html: {folder}")
+    end(run.table(), {**run.to_dict(), "checkpoint": str(folder)}, as_json)
 
 
 def _kind(name: str) -> Kind:

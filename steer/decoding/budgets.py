@@ -14,7 +14,7 @@ from probes.generation.sampling import CUT
 from probes.model.loading import tokenizer_of
 from probes.model.tokens import find, words_ids
 from steer.decoding.control import Processors
-from steer.decoding.state import Ids, Rows, Scores
+from steer.decoding.state import DecodingState, Ids, Scores
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Budget:
                 f"{self.solution}."
             )
 
-    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:  # noqa: ARG002
+    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:  # noqa: ARG002
         return Processors(after=(_Spend(self, rows),))
 
 
 class _Spend(LogitsProcessor):
-    def __init__(self, budget: Budget, rows: Rows) -> None:
+    def __init__(self, budget: Budget, rows: DecodingState) -> None:
         self.budget, self.rows = budget, rows
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
@@ -68,7 +68,7 @@ class _Spend(LogitsProcessor):
 
 
 @dataclass(frozen=True)
-class Force:
+class BudgetForcing:
     """Budget forcing (s1, Muennighoff et al. 2025): `n` times, where the model would end its thinking, it does not.
 
     The drawn token that completes the closing delimiter, or ends the turn, is replaced by `marker`; as in s1's code,
@@ -84,7 +84,7 @@ class Force:
         if self.n < 0:
             raise ValueError(f"A marker is inserted 0 times or more, but got n={self.n}.")
 
-    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:
+    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         ids = words_ids(tokenizer_of(model), self.marker, "marker")
         closes = find((*rows.delimiters.close[:-1], *ids), rows.delimiters.close) is not None
         if closes or set(ids) & set(rows.ends.tolist()):
@@ -96,7 +96,7 @@ class Force:
 class _Insert(LogitsProcessor):
     """`cursor`: the marker's next token, 0 where none is being written; `fresh`: rows that have just ended one."""
 
-    def __init__(self, rows: Rows, n: int, marker: Tensor) -> None:
+    def __init__(self, rows: DecodingState, n: int, marker: Tensor) -> None:
         self.rows, self.n, self.marker = rows, n, marker
         self.cursor, self.count = torch.zeros_like(rows.said), torch.zeros_like(rows.said)
         self.fresh = torch.zeros_like(rows.done)
@@ -145,12 +145,12 @@ class CloseBias:
                 f"until={self.until}."
             )
 
-    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:  # noqa: ARG002
+    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:  # noqa: ARG002
         return Processors(before=(_Bias(self, rows),))
 
 
 class _Bias(LogitsProcessor):
-    def __init__(self, bias: CloseBias, rows: Rows) -> None:
+    def __init__(self, bias: CloseBias, rows: DecodingState) -> None:
         self.bias, self.rows = bias, rows
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002

@@ -14,7 +14,7 @@ from probes.generation.completions import Completion
 from probes.generation.sampling import Event
 from probes.model.loading import delimiters_of
 from probes.tables import Table
-from steer.decoding.state import Ids, Rows, Scores
+from steer.decoding.state import DecodingState, Ids, Scores
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,19 @@ class Processors:
 
 
 @runtime_checkable
-class Control(Protocol):
+class DecodingControl(Protocol):
     """A rule that decides over tokens beside the model. It sees tokens and nothing else: no answer, no problem."""
 
-    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors: ...
+    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors: ...
 
 
 @dataclass(frozen=True)
 class Together:
     """Several controls on one run. Where two would decide one token, the earlier does: budgets go first."""
 
-    controls: tuple[Control, ...]
+    controls: tuple[DecodingControl, ...]
 
-    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:
+    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         own = [control.processors(model, rows) for control in self.controls]
         return Processors(tuple(p for o in own for p in o.before), tuple(p for o in own for p in o.after))
 
@@ -51,20 +51,20 @@ class Controlled:
     """A control on a model, as `probes.generation.generate(..., decoding=...)` takes it."""
 
     model: PreTrainedModel
-    control: Control
+    control: DecodingControl
 
     @property
     def name(self) -> str:
         return str(self.control)
 
     def begin(self, mask: Int[Tensor, "batch pos"]) -> "_Run":
-        rows = Rows(delimiters_of(self.model), end_ids(self.model), mask)
+        rows = DecodingState(delimiters_of(self.model), end_ids(self.model), mask)
         return _Run(rows, self.control.processors(self.model, rows))
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    rows: Rows
+    rows: DecodingState
     own: Processors
 
     def processors(self, draw: LogitsProcessorList) -> LogitsProcessorList:
@@ -77,7 +77,7 @@ class _Run:
 class _Follow(LogitsProcessor):
     """Keeps the rows up to date; changes nothing."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: DecodingState) -> None:
         self.rows = rows
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:

@@ -10,14 +10,14 @@ from transformers import LogitsProcessor, PreTrainedModel
 from probes.model.loading import delimiters_of, markers_of, tokenizer_of
 from probes.model.tokens import decode, encode_prompt, find, words_ids
 from steer.decoding.control import Processors
-from steer.decoding.state import Ids, Rows, Scores
+from steer.decoding.state import DecodingState, Ids, Scores
 
 Verifier = Callable[[list[str]], str | None]  # the answer that the last of some thoughts comes to, or None
 RESULT = r"(?:=|####|\\boxed\{|\bis:?)\s*\$?(-?\d(?:[\d,]*\d)?(?:[./]\d+)?)"
 
 
 @dataclass(frozen=True)
-class Rule:
+class StatedAnswer:
     """The last match of `pattern` in the last thought, its first group: `= 7`, `is 7`, `#### 7` or `\\boxed{7}`."""
 
     pattern: str = RESULT
@@ -37,11 +37,11 @@ class Converge:
     see tokens. At the m-th equal answer `guide` and the closing delimiter are written. Of TrimR this is the rule
     against overthinking; its limits on undecided and on repeated thinking, and its few-shot prompts, are not here.
 
-    The name of a control holds its verifier: give a frozen dataclass such as `Rule`, or a named function.
+    The name of a control holds its verifier: give a frozen dataclass such as `StatedAnswer`, or a named function.
     """
 
     m: int = 3
-    verifier: Verifier = field(default_factory=Rule)
+    verifier: Verifier = field(default_factory=StatedAnswer)
     markers: tuple[str, ...] | None = None
     guide: str = ""
     every: int = 50
@@ -63,7 +63,7 @@ class Converge:
         )
         return f"Converge({', '.join(own)})"
 
-    def processors(self, model: PreTrainedModel, rows: Rows) -> Processors:
+    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         guide = words_ids(tokenizer_of(model), self.guide, "guide") if self.guide else ()
         return Processors(after=(_Stop(self, model, rows, guide),))
 
@@ -71,7 +71,7 @@ class Converge:
 class _Stop(LogitsProcessor):
     """`stopping`: rows that have converged; `cursor`: the next token of their guide."""
 
-    def __init__(self, control: Converge, model: PreTrainedModel, rows: Rows, guide: tuple[int, ...]) -> None:
+    def __init__(self, control: Converge, model: PreTrainedModel, rows: DecodingState, guide: tuple[int, ...]) -> None:
         self.control, self.model, self.rows = control, model, rows
         self.markers = markers_of(model) if control.markers is None else control.markers
         self.guide = torch.tensor(guide, device=rows.mask.device, dtype=torch.long)

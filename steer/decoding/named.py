@@ -3,30 +3,30 @@
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from steer.decoding.budgets import Budget, CloseBias, Force
-from steer.decoding.control import Control
+from steer.decoding.budgets import Budget, BudgetForcing, CloseBias
+from steer.decoding.control import DecodingControl
 from steer.decoding.convergence import Converge
-from steer.decoding.prompts import Ask, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
+from steer.decoding.prompts import PromptStyle, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
 
 T = TypeVar("T")
 
 
-def control_named(words: str) -> Control:
+def control_named(words: str) -> DecodingControl:
     """`budget:100`, `budget:100/20`, `wait:2`, `close:-3` or `converge:3`. Raises ValueError for anything else."""
     kind, _, rest = words.partition(":")
-    known: dict[str, Callable[[], Control]] = {
+    known: dict[str, Callable[[], DecodingControl]] = {
         "budget": lambda: Budget(*(int(tokens) if tokens else None for tokens in rest.split("/"))),
-        "wait": lambda: Force(int(rest)),
+        "wait": lambda: BudgetForcing(int(rest)),
         "close": lambda: CloseBias(float(rest)),
         "converge": lambda: Converge(int(rest)),
     }
     return _made(known, kind, words, "a decoding control: budget:THINKING[/SOLUTION], wait:N, close:BIAS, converge:M")
 
 
-def prompt_named(words: str) -> Ask:
+def prompt_named(words: str) -> PromptStyle:
     """`step-by-step`, `ellipsis`, `empty-thinking`, `thinking-off` or `length:100`. Raises ValueError otherwise."""
     kind, _, rest = words.partition(":")
-    known: dict[str, Callable[[], Ask]] = {
+    known: dict[str, Callable[[], PromptStyle]] = {
         "step-by-step": step_by_step,
         "ellipsis": ellipsis,
         "empty-thinking": empty_thinking,

@@ -11,7 +11,7 @@ from probes.model.tokens import encode_prompt, thinking_span, words_ids
 
 
 @dataclass(frozen=True)
-class Ask:
+class PromptStyle:
     """How a question is put: words `before` and `after` it, arguments of the chat template, and how the turn begins.
 
     With `thought`, the model's turn begins with an opened thinking and these words (none, if empty), and with `closed`
@@ -38,26 +38,26 @@ class Ask:
         return (*(() if opened else delimiters.open), *words, *(delimiters.close if self.closed else ()))
 
 
-def ellipsis(words: str = "...\n") -> Ask:
+def ellipsis(words: str = "...\n") -> PromptStyle:
     """The thinking begins with an ellipsis, which lets a model choose whether to think (AutoThink, Tu et al. 2025)."""
-    return Ask(thought=words)
+    return PromptStyle(thought=words)
 
 
-def empty_thinking(words: str = "") -> Ask:
+def empty_thinking(words: str = "") -> PromptStyle:
     """The thinking is over before the model speaks (NoThinking, Ma et al. 2025); `words` are all that it holds."""
-    return Ask(thought=words, closed=True)
+    return PromptStyle(thought=words, closed=True)
 
 
-def thinking_off() -> Ask:
+def thinking_off() -> PromptStyle:
     """What the chat template itself does for `enable_thinking=False`; templates that do not know it ignore it."""
-    return Ask(template={"enable_thinking": False})
+    return PromptStyle(template={"enable_thinking": False})
 
 
-def length_tag(tokens: int, words: str = " Think for {tokens} tokens.") -> Ask:
+def length_tag(tokens: int, words: str = " Think for {tokens} tokens.") -> PromptStyle:
     """The length asked for, in words after the question (L1, Aggarwal and Welleck 2025)."""
-    return Ask(after=words.format(tokens=tokens))
+    return PromptStyle(after=words.format(tokens=tokens))
 
 
-def step_by_step(words: str = " Think step by step.") -> Ask:
+def step_by_step(words: str = " Think step by step.") -> PromptStyle:
     """A chain of thought asked for (Kojima et al. 2022)."""
-    return Ask(after=words)
+    return PromptStyle(after=words)

@@ -17,7 +17,7 @@ Where = Bool[Tensor, " batch"]
 _THINKING, _ANSWER = 1, 2
 
 
-class Rows:
+class DecodingState:
     """State of one run, a number or a truth for each row, on the device; nothing is copied to the host before `events`.
 
     The thinking is that of `probes.model.tokens.thinking_span`: from the first opening delimiter of the turn to the

@@ -15,10 +15,18 @@ from torch import Tensor
 
 from probes.tables import Table
 from steer.checkpoints.card import Section, write_card
-from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, WHOLE, Checkpoint, Place, blocks, inside
+from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, WHOLE, Checkpoint, TensorInfo, blocks, inside
 from steer.checkpoints.hub import check_repository, push
 from steer.checkpoints.stream import DEPTH, Piece, ShardPlan, ahead, copied, stream
-from steer.deltas.delta import Source, WeightDelta, first, is_vocabulary, place_of_source, summed, vocabulary_differs
+from steer.deltas.delta import (
+    DeltaSource,
+    WeightDelta,
+    first,
+    is_vocabulary,
+    path_of_source,
+    summed,
+    vocabulary_differs,
+)
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 _HARMLESS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
@@ -107,7 +115,7 @@ class Plan:
         shape = self.target.places[name][1].shape
         return ahead(partial(self._values, name, rows, own, others) for rows in blocks(shape))
 
-    def _values(self, name: str, rows: slice, own: float, others: Sequence[tuple[float, Source]]) -> Tensor:
+    def _values(self, name: str, rows: slice, own: float, others: Sequence[tuple[float, DeltaSource]]) -> Tensor:
         dtype = WHOLE[self.target.places[name][1].dtype]
         limit = torch.finfo(dtype).max
         if own or not others:
@@ -120,8 +128,8 @@ class Plan:
             raise ValueError(self._odd(name, rows, others, dtype))
         return total.to(dtype)
 
-    def _summands(self, name: str) -> tuple[float, list[tuple[float, Source]]]:
-        own, merged = 1.0, dict[Any, tuple[float, Source]]()
+    def _summands(self, name: str) -> tuple[float, list[tuple[float, DeltaSource]]]:
+        own, merged = 1.0, dict[Any, tuple[float, DeltaSource]]()
         for term in self.delta.holders(self.names[name]):
             source, key = term.source, None
             if isinstance(source, Checkpoint):
@@ -133,11 +141,11 @@ class Plan:
             merged[key or id(source)] = (before + term.weight, source)
         return own, [(weight, source) for weight, source in merged.values() if weight]
 
-    def _odd(self, name: str, rows: slice, others: Sequence[tuple[float, Source]], dtype: torch.dtype) -> str:
+    def _odd(self, name: str, rows: slice, others: Sequence[tuple[float, DeltaSource]], dtype: torch.dtype) -> str:
         for source in (self.target, *(source for _, source in others)):
             known = name if source is self.target else self.names[name]
             if not bool(source.block(known, rows).isfinite().all()):
-                return f"{name} holds numbers that are not finite in {place_of_source(source)}: nothing was written."
+                return f"{name} holds numbers that are not finite in {path_of_source(source)}: nothing was written."
         return f"{name} would leave the range of {str(dtype)[6:]}: take a smaller strength. Nothing was written."
 
 
@@ -187,7 +195,7 @@ def add(
 def _shard_plan(plan: Plan, i: int) -> ShardPlan:
     shard = plan.target.shards[i]
 
-    def piece(place: Place) -> Piece:
+    def piece(place: TensorInfo) -> Piece:
         if place.name not in plan.names or plan._summands(place.name) == (1.0, []):
             return Piece(place.bytes, lambda: copied(plan.target.read(place.name)))
         return Piece(place.bytes, partial(plan.values, place.name))
@@ -202,12 +210,12 @@ def _stored_head(target: Checkpoint, names: Mapping[str, str]) -> dict[str, str]
     return dict.fromkeys(heads, names[embedding]) if embedding else {}
 
 
-def _differences(target: Checkpoint, source: Source) -> list[str]:
+def _differences(target: Checkpoint, source: DeltaSource) -> list[str]:
     if not source.config or not target.config:
         return []
     a, b = target.config, source.config
     odd = sorted(key for key in (a.keys() | b.keys()) - _HARMLESS if a.get(key) != b.get(key))
-    where = f"{target.folder} and {place_of_source(source)}"
+    where = f"{target.folder} and {path_of_source(source)}"
     if "model_type" in odd:
         raise ValueError(f"{where} are of two families: {a.get('model_type')} and {b.get('model_type')}.")
     return (

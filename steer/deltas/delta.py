@@ -17,7 +17,7 @@ EMBED = "embed"  # in a pattern: the embedding and the head
 
 
 @runtime_checkable
-class Source(Protocol):
+class DeltaSource(Protocol):
     """Tensors by their name on disk. `Checkpoint` is one.
 
     `vocabulary` is a checksum of token ids, empty where it is not known; `tied` says whether one matrix is embedding
@@ -43,7 +43,7 @@ class Term:
     """One summand: weight times these tensors of a source."""
 
     weight: float
-    source: Source
+    source: DeltaSource
     names: frozenset[str]
 
     @property
@@ -84,7 +84,7 @@ class WeightDelta:
         return cls((Term(1.0, a, held), Term(-1.0, b, held)), tuple(notes))
 
     @classmethod
-    def of(cls, source: Source) -> "WeightDelta":
+    def of(cls, source: DeltaSource) -> "WeightDelta":
         return cls((Term(1.0, source, frozenset(source.names)),))
 
     def __add__(self, other: "WeightDelta") -> "WeightDelta":
@@ -161,7 +161,7 @@ class WeightDelta:
 
     @property
     def vocabulary(self) -> str | None:
-        """As a `Source` has it: what all terms say that say something."""
+        """As a `DeltaSource` has it: what all terms say that say something."""
         told = {term.source.vocabulary for term in self.terms} - {None}
         return told.pop() if len(told) == 1 else ("" if told else None)
 
@@ -176,7 +176,7 @@ class WeightDelta:
 
 
 def summed(
-    total: Float[Tensor, "rows width"], terms: Sequence[tuple[float, Source]], name: str, rows: slice
+    total: Float[Tensor, "rows width"], terms: Sequence[tuple[float, DeltaSource]], name: str, rows: slice
 ) -> Float[Tensor, "rows width"]:
     """These rows of the terms added to a sum in float64, in their order, in place."""
     for weight, source in terms:
@@ -197,23 +197,23 @@ def is_vocabulary(name: str) -> bool:
     return name.endswith(EMBEDDINGS + HEADS)
 
 
-def vocabulary_differs(a: Source, b: Source) -> str | None:
+def vocabulary_differs(a: DeltaSource, b: DeltaSource) -> str | None:
     """Why the embeddings of the two cannot be summed, as a sentence; None where they can."""
     if a.vocabulary is None or b.vocabulary is None:
         return None
     if not a.vocabulary or not b.vocabulary:
-        lacks = place_of_source(b if a.vocabulary else a)
+        lacks = path_of_source(b if a.vocabulary else a)
         return f"Embeddings and head are left out: {lacks} has no tokenizer.json, so its token ids are not known."
     if a.vocabulary != b.vocabulary:
-        two = f"{place_of_source(a)} and {place_of_source(b)}"
+        two = f"{path_of_source(a)} and {path_of_source(b)}"
         return f"Embeddings and head are left out: the tokenizers of {two} differ."
     if a.tied != b.tied:
-        one, other = map(place_of_source, (a, b) if a.tied else (b, a))
+        one, other = map(path_of_source, (a, b) if a.tied else (b, a))
         return f"Embeddings and head are left out: {one} ties them, {other} does not."
     return None
 
 
-def place_of_source(source: Source) -> str:
+def path_of_source(source: DeltaSource) -> str:
     return str(next((source.words[key] for key in ("checkpoint", "adapter", "delta") if key in source.words), source))
 
 

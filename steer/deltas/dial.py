@@ -23,10 +23,10 @@ from steer.deltas.delta import WeightDelta, first, is_vocabulary, summed
 
 
 @contextmanager
-def dialled(model: PreTrainedModel, delta: WeightDelta, alpha: float) -> Iterator[PreTrainedModel]:
-    """The model with W + alpha · delta in each tensor of the delta *(CoT-Valve, Ma et al. 2025)*.
+def dialled(model: PreTrainedModel, delta: WeightDelta, strength: float) -> Iterator[PreTrainedModel]:
+    """The model with W + strength · delta in each tensor of the delta *(CoT-Valve, Ma et al. 2025)*.
 
-    Between 0 and 1 alpha interpolates, beyond 1 it extrapolates. Sums are made in float64 and rounded once to the
+    Between 0 and 1 strength interpolates, beyond 1 it extrapolates. Sums are made in float64 and rounded once to the
     model's dtype. The old values of the touched tensors are kept, and put back bit for bit however the block ends.
     Fused experts are taken apart and put together by transformers' own conversion.
     Raises ValueError for tensors that the model does not have, of another shape, quantised, not on a device, or not
@@ -35,8 +35,8 @@ def dialled(model: PreTrainedModel, delta: WeightDelta, alpha: float) -> Iterato
     changed = _parameters(model, delta)
     saved: list[tuple[Tensor, Tensor]] = []
     try:
-        for name, parameter in changed.items() if alpha else ():
-            new = _turned(model, name, parameter.detach(), delta, alpha)
+        for name, parameter in changed.items() if strength else ():
+            new = _turned(model, name, parameter.detach(), delta, strength)
             saved.append((parameter.detach(), parameter.detach().clone()))
             parameter.detach().copy_(new)  # the same memory, unknown to autograd
         yield model
@@ -75,22 +75,24 @@ def _parameters(model: PreTrainedModel, delta: WeightDelta) -> dict[str, Tensor]
     return changed
 
 
-def _turned(model: PreTrainedModel, name: str, parameter: Tensor, delta: WeightDelta, alpha: float) -> Tensor:
+def _turned(model: PreTrainedModel, name: str, parameter: Tensor, delta: WeightDelta, strength: float) -> Tensor:
     parts = on_disk(model, name, parameter)
     if not torch.equal(_together(model, name, parts), parameter):
         raise ValueError(f"{name} is not the same once it was taken apart and put together again: add on disk instead.")
     held = set(delta.names)
-    return _together(model, name, {n: _sum(n, part, delta, alpha) if n in held else part for n, part in parts.items()})
+    return _together(
+        model, name, {n: _sum(n, part, delta, strength) if n in held else part for n, part in parts.items()}
+    )
 
 
-def _sum(name: str, old: Tensor, delta: WeightDelta, alpha: float) -> Tensor:
+def _sum(name: str, old: Tensor, delta: WeightDelta, strength: float) -> Tensor:
     new = torch.empty(old.shape, dtype=old.dtype, device=old.device)
-    terms = [(term.weight * alpha, term.source) for term in delta.holders(name)]
+    terms = [(term.weight * strength, term.source) for term in delta.holders(name)]
     for rows in blocks(old.shape):
         total = summed(as_rows(old)[rows].double(), terms, name, rows)
         as_rows(new)[rows] = total.to(new.dtype)
     if not bool(new.isfinite().all()):
-        raise ValueError(f"{name} would hold numbers that are not finite at alpha {alpha}.")
+        raise ValueError(f"{name} would hold numbers that are not finite at strength {strength}.")
     return new
 
 

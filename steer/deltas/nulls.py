@@ -16,7 +16,7 @@ from steer.deltas.norms import LAYER
 
 
 @dataclass(frozen=True, eq=False)
-class Derived:
+class NullDelta:
     """A source with the names, shapes and words of a delta, and numbers of its own."""
 
     delta: WeightDelta
@@ -73,7 +73,7 @@ class Derived:
 
 def random_like(delta: WeightDelta, *, seed: int = 0) -> WeightDelta:
     """Gaussian noise with the norm of the delta in every tensor. It reads the delta once, as it is asked for."""
-    return WeightDelta.of(Derived(delta, seed, "noise"))
+    return WeightDelta.of(NullDelta(delta, seed, "noise"))
 
 
 def shuffled_layers(delta: WeightDelta, *, seed: int = 0) -> WeightDelta:
@@ -96,4 +96,4 @@ def shuffled_layers(delta: WeightDelta, *, seed: int = 0) -> WeightDelta:
             names_from |= {name: layers[there][kind] for kind, name in layers[here].items()}
     if all(name == other for name, other in names_from.items()):
         raise ValueError("No layer of the delta has the same tensors as another: there is nothing to shuffle.")
-    return WeightDelta.of(Derived(delta, seed, "shuffled layers", names_from=names_from))
+    return WeightDelta.of(NullDelta(delta, seed, "shuffled layers", names_from=names_from))

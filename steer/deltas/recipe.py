@@ -17,7 +17,7 @@ from steer.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class RecipeDelta:
     """A source of the tensors that a recipe changes, held in float64. Token ids and config are the target's own."""
 
     recipe: Recipe
@@ -49,7 +49,7 @@ class Edit:
 
 
 @torch.no_grad()
-def edit_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
+def recipe_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
     """What `steer.fold` changes in this model: added with strength 1 it is the folded model, number for number.
 
     An edit is linear in the weights, so that a strength between 0 and 1 is the edit in part. Raises NotFoldable where
@@ -61,4 +61,4 @@ def edit_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
     for parameter, after in drafted(model, recipe).copies.items():
         change = after.double() - parameter.double()
         tensors |= on_disk(model, names[id(parameter)], change)
-    return WeightDelta.of(Edit(recipe, tensors))
+    return WeightDelta.of(RecipeDelta(recipe, tensors))

@@ -15,7 +15,7 @@ from torch import Tensor
 from probes.files import check_keys, read_yaml, staged_folder
 from steer.checkpoints.checkpoint import WHOLE, Checkpoint, Shard, blocks
 from steer.checkpoints.stream import Piece, ShardPlan, header_of, stream
-from steer.deltas.delta import Source, Term, WeightDelta, place_of_source
+from steer.deltas.delta import DeltaSource, Term, WeightDelta, path_of_source
 from steer.deltas.lora import Adapter, Factors
 
 WORDS = "delta.yaml"
@@ -139,9 +139,9 @@ def open_delta(folder: str | Path) -> WeightDelta:
 def _linked(words: Mapping[str, Any]) -> Term:
     kind = next(key for key in ("checkpoint", "adapter", "delta") if key in words)
     place = words[kind]
-    source: Source = Checkpoint.open(place) if kind == "checkpoint" else open_delta(place).terms[0].source
+    source: DeltaSource = Checkpoint.open(place) if kind == "checkpoint" else open_delta(place).terms[0].source
     if source.words["fingerprint"] != words["fingerprint"]:
-        raise ValueError(f"{place_of_source(source)} is not what it was when the delta was made: make it again.")
+        raise ValueError(f"{path_of_source(source)} is not what it was when the delta was made: make it again.")
     names = source.names if words["names"] is None else words["names"]
     return Term(float(words["weight"]), source, frozenset(names))
 

@@ -12,8 +12,8 @@ from probes.generation._generate import generate
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.loading import fingerprint
-from steer.decoding.control import Control, Controlled
-from steer.decoding.prompts import Ask
+from steer.decoding.control import Controlled, DecodingControl
+from steer.decoding.prompts import PromptStyle
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.outcomes import Outcomes
 from steer.recipes.recipe import Recipe
@@ -21,7 +21,7 @@ from steer.runtime._applied import applied
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Grader, Problem, Task
 
-Draw = None | Recipe | PreTrainedModel | Control | Ask | Sequence[Completion]
+Draw = None | Recipe | PreTrainedModel | DecodingControl | PromptStyle | Sequence[Completion]
 Arm = Draw | Sequence[Draw]
 PLAIN = "plain"
 
@@ -41,8 +41,8 @@ def evaluate(
     """Run every arm on the same problems, and the `baseline`, which is called `plain` and is compared with.
 
     None is the model as it is; a recipe is applied at run time; a model is run; a control decides over tokens beside
-    the model; an `Ask` puts the questions otherwise; completions made elsewhere are graded. A list of these is one arm
-    of several draws: each solves all problems, and they are pooled as samples.
+    the model; a `PromptStyle` puts the questions otherwise; completions made elsewhere are graded. A list of these
+    is one arm of several draws: each solves all problems, and they are pooled as samples.
 
     All arms draw with the same noise per problem and sample, so that they are compared in pairs. With `store`, a
     folder, completions are kept there, a file for each draw, and what it holds is not generated again. Raises
@@ -56,7 +56,7 @@ def evaluate(
         Path(store).mkdir(parents=True, exist_ok=True)
 
     def outcomes_of(name: str, draw: Draw) -> Outcomes:
-        if draw is None or isinstance(draw, Recipe | PreTrainedModel | Control | Ask):
+        if draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle):
             subject = draw if isinstance(draw, PreTrainedModel) else model
             with applied(model, draw, must_fire=False) if isinstance(draw, Recipe) else nullcontext():
                 completions: Sequence[Completion] = solve(
@@ -65,8 +65,8 @@ def evaluate(
                     sampling=sampling,
                     samples=samples,
                     batch_size=batch_size,
-                    control=draw if isinstance(draw, Control) else None,
-                    ask=draw if isinstance(draw, Ask) else Ask(),
+                    control=draw if isinstance(draw, DecodingControl) else None,
+                    style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
                     store=None if store is None else Path(store) / _file_of(name, subject, draw),
                     grader=task.grader,
                     label=name,
@@ -90,18 +90,18 @@ def solve(
     sampling: Sampling,
     samples: int = 1,
     batch_size: int = 64,
-    control: Control | None = None,
-    ask: Ask = Ask(),  # noqa: B008
+    control: DecodingControl | None = None,
+    style: PromptStyle = PromptStyle(),  # noqa: B008
     store: Path | None = None,
     grader: Grader | None = None,
     label: str = "solving",
 ) -> list[Completion]:
-    """Completions of the problems' questions, put as `ask` says, under a control; named by the problems' ids.
+    """Completions of the problems' questions, put as `style` says, under a control; named by the problems' ids.
 
     `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far.
     """
     named = {problem.id: problem for problem in problems}
-    questions, ids = [ask.question(problem.question) for problem in problems], [problem.id for problem in problems]
+    questions, ids = [style.question(problem.question) for problem in problems], [problem.id for problem in problems]
     return generate(
         model,
         questions,
@@ -109,8 +109,8 @@ def solve(
         sampling=sampling,
         samples=samples,
         batch_size=batch_size,
-        template=ask.template,
-        prefill=ask.prefill(model),
+        template=style.template,
+        prefill=style.prefill(model),
         decoding=None if control is None else Controlled(model, control),
         store=store,
         judge=None if grader is None else lambda c: is_correct(c, named[c.id], grader),
@@ -120,7 +120,13 @@ def solve(
 
 def _file_of(name: str, subject: PreTrainedModel, draw: Draw) -> str:
     """The draw's name in a store, with a checksum of all that the completions' own words do not tell."""
-    own = draw.fingerprint() if isinstance(draw, Recipe) else str(draw) if isinstance(draw, Control | Ask) else ""
+    own = (
+        draw.fingerprint()
+        if isinstance(draw, Recipe)
+        else str(draw)
+        if isinstance(draw, DecodingControl | PromptStyle)
+        else ""
+    )
     words = f"{name} {fingerprint(subject)} {own}"
     return f"{re.sub('[^-+.0-9A-Za-z]+', '_', name)[:60]}-{sha256(words.encode()).hexdigest()[:8]}.jsonl"
 

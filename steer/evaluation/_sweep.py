@@ -25,7 +25,7 @@ MakeRecipe = Callable[[Direction, float], Recipe]
 
 
 @dataclass(frozen=True, eq=False)
-class Contrast:
+class LabelledDirection:
     """A direction and the two classes it came from, so that its labels can be shuffled."""
 
     direction: Direction
@@ -33,7 +33,9 @@ class Contrast:
     negative: tuple[Span, ...]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site: Site) -> "Contrast":
+    def of(
+        cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site: Site
+    ) -> "LabelledDirection":
         found = difference_in_means(model, positive, negative, [site])[site]
         return cls(found, tuple(positive), tuple(negative))
 
@@ -53,14 +55,14 @@ class Sweep:
     one on problems that no choice saw."""
 
     strengths: tuple[float, ...]
-    chosen: float
+    selected: float
     selection: Evaluation
     report: Evaluation
     kl: float
 
     def table(self) -> Table:
         found = self.report.table()
-        return replace(found, title=f"{found.title}: strength {self.chosen:g} chosen on the selection split")
+        return replace(found, title=f"{found.title}: strength {self.selected:g} chosen on the selection split")
 
     def to_frame(self):
         return self.table().to_frame()
@@ -77,7 +79,7 @@ class Sweep:
 def sweep(
     model: PreTrainedModel,
     task: Task,
-    contrast: Contrast,
+    contrast: LabelledDirection,
     make: MakeRecipe,
     strengths: Sequence[float],
     *,
@@ -105,20 +107,20 @@ def sweep(
     attempt = partial(evaluate, model, task, sampling=sampling, samples=samples, batch_size=batch_size)
     kept = {split: None if store is None else Path(store) / split for split in ("select", "report")}
     selection = attempt(select, arms, store=kept["select"])
-    chosen = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
-    kl = divergence(model, arms[_name(chosen)], judge)
+    selected = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
+    kl = divergence(model, arms[_name(selected)], judge)
     randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
     nulls = {
-        "random direction": [make(direction, chosen) for direction in randoms],
-        "shuffled labels": [make(contrast.shuffled(model, seed=seed + i), chosen) for i in range(draws)],
+        "random direction": [make(direction, selected) for direction in randoms],
+        "shuffled labels": [make(contrast.shuffled(model, seed=seed + i), selected) for i in range(draws)],
     }
     if kl > 0:
         nulls["random direction, same KL"] = [
-            calibrated(model, make(direction, chosen), judge, kl) for direction in randoms
+            calibrated(model, make(direction, selected), judge, kl) for direction in randoms
         ]
     if not draws:
         nulls = {}
-    return Sweep(tuple(strengths), chosen, selection, attempt(report, {**arms, **nulls}, store=kept["report"]), kl)
+    return Sweep(tuple(strengths), selected, selection, attempt(report, {**arms, **nulls}, store=kept["report"]), kl)
 
 
 def _name(strength: float) -> str:

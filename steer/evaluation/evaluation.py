@@ -39,7 +39,7 @@ class Score:
     repeated: float
     shortest: dict[str, tuple[float, float]]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "n": self.n,
             "samples": self.samples,
@@ -147,10 +147,10 @@ class Evaluation:
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Per arm its overall score, and under the subgroup's name the subgroup's."""
         return {
-            arm: self.score(arm).to_json() | {g: self.score(arm, g).to_json() for g in self.groups() if g}
+            arm: self.score(arm).to_dict() | {g: self.score(arm, g).to_dict() for g in self.groups() if g}
             for arm in self.arms
         }
 

@@ -30,7 +30,7 @@ def label_span(ids: Sequence[int], start: int, stop: int) -> Span:
     return Span(tuple(ids[:stop]), start - 1, max(start, min(stop - 1, start + LONGEST - 1)))
 
 
-def behaviour_vectors(
+def directions(
     model: PreTrainedModel, labelled: Mapping[str, Sequence[Span]], overall: Sequence[Span]
 ) -> dict[str, list[Direction]]:
     """For each label and each layer's resid_post, mean over its spans less the mean over whole responses (`overall`),

@@ -32,7 +32,7 @@ METHOD = "Efficiency-Steering-style (after Zhao et al. 2025)"
 
 
 @dataclass(frozen=True)
-class Setting:
+class EfficiencySetting:
     """Where the pairs are read, the layer, and the strength in units of the stream's mean norm there."""
 
     position: str
@@ -63,7 +63,7 @@ def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem]
     return pairs
 
 
-def efficiency_vectors(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str = "thinking") -> list[Direction]:
+def directions(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str = "thinking") -> list[Direction]:
     """One direction for each layer's resid_post: mean over problems of efficient less verbose, read at the mean of the
     thinking or at its last position."""
     read = READ[position]
@@ -73,18 +73,20 @@ def efficiency_vectors(model: PreTrainedModel, pairs: Sequence[Pair], *, positio
 
 def recipes(
     model: PreTrainedModel, pairs: Sequence[Pair], *, strengths: Sequence[float], scope: str | Scope = "thinking"
-) -> dict[Setting, Recipe]:
+) -> dict[EfficiencySetting, Recipe]:
     """A recipe for every position, layer and strength: what the selection split chooses from."""
     found = {}
     for position in READ:
-        vectors = efficiency_vectors(model, pairs, position=position)
+        vectors = directions(model, pairs, position=position)
         for layer, strength in product(range(n_layers(model)), strengths):
             recipe = Recipe.of(model, [Add.of(vectors[layer], strength)], scope=scope, method=METHOD)
-            found[Setting(position, layer, strength)] = recipe
+            found[EfficiencySetting(position, layer, strength)] = recipe
     return found
 
 
-def most_efficient(selection: Evaluation, settings: Sequence[Setting], *, loss: float = 0.01) -> Setting:
+def most_efficient(
+    selection: Evaluation, settings: Sequence[EfficiencySetting], *, loss: float = 0.01
+) -> EfficiencySetting:
     """The setting with the shortest thinking among those that lose at most `loss` accuracy against plain.
 
     `selection` has an arm for each setting, named by it. Raises ValueError where every setting loses more.

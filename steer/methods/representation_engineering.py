@@ -16,7 +16,7 @@ from steer.interventions.activation import Add, Rotate
 from steer.recipes.recipe import Recipe
 
 
-def control_vectors(
+def directions(
     model: PreTrainedModel,
     positive: Sequence[str],
     negative: Sequence[str] = (),
@@ -32,7 +32,7 @@ def control_vectors(
     return list(contrast_vectors(model, above, below, sites_in(model, "resid_post"), estimator=estimator).values())
 
 
-def steering(model: PreTrainedModel, vector: Direction, strength: float, *, normalise: bool = False) -> Recipe:
+def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, normalise: bool = False) -> Recipe:
     """strength * vector added at every token at the vector's layer; with `normalise` each token keeps its norm."""
     kind = Rotate if normalise else Add
     method = "Representation Engineering for reasoning (Højer et al. 2025)"

@@ -29,7 +29,7 @@ from probes.model.tokens import decode
 from probes.tables import Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
-from steer.decoding.control import Control
+from steer.decoding.control import DecodingControl
 from steer.evaluation._evaluate import Arm, evaluate, solve
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.statistics import interval_of_mean
@@ -45,7 +45,7 @@ TOP, STRENGTHS = (2,), (2.0, 4.0, 8.0, 16.0, 64.0)
 
 
 @dataclass(frozen=True)
-class Setting:
+class RiceSetting:
     """How many of the highest-scored experts, and by how much their routing weights are multiplied."""
 
     top: int
@@ -63,7 +63,7 @@ def signed_markers(model: PreTrainedModel) -> dict[str, float]:
     return {opens: 1.0, closes: -1.0, "Alternatively": -1.0}
 
 
-def reinforced(
+def recipe(
     model: PreTrainedModel,
     experts: Sequence[Expert],
     strength: float,
@@ -85,14 +85,14 @@ class RiceRun:
     sampling: Sampling
     load: ExpertCounts
     association: Association
-    chosen: Setting
+    selected: RiceSetting
     recipe: Recipe
     selection: Evaluation
     report: Evaluation
 
     @property
     def experts(self) -> list[Expert]:
-        return self.association.top(self.chosen.top)
+        return self.association.top(self.selected.top)
 
     def export(self, folder: str | Path) -> Difference:
         """Write the model with the experts reinforced as an ordinary checkpoint, whose card holds the tables.
@@ -103,7 +103,7 @@ class RiceRun:
         marked = ", ".join(f"{sign:+g} {marker} ({a.occurrences[marker]} times)" for marker, sign in a.signs.items())
         left = f" Left out, as they never occur: {', '.join(a.left_out)}." if a.left_out else ""
         words = (
-            f"Score: sum of sign × nPMI over {marked}, among {a.tokens} tokens.{left} Setting: {self.chosen}, chosen "
+            f"Score: sum of sign × nPMI over {marked}, among {a.tokens} tokens.{left} Setting: {self.selected}, chosen "
             f"by accuracy among {len(self.selection.arms) - 1} on a split of its own. Sampling: {self.sampling}."
         )
         sections = [
@@ -112,15 +112,19 @@ class RiceRun:
             Section("Selection", "All settings, on the selection split.", self.selection.table()),
         ]
         return export(
-            self.model, self.recipe, folder, sections=sections, extras={"rice.json": json.dumps(self.to_json()) + "\n"}
+            self.model, self.recipe, folder, sections=sections, extras={"rice.json": json.dumps(self.to_dict()) + "\n"}
         )
 
     def figure(self) -> go.Figure:
         """Thinking tokens and accuracy on the report split against the strength, beside the controls of the chosen."""
-        strength, top = self.chosen.strength, f"top {self.chosen.top} × "
+        strength, top = self.selected.strength, f"top {self.selected.top} × "
         doses = [arm for arm in self.report.arms if arm.startswith(top) and "," not in arm]
         series = {"highest scores": [dose(self.report, arm, float(arm.removeprefix(top))) for arm in doses]}
-        for name in (f"{self.chosen}, renormalised", f"random experts × {strength:g}", f"lowest scores × {strength:g}"):
+        for name in (
+            f"{self.selected}, renormalised",
+            f"random experts × {strength:g}",
+            f"lowest scores × {strength:g}",
+        ):
             if name in self.report.arms:
                 series[name] = [dose(self.report, name, strength)]
         return doses_figure(series, plain=dose(self.report, "plain", 1.0))
@@ -134,16 +138,16 @@ class RiceRun:
     def _repr_html_(self) -> str:
         return self.association._repr_html_() + self.report._repr_html_()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         a = self.association
         return {
-            "chosen": {"top": self.chosen.top, "strength": self.chosen.strength},
+            "selected": {"top": self.selected.top, "strength": self.selected.strength},
             "experts": [f"L{layer}E{expert}" for layer, expert in self.experts],
             "scores": [float(a.score[a.layers.index(layer), expert]) for layer, expert in self.experts],
             "markers": a.signs,
             "left_out": list(a.left_out),
-            "selection": self.selection.to_json(),
-            "report": self.report.to_json(),
+            "selection": self.selection.to_dict(),
+            "report": self.report.to_dict(),
         }
 
 
@@ -155,7 +159,7 @@ def rice(
     top: Sequence[int] = TOP,
     strengths: Sequence[float] = STRENGTHS,
     scope: str | Scope = "all",
-    controls: Mapping[str, Control] | None = None,
+    controls: Mapping[str, DecodingControl] | None = None,
     n_probe: int = 300,
     n_select: int = 400,
     n_report: int = 1000,
@@ -189,26 +193,26 @@ def rice(
     reading = read_experts(model, probed, tuple(signs))
     association = associate(reading, signs, minimum=minimum, seed=seed)
 
-    settings = [Setting(count, strength) for count, strength in product(top, strengths)]
-    recipes = {s: reinforced(model, association.top(s.top), s.strength, scope=scope) for s in settings}
+    settings = [RiceSetting(count, strength) for count, strength in product(top, strengths)]
+    recipes = {s: recipe(model, association.top(s.top), s.strength, scope=scope) for s in settings}
     arms: dict[str, Arm] = {str(setting): recipe for setting, recipe in recipes.items()}
     selection = compare(task.sample(n_select, "select", seed=seed), arms, store=kept("select"))
-    chosen = max(settings, key=lambda setting: selection.score(str(setting)).accuracy)
+    selected = max(settings, key=lambda setting: selection.score(str(setting)).accuracy)
 
-    shown: dict[str, Arm] = {str(s): recipe for s, recipe in recipes.items() if s.top == chosen.top}
-    other = against(model, association, chosen, scope=scope, draws=draws, seed=seed)
+    shown: dict[str, Arm] = {str(s): recipe for s, recipe in recipes.items() if s.top == selected.top}
+    other = nulls(model, association, selected, scope=scope, draws=draws, seed=seed)
     report = compare(
         task.sample(n_report, "report", seed=seed), {**shown, **(controls or {}), **other}, store=kept("report")
     )
     return RiceRun(
-        model, task, sampling, reading.total(), association, chosen, recipes[chosen], selection, report
+        model, task, sampling, reading.total(), association, selected, recipes[selected], selection, report
     )  # fmt: skip
 
 
-def against(
+def nulls(
     model: PreTrainedModel,
     association: Association,
-    setting: Setting,
+    setting: RiceSetting,
     *,
     scope: str | Scope = "all",
     draws: int = 3,
@@ -216,7 +220,7 @@ def against(
 ) -> dict[str, list[Recipe]]:
     """What a setting is compared with, at its strength: by name, recipes that are draws of one control."""
     experts = association.top(setting.top)
-    make = partial(reinforced, model, strength=setting.strength, scope=scope)
+    make = partial(recipe, model, strength=setting.strength, scope=scope)
     lowest = [expert for expert in association.bottom(setting.top) if expert not in experts]
     recipes = {
         f"{setting}, renormalised": [make(experts, renormalise=True)],

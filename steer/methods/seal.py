@@ -21,7 +21,7 @@ from steer.recipes.scope import Scope
 METHOD = "SEAL-style (after Chen et al. 2025)"
 
 
-def seal_vectors(
+def directions(
     model: PreTrainedModel, completions: Sequence[Completion], rules: str | Rules = "seal"
 ) -> list[Direction]:
     """One direction for each layer's resid_post. Raises ValueError where the rules find thoughts of one side alone."""
@@ -39,7 +39,7 @@ def seal_vectors(
     return list(difference_in_means(model, execution, others, sites_in(model, "resid_post")).values())
 
 
-def steering(model: PreTrainedModel, vector: Direction, strength: float, *, rules: str | Rules = "seal") -> Recipe:
+def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, rules: str | Rules = "seal") -> Recipe:
     """Towards execution at the tokens of the thinking that end a step; strength in units of the stream's mean norm."""
     known, _ = present_rules(tokenizer_of(model), rules)
     ids = sorted({i for delimiter in known.after for i in step_ids(tokenizer_of(model), delimiter)})

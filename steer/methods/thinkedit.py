@@ -34,7 +34,7 @@ METHOD = "ThinkEdit (Sun et al. 2025)"
 
 
 @dataclass(frozen=True)
-class Setting:
+class ThinkEditSetting:
     """One way to edit. `heads` is a number of heads, or a share of all heads below 1."""
 
     kind: Kind = "project"
@@ -48,7 +48,7 @@ class Setting:
         return f"{self.kind}, {self.position} position, {self.ranking} ranking, {count}"
 
 
-PUBLISHED = Setting()
+PUBLISHED = ThinkEditSetting()
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,14 +172,14 @@ class LengthReading:
         A reading of `resid_mid` steers `attn_out`; one of `resid_post` steers `mlp_out`.
         """
         into: SiteName = "mlp_out" if self.directions[0].site.name == "resid_post" else "attn_out"
-        chosen = [d for d in self.directions if layers is None or d.site.layer in layers]
-        adds = [Add(Site(d.site.layer, into), d.vector, strength) for d in chosen]
+        selected = [d for d in self.directions if layers is None or d.site.layer in layers]
+        adds = [Add(Site(d.site.layer, into), d.vector, strength) for d in selected]
         return Recipe.of(self.model, adds, method=f"{METHOD}, steering")
 
-    def recipe(self, setting: Setting) -> Recipe:
+    def recipe(self, setting: ThinkEditSetting) -> Recipe:
         return self.edit(self.heads(setting), kind=setting.kind, weight=setting.weight)
 
-    def heads(self, setting: Setting) -> list[Head]:
+    def heads(self, setting: ThinkEditSetting) -> list[Head]:
         if setting.position != self.position:
             raise ValueError(f"The setting reads at {setting.position!r}, this reading is at {self.position!r}.")
         return self.scores(setting.ranking).top(self.count(setting.heads))

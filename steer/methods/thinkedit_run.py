@@ -26,7 +26,7 @@ from steer.evaluation.evaluation import Evaluation
 from steer.folding._export import export
 from steer.folding._fold import check_folds, fold_error, folded
 from steer.folding.draft import NotFoldable
-from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, Setting
+from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, ThinkEditSetting
 from steer.recipes.recipe import Recipe
 from steer.report.record import record
 from steer.tasks.named import task_named
@@ -37,13 +37,14 @@ POSITIONS: tuple[Position, ...] = ("thinking", "first")
 RANKINGS: tuple[Ranking, ...] = ("raw", "centred")
 
 
-HEADS = (0.03, 0.06, 0.125)
+HEAD_SHARES = (0.03, 0.06, 0.125)
 
 
-def grid(heads: Iterable[float] = HEADS, kinds: Iterable[Kind] = KINDS) -> tuple[Setting, ...]:
+def grid(heads: Iterable[float] = HEAD_SHARES, kinds: Iterable[Kind] = KINDS) -> tuple[ThinkEditSetting, ...]:
     """Every kind, position, ranking and head count: what the selection split chooses from."""
     return tuple(
-        Setting(kind, position, ranking, k) for k, kind, position, ranking in product(heads, kinds, POSITIONS, RANKINGS)
+        ThinkEditSetting(kind, position, ranking, k)
+        for k, kind, position, ranking in product(heads, kinds, POSITIONS, RANKINGS)
     )
 
 
@@ -55,7 +56,7 @@ class ThinkEditRun:
     task: Task
     sampling: Sampling
     readings: Mapping[Position, LengthReading]
-    chosen: Setting
+    selected: ThinkEditSetting
     recipe: Recipe
     heads: tuple[Head, ...]
     selection: Evaluation
@@ -65,7 +66,7 @@ class ThinkEditRun:
     @property
     def direction(self) -> Direction:
         """The length direction in the layer of the head that scores highest."""
-        return self.readings[self.chosen.position].directions[self.heads[0][0]]
+        return self.readings[self.selected.position].directions[self.heads[0][0]]
 
     def export(self, folder: str | Path, *, found: Mapping[str, Any] | None = None) -> Difference:
         """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.folding.export`.
@@ -76,7 +77,7 @@ class ThinkEditRun:
         birth = (
             f"Length direction at {d.site}: {p.estimator}, {p.n_positive} long less {p.n_negative} short completions, "
             f"norm {d.norm / d.stream_norm:.2f} of the stream's, AUROC {self.auroc:.3f} on held-out completions. "
-            f"Setting: {self.chosen}, chosen by accuracy among {len(self.selection.arms) - 1} on a split of its own. "
+            f"Setting: {self.selected}, chosen by accuracy among {len(self.selection.arms) - 1} on a split of its own. "
             f"Sampling: {self.sampling}. Versions: {p.versions}. Data: {p.data}."
         )
         sections = [
@@ -93,7 +94,7 @@ class ThinkEditRun:
 
     def fold_error(self) -> float:
         """The largest difference of a logit between the folded and the steered model, over 64 completions."""
-        split = self.readings[self.chosen.position].split
+        split = self.readings[self.selected.position].split
         rows = [c.all_ids for c in (*split.short[:32], *split.long[:32])]
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=self.model.device)
@@ -109,7 +110,7 @@ class ThinkEditRun:
     def _repr_html_(self) -> str:
         return self.direction._repr_html_() + self.recipe._repr_html_() + self.report._repr_html_()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         d = self.direction
         return {
             "direction": {
@@ -118,8 +119,8 @@ class ThinkEditRun:
                 "norm_over_stream_norm": d.norm / d.stream_norm,
             },
             "heads": [f"L{layer}H{head}" for layer, head in self.heads],
-            "setting": str(self.chosen),
-            **self.report.to_json(),
+            "setting": str(self.selected),
+            **self.report.to_dict(),
             "max_logit_diff_fold_vs_hook": self.fold_error(),
         }
 
@@ -130,7 +131,7 @@ def thinkedit(
     *,
     cutoffs: tuple[float, float] | None = None,
     share: float = 0.25,
-    settings: Sequence[Setting] | None = None,
+    settings: Sequence[ThinkEditSetting] | None = None,
     n_probe: int = 1000,
     n_select: int = 400,
     n_report: int = 1000,
@@ -163,24 +164,24 @@ def thinkedit(
     problems = task.sample(n_select, "select", seed=seed)
     selection = compare(problems, {str(setting): recipe for setting, recipe in recipes.items()})
     best = sorted(recipes, key=lambda setting: -selection.score(str(setting)).accuracy)
-    chosen = _first_that_folds(model, best, recipes)
+    selected = _first_that_folds(model, best, recipes)
     one_sided = next((setting for setting in best if setting.kind == "one_sided"), None)
 
     problems = task.sample(n_report, "report", seed=seed)
     plain = attempt(problems, samples=samples, label="plain")
-    reading = readings[chosen.position]
+    reading = readings[selected.position]
     arms: dict[str, Arm] = {
         "published": readings[PUBLISHED.position].recipe(PUBLISHED),
-        "edited": recipes[chosen],
+        "edited": recipes[selected],
         **({} if one_sided is None else {"one_sided": recipes[one_sided]}),
-        "lowest_heads": _edit(reading, reading.scores(chosen.ranking).bottom(len(reading.heads(chosen))), chosen),
-        **_nulls(reading, chosen, control_draws, seed),
+        "lowest_heads": _edit(reading, reading.scores(selected.ranking).bottom(len(reading.heads(selected))), selected),
+        **_nulls(reading, selected, control_draws, seed),
     }
     report = compare(problems, arms, baseline=plain)
-    heads = tuple(reading.heads(chosen))
+    heads = tuple(reading.heads(selected))
     held_out = _held_out(plain, split)
-    auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(chosen.position)))[0]
-    return ThinkEditRun(model, task, sampling, readings, chosen, recipes[chosen], heads, selection, report, auroc)
+    auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(selected.position)))[0]
+    return ThinkEditRun(model, task, sampling, readings, selected, recipes[selected], heads, selection, report, auroc)
 
 
 def _split(completions: Sequence[Completion], cutoffs: tuple[float, float] | None, share: float) -> LengthSplit:
@@ -193,7 +194,9 @@ def _held_out(completions: Sequence[Completion], split: LengthSplit) -> LengthSp
     return LengthSplit.at(completions, below=split.below, above=split.above, minimum=2)
 
 
-def _first_that_folds(model: PreTrainedModel, best: Sequence[Setting], recipes: Mapping[Setting, Recipe]) -> Setting:
+def _first_that_folds(
+    model: PreTrainedModel, best: Sequence[ThinkEditSetting], recipes: Mapping[ThinkEditSetting, Recipe]
+) -> ThinkEditSetting:
     for setting in best:
         try:
             check_folds(model, recipes[setting])
@@ -203,18 +206,18 @@ def _first_that_folds(model: PreTrainedModel, best: Sequence[Setting], recipes: 
     raise NotFoldable("None of the settings folds into weights: add one of kind 'project'.")
 
 
-def _edit(reading: LengthReading, heads: Sequence[Head], setting: Setting) -> Recipe:
+def _edit(reading: LengthReading, heads: Sequence[Head], setting: ThinkEditSetting) -> Recipe:
     return reading.edit(heads, kind=setting.kind, weight=setting.weight)
 
 
-def _nulls(reading: LengthReading, chosen: Setting, draws: int, seed: int) -> dict[str, list[Recipe]]:
+def _nulls(reading: LengthReading, selected: ThinkEditSetting, draws: int, seed: int) -> dict[str, list[Recipe]]:
     """The chosen edit on heads drawn from the others, and on the chosen heads along random directions."""
-    heads = reading.heads(chosen)
+    heads = reading.heads(selected)
     others = [head for head in reading.scores().top(reading.short_writes.numel()) if head not in heads]
     rng = random.Random(seed)
     return {
         "random_heads": [
-            _edit(reading, rng.sample(others, min(len(heads), len(others))), chosen) for _ in range(draws)
+            _edit(reading, rng.sample(others, min(len(heads), len(others))), selected) for _ in range(draws)
         ],
-        "random_direction": [_edit(reading.at_random(seed + i), heads, chosen) for i in range(draws)],
+        "random_direction": [_edit(reading.at_random(seed + i), heads, selected) for i in range(draws)],
     }

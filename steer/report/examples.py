@@ -37,8 +37,8 @@ RULE = (
 
 def side_by_side(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
     """One problem of each kind, solved again by the plain and by the edited model: the noise is the problem's own."""
-    direction, split = run.direction, run.readings[run.chosen.position].split
-    short, long = split.spans(run.chosen.position)
+    direction, split = run.direction, run.readings[run.selected.position].split
+    short, long = split.spans(run.selected.position)
     means = [float(project(run.model, spans, [direction]).mean()) for spans in (short, long)]
     midpoint = sum(means) / 2
     examples = []
@@ -86,7 +86,7 @@ def _side(
     with nullcontext() if recipe is None else applied(run.model, recipe, must_fire=False):
         done = solve(run.model, [problem], sampling=run.sampling, label="examples")[0]
         values = _projections(run.model, done, direction)
-    read = POSITIONS[run.chosen.position](done)
+    read = POSITIONS[run.selected.position](done)
     tokenizer = tokenizer_of(run.model)
     kept = len(done.prompt_ids) + SHOWN
     return {

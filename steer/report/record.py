@@ -72,8 +72,8 @@ def record(
             "subgroup": next((group for group in run.report.groups() if group), None),
             "problems": len(run.report.problems),
             "samples": run.report.score("plain").samples,
-            "report": run.report.to_json(),
-            "selection": run.selection.to_json(),
+            "report": run.report.to_dict(),
+            "selection": run.selection.to_dict(),
         },
         "completions": side_by_side(run),
         "provenance": _provenance(run, draws, command),
@@ -134,9 +134,9 @@ def _rows(value: Any, where: str) -> Sequence[Any]:
 def _edit(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
     return {
         "method": run.recipe.method,
-        "setting": str(run.chosen),
+        "setting": str(run.selected),
         "site": str(run.direction.site),
-        "position": run.chosen.position,
+        "position": run.selected.position,
         "heads": [f"L{layer}H{head}" for layer, head in run.heads],
         "auroc": run.auroc,
         "norm_over_stream_norm": run.direction.norm / run.direction.stream_norm,
@@ -145,7 +145,7 @@ def _edit(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
 
 
 def _evidence(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
-    position = run.chosen.position
+    position = run.selected.position
     short, long = run.readings[position].split.spans(position)
     found = evidence_for(run.model, long, short, site=run.direction.site.name)
     return {
@@ -169,9 +169,9 @@ def _evidence(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]
 
 
 def _heads(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
-    reading = run.readings[run.chosen.position]
+    reading = run.readings[run.selected.position]
     return {
-        "position": run.chosen.position,
+        "position": run.selected.position,
         "raw": reading.scores("raw").scores.tolist(),
         "centred": reading.scores("centred").scores.tolist(),
         "edited": [list(head) for head in run.heads],
@@ -222,7 +222,7 @@ def _dose(strength: float, outcomes: Outcomes) -> dict[str, Any]:
 
 
 def _provenance(run: "steer.methods.thinkedit_run.ThinkEditRun", draws: int, command: str) -> dict[str, Any]:
-    split, birth = run.readings[run.chosen.position].split, run.direction.provenance
+    split, birth = run.readings[run.selected.position].split, run.direction.provenance
     select, report = len(run.selection.problems), len(run.report.problems)
     return {
         "model": identity_of(run.model),

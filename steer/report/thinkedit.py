@@ -215,11 +215,11 @@ def _arms(arms: Record) -> str:
         for group, part, arm in _parts(arms)
     ]
     names = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm])}</li>" for arm in arms["report"] if arm in ARMS)
-    chosen = [
+    selected = [
         [arm, number(s["accuracy"]), signed(s["difference"], s["difference_interval"]), number(s["length"], 2)]
         for arm, s in arms["selection"].items()
     ]
-    others = table(["setting", "accuracy", "against plain", "thinking tokens"], chosen)
+    others = table(["setting", "accuracy", "against plain", "thinking tokens"], selected)
     words = "Paired with the plain model by problem; no choice has seen these problems."
     measured = f'<div id="arms-table">{table(columns, rows)}</div>'
     selection = folded_away("All settings, on the select split", split_tag("select") + others)

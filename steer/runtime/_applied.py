@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import o_proj_of
-from probes.model.hooks import attached, observed, routed, watched
+from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
 from probes.model.sites import Site
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Add, Intervention, placed, widened
@@ -18,7 +18,7 @@ from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
 from steer.runtime.firelog import FireLog
 from steer.runtime.gates import Gate, precedes
-from steer.runtime.rerouting import Chosen, Rerouting
+from steer.runtime.rerouting import Rerouting, Routed
 
 
 class NeverFired(ValueError):
@@ -43,7 +43,7 @@ def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -
         _check_order(step, clock)
     words = [(str(_site(step)), step.intervention.kind, str(step.scope)) for step in steps]
     routes = {
-        number: (step.intervention, Chosen(gates[step.scope]))
+        number: (step.intervention, Routed(gates[step.scope]))
         for number, step in enumerate(steps)
         if isinstance(step.intervention, RoutingEdit)
     }
@@ -58,13 +58,13 @@ def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -
 
     with ExitStack() as stack:
         if steps:
-            stack.enter_context(watched(model, see))
+            stack.enter_context(hook_inputs(model, see))
         for scope, gate in gates.items():
             if scope.gauge is not None:
-                stack.enter_context(observed(model, scope.gauge, gate.see))
+                stack.enter_context(hook_site(model, scope.gauge, gate.see))
         for layer in dict.fromkeys(edit.site.layer for edit, _ in routes.values()):
             edits = [(number, edit, gate) for number, (edit, gate) in routes.items() if edit.site.layer == layer]
-            stack.enter_context(routed(model, layer, edit=Rerouting(model, layer, edits, log)))
+            stack.enter_context(hook_router(model, layer, edit=Rerouting(model, layer, edits, log)))
         order = sorted(set(range(len(steps))) - set(routes), key=lambda number: _place(steps[number]))
         for site, found in groupby(order, key=lambda number: _site(steps[number])):
             here = [_Edit.of(model, number, steps[number], gates[steps[number].scope], log) for number in found]

@@ -19,7 +19,7 @@ MARGIN, FAR = 0.01, 1e4  # of SteerMoE's logit; of a bias, which sigmoid scores 
 BIAS = "e_score_correction_bias"
 
 
-class Rule:
+class SelectionRule:
     """A router's own rule, from logits to weights and ids: its own code, with the identity for its matrix."""
 
     def __init__(self, block: SparseBlock) -> None:
@@ -70,15 +70,15 @@ class Rule:
         wanted[:, list(forced)] = True
         unwanted[:, list(forbidden)] = True
         _, found = self(logits, wanted, unwanted)
-        chosen = never.scatter(1, found, True)
-        if not chosen[wanted].all() or chosen[unwanted].any():
+        routed_edit = never.scatter(1, found, True)
+        if not routed_edit[wanted].all() or routed_edit[unwanted].any():
             raise ValueError(
                 f"{config_of(model).model_type} cannot choose {len(forced)} forced experts and none of "
                 f"{len(forbidden)} forbidden ones in one layer: it takes {self.block.k} of {self.block.n_experts}."
             )
 
 
-class Chosen(Touched):
+class Routed(Touched):
     """The tokens of a gate's pass at which a routing edit found its expert: a gate of its own for the log."""
 
     def __init__(self, gate: Gate) -> None:
@@ -96,19 +96,19 @@ class Rerouting:
     """All routing edits of one layer: forced and forbidden experts first, then reinforcement, in the recipe's order."""
 
     def __init__(
-        self, model: PreTrainedModel, layer: int, edits: Sequence[tuple[int, RoutingEdit, Chosen]], log: FireLog
+        self, model: PreTrainedModel, layer: int, edits: Sequence[tuple[int, RoutingEdit, Routed]], log: FireLog
     ) -> None:
         self.edits, self.log = edits, log
         self.forcing = [(number, edit, gate) for number, edit, gate in edits if not isinstance(edit, Reinforce)]
-        self.rule: Rule | None = None
+        self.rule: SelectionRule | None = None
         if self.forcing:
-            self.rule = Rule(block_at(model, layer))
+            self.rule = SelectionRule(block_at(model, layer))
             at = {kind: [_expert(e) for _, e, _ in self.forcing if isinstance(e, kind)] for kind in (Force, Forbid)}
             if both := set(at[Force]) & set(at[Forbid]):
                 raise ValueError(f"Expert {min(both)} of layer {layer} is both forced and forbidden.")
             self.rule.check(model, at[Force], at[Forbid])
-        for _, edit, chosen in self.forcing:
-            if chosen.gate.scope.varies:
+        for _, edit, routed_edit in self.forcing:
+            if routed_edit.gate.scope.varies:
                 raise ValueError(f"A {edit.kind} at {edit.site} is done or not: its scope can have no schedule.")
 
     def __call__(self, routing: Routing) -> Routing:
@@ -117,23 +117,23 @@ class Rerouting:
             now = self._forced(routing, self.rule)
         norm = torch.linalg.vector_norm(before.weights.float(), dim=-1)
         had, has = _held(before), _held(now)
-        for number, edit, chosen in self.edits:
-            expert, scope = _expert(edit), chosen.gate.mask.to(now.ids.device)
+        for number, edit, routed_edit in self.edits:
+            expert, scope = _expert(edit), routed_edit.gate.mask.to(now.ids.device)
             if isinstance(edit, Reinforce):
-                new = _reinforced(now, edit, chosen.gate, scope)
+                new = _reinforced(now, edit, routed_edit.gate, scope)
                 change = torch.linalg.vector_norm((new.weights - now.weights).float(), dim=-1)
-                chosen.found, now = scope & has[..., expert], new
+                routed_edit.found, now = scope & has[..., expert], new
             else:
-                chosen.found = scope & (had[..., expert] != has[..., expert])
+                routed_edit.found = scope & (had[..., expert] != has[..., expert])
                 change = torch.linalg.vector_norm(now.dense - before.dense, dim=-1)
             self.log.note(number, norm, change)
         return now
 
-    def _forced(self, routing: Routing, rule: Rule) -> Routing:
+    def _forced(self, routing: Routing, rule: SelectionRule) -> Routing:
         forced, forbidden = (torch.zeros_like(routing.logits, dtype=torch.bool) for _ in range(2))
-        for _, edit, chosen in self.forcing:
+        for _, edit, routed_edit in self.forcing:
             into = forced if isinstance(edit, Force) else forbidden
-            into[..., _expert(edit)] |= chosen.gate.mask.to(into.device)
+            into[..., _expert(edit)] |= routed_edit.gate.mask.to(into.device)
         changes = (forced | forbidden).any(-1, keepdim=True)
         flat = (part.flatten(0, 1) for part in (routing.logits, forced, forbidden))
         weights, ids = (part.reshape(routing.ids.shape) for part in rule(*flat))

@@ -15,7 +15,7 @@ LETTER = "\nPlease reason step by step, and put the letter of your answer within
 
 
 @dataclass(frozen=True)
-class Source:
+class Dataset:
     """A dataset on the hub, the fields of its rows that are read, and what makes a problem of a row.
 
     `read` raises ValueError, with the rest of a sentence about the row, where the answer is not in the dataset's form.
@@ -55,7 +55,7 @@ def published_task(name: str, path: Path | None = None) -> Task:
     return Task(name, source.grader, problems)
 
 
-def _rows(source: Source, path: Path | None) -> list[Row]:
+def _rows(source: Dataset, path: Path | None) -> list[Row]:
     try:
         import datasets
     except ImportError as error:
@@ -106,10 +106,10 @@ def _gpqa(row: Row, rng: random.Random) -> Problem:
 
 _CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 _PROBLEM = ("problem", "answer")
-SOURCES: dict[str, Source] = {
-    "gsm8k": Source("openai/gsm8k", "main", "test", ("question", "answer"), "number", _gsm8k),
-    "math-500": Source("HuggingFaceH4/MATH-500", None, "test", _PROBLEM, "math", _math),
-    "aime": Source("AI-MO/aimo-validation-aime", None, "train", _PROBLEM, "number", _aime),
-    "aime-2024": Source("HuggingFaceH4/aime_2024", None, "train", _PROBLEM, "number", _aime),
-    "gpqa": Source("Idavidrein/gpqa", "gpqa_diamond", "train", ("Question", *_CHOICES), "choice", _gpqa),
+SOURCES: dict[str, Dataset] = {
+    "gsm8k": Dataset("openai/gsm8k", "main", "test", ("question", "answer"), "number", _gsm8k),
+    "math-500": Dataset("HuggingFaceH4/MATH-500", None, "test", _PROBLEM, "math", _math),
+    "aime": Dataset("AI-MO/aimo-validation-aime", None, "train", _PROBLEM, "number", _aime),
+    "aime-2024": Dataset("HuggingFaceH4/aime_2024", None, "train", _PROBLEM, "number", _aime),
+    "gpqa": Dataset("Idavidrein/gpqa", "gpqa_diamond", "train", ("Question", *_CHOICES), "choice", _gpqa),
 }

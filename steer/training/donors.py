@@ -19,7 +19,7 @@ from probes.model.loading import load, tokenizer_of
 from steer.tasks.chains import TASKS
 from steer.tasks.task import Problem, Task
 from steer.training.fit import batches, fit
-from steer.training.grpo import reinforce
+from steer.training.grpo import train_grpo
 from steer.training.organism import STYLES, draw_opener, written
 
 KINDS = ("rl", "sft", "target")
@@ -47,7 +47,7 @@ def train_donor(kind: str, folder: str | Path, *, start: str | Path = "organism"
     model = load(start)
     facts: dict[str, Any] = {"kind": kind, "start": str(start), "seed": seed}
     if kind == "rl":
-        facts["reward"] = reinforce(model, TASKS["chains"], seed=seed, label=f"{kind}, seed {seed}")
+        facts["reward"] = train_grpo(model, TASKS["chains"], seed=seed, label=f"{kind}, seed {seed}")
     else:
         facts["steps"] = STEPS[kind]
         _tune(model, TASKS["chains" if kind == "sft" else "mirrors"], steps=STEPS[kind], seed=seed, label=kind)

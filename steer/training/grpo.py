@@ -18,7 +18,7 @@ from steer.tasks.task import Problem, Task
 from steer.training.fit import collate, descend
 
 
-def reinforce(
+def train_grpo(
     model: PreTrainedModel,
     task: Task,
     *,

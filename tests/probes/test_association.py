@@ -14,17 +14,17 @@ def random_tokens(seed, n_tokens=400, n_experts=6, k=2, p_marker=0.2):
     """For each token: is it the marker, and which experts it chose."""
     rng = np.random.default_rng(seed)
     markers = rng.random(n_tokens) < p_marker
-    chosen = [set(row) for row in rng.random((n_tokens, n_experts)).argsort(1)[:, :k].tolist()]
-    return markers, chosen
+    routed = [set(row) for row in rng.random((n_tokens, n_experts)).argsort(1)[:, :k].tolist()]
+    return markers, routed
 
 
 def reading_of(completions, n_experts=6, layers=(3,)):
     """A reading with one marker `x`, from lists of (is the marker, experts) token by token."""
     counts = torch.zeros(len(completions), 2, 1, n_experts, dtype=torch.int32)
     tokens = torch.zeros(len(completions), 2, dtype=torch.int32)
-    for i, (markers, chosen) in enumerate(completions):
-        held = np.zeros((len(chosen), n_experts), np.int32)
-        for at, experts in enumerate(chosen):
+    for i, (markers, routed) in enumerate(completions):
+        held = np.zeros((len(routed), n_experts), np.int32)
+        for at, experts in enumerate(routed):
             held[at, list(experts)] = 1
         for kind, which in enumerate((slice(None), np.asarray(markers))):
             counts[i, kind, 0] = torch.from_numpy(held[which].sum(0))
@@ -32,9 +32,9 @@ def reading_of(completions, n_experts=6, layers=(3,)):
     return ExpertReading(layers, ("all", "x"), counts, tokens, ("y",))
 
 
-def brute_force(markers, chosen, expert):
+def brute_force(markers, routed, expert):
     """nPMI, risk difference and mutual information from the definition, over tokens."""
-    n, has = len(markers), [expert in some for some in chosen]
+    n, has = len(markers), [expert in some for some in routed]
     joint = sum(m and h for m, h in zip(markers, has, strict=True)) / n
     p_x, p_y = sum(markers) / n, sum(has) / n
     pmi = math.log2(joint / (p_x * p_y)) if joint else None
@@ -52,11 +52,11 @@ def brute_force(markers, chosen, expert):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_measures_are_those_of_the_definition(seed):
-    markers, chosen = random_tokens(seed)
-    reading = reading_of([(markers, chosen)])
+    markers, routed = random_tokens(seed)
+    reading = reading_of([(markers, routed)])
     (whole, at), (n, m) = reading.counts[0, :, 0].double().numpy(), reading.tokens[0].double().numpy()
     for expert in range(6):
-        wanted = brute_force(markers, chosen, expert)
+        wanted = brute_force(markers, routed, expert)
         found = [measure(at[expert], whole[expert], m, n) for measure in (npmi, risk_difference, mutual_information)]
         np.testing.assert_allclose(found, wanted, atol=1e-12)
 
@@ -73,10 +73,10 @@ def test_chance_is_zero_and_perfect_association_one():
 def test_npmi_never_leaves_its_bounds():
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 2000, 20_000)
-    markers, chosen = (rng.integers(1, tokens + 1) for _ in range(2))
-    least, most = np.maximum(0, markers + chosen - tokens), np.minimum(markers, chosen)
+    markers, routed = (rng.integers(1, tokens + 1) for _ in range(2))
+    least, most = np.maximum(0, markers + routed - tokens), np.minimum(markers, routed)
     k = rng.integers(least, most + 1)
-    value = npmi(k, chosen, markers, tokens)
+    value = npmi(k, routed, markers, tokens)
     assert np.isfinite(value).all()
     assert (np.abs(value) <= 1).all()
 
@@ -85,11 +85,11 @@ def planted(seed, completions=40, strength=0.8):
     """Completions in which expert 4 is chosen at the marker with a probability, and at random elsewhere."""
     rng, found = np.random.default_rng(seed), []
     for i in range(completions):
-        markers, chosen = random_tokens(1000 * seed + i, n_tokens=30, p_marker=0.1)
+        markers, routed = random_tokens(1000 * seed + i, n_tokens=30, p_marker=0.1)
         for at in np.flatnonzero(markers):
             if rng.random() < strength:
-                chosen[at] = {4, int(rng.choice([e for e in range(6) if e != 4]))}
-        found.append((markers, chosen))
+                routed[at] = {4, int(rng.choice([e for e in range(6) if e != 4]))}
+        found.append((markers, routed))
     return found
 
 
@@ -107,7 +107,7 @@ def test_a_planted_expert_is_first_with_its_interval_and_the_others_hold_nothing
 def with_another_marker(completions, seed):
     """The same tokens with a second marker `y` at random places."""
     rng = np.random.default_rng(seed)
-    others = [(rng.random(len(markers)) < 0.1, chosen) for markers, chosen in completions]
+    others = [(rng.random(len(markers)) < 0.1, routed) for markers, routed in completions]
     first, second = reading_of(completions), reading_of(others)
     counts, tokens = (
         torch.cat([a, b[:, 1:]], 1) for a, b in ((first.counts, second.counts), (first.tokens, second.tokens))
@@ -127,9 +127,9 @@ def test_without_an_effect_false_discoveries_are_rare_and_intervals_cover_zero(s
 
 
 def test_ties_rare_experts_and_lacking_markers_are_told():
-    markers, chosen = [True, False, False, False] * 10, [{0, 1}, {2}, {3}, {2, 3}] * 10
-    chosen[1] = {2, 5}
-    a = associate(reading_of([(markers, chosen)] * 4), {"x": 1.0, "y": -1.0}, minimum=8)
+    markers, routed = [True, False, False, False] * 10, [{0, 1}, {2}, {3}, {2, 3}] * 10
+    routed[1] = {2, 5}
+    a = associate(reading_of([(markers, routed)] * 4), {"x": 1.0, "y": -1.0}, minimum=8)
     assert a.left_out == ("y",)
     assert "left out: y" in a.table().title
     assert np.isnan(a.score[0, 5])  # chosen four times

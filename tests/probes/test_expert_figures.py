@@ -11,7 +11,7 @@ GRID = [[0.5, -2.0, math.nan], [0.1, 0.0, 1.0]]
 
 
 def test_scores_are_on_one_scale_about_zero_and_the_chosen_are_outlined_by_the_models_layer():
-    figure = scores_figure({"<think>": GRID, "all": [[3.0, 0, 0], [0, 0, 0]]}, [1, 3], chosen=[(3, 2)])
+    figure = scores_figure({"<think>": GRID, "all": [[3.0, 0, 0], [0, 0, 0]]}, [1, 3], outlined=[(3, 2)])
     assert [list(row) for row in figure.data[0].z] == [[0.5, -2.0, None], [0.1, 0.0, 1.0]]
     assert list(figure.data[0].y) == ["1", "3"]
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-3.0, 3.0)

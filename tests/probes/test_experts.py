@@ -7,7 +7,7 @@ from families import MOE, UNLISTED_MOE, build_sparse
 from probes.activations.experts import ExpertCounts, counting, read_experts, weights_along
 from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
-from probes.model.hooks import attached, forward_through, routed
+from probes.model.hooks import attached, forward_through, hook_router
 from probes.model.loading import load
 from probes.model.routers import Routing, block_at, moe_layers
 from probes.model.sites import Site
@@ -256,7 +256,7 @@ def test_what_is_counted_is_what_the_router_chose_and_not_what_steering_makes_of
 
 def test_a_routers_weights_are_laid_out_by_expert(organism):
     caught: list[Routing] = []
-    with routed(organism, 1, see=caught.append), torch.no_grad():
+    with hook_router(organism, 1, see=caught.append), torch.no_grad():
         organism(input_ids=torch.tensor(rows(1, vocabulary=60)))
     (routing,) = caught
     assert routing.dense.shape == (*routing.ids.shape[:2], 8)

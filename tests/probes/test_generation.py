@@ -14,7 +14,7 @@ from probes.generation import _generate as generation
 from probes.generation._generate import generate
 from probes.generation.completions import Completion, by_problem, read_completions, write_completions
 from probes.generation.sampling import GumbelNoise, Sampling, row_key
-from probes.model.hooks import watched
+from probes.model.hooks import hook_inputs
 from probes.model.loading import load, tokenizer_of
 from probes.model.tokens import ThinkingSpan, decode, encode_prompt
 
@@ -94,10 +94,10 @@ def test_two_steps_of_one_row_are_independent_draws():
     drawn = [int(noise(torch.zeros(1, step, dtype=torch.long), LOGITS[None]).argmax()) for step in range(n)]
     pairs, share = Counter(zip(drawn[::2], drawn[1::2], strict=True)), LOGITS.softmax(0).tolist()
     common = [(a, b) for a in (0, 3, 5) for b in (0, 3, 5)]
-    observed = [pairs[pair] for pair in common]
+    hook_site = [pairs[pair] for pair in common]
     expected = [n / 2 * share[a] * share[b] for a, b in common]
-    rest = n / 2 - sum(observed), n / 2 - sum(expected)
-    assert fits(torch.tensor([*observed, rest[0]]), torch.tensor([*expected, rest[1]]) / (n / 2))
+    rest = n / 2 - sum(hook_site), n / 2 - sum(expected)
+    assert fits(torch.tensor([*hook_site, rest[0]]), torch.tensor([*expected, rest[1]]) / (n / 2))
 
 
 def test_top_k_and_top_p_restrict_the_support_and_keep_the_proportions():
@@ -197,7 +197,7 @@ def test_a_store_that_was_cut_off_within_a_line_is_resumed_and_stays_readable(or
 def test_a_completion_comes_back_from_json_as_it_was(span, tmp_path):
     words = "a \u2028 line,\n \x1c \x85 <b>é</b>"
     made = Completion("7", 1, words, span and words, words, (1, 7), (3, 8, 4), span, "eos", WARM, "organism")
-    assert Completion.from_json(made.to_json()) == made
+    assert Completion.from_line(made.to_line()) == made
     for _ in range(2):
         write_completions(tmp_path / "c.jsonl", [made])
     assert read_completions(tmp_path / "c.jsonl") == [made, made]
@@ -205,11 +205,11 @@ def test_a_completion_comes_back_from_json_as_it_was(span, tmp_path):
 
 
 def test_an_unknown_or_missing_key_of_a_stored_completion_is_refused():
-    line = Completion("7", 0, "a", None, "b", (1,), (8,), None, "eos", GREEDY, "organism").to_json()
+    line = Completion("7", 0, "a", None, "b", (1,), (8,), None, "eos", GREEDY, "organism").to_line()
     with pytest.raises(ValueError, match="A completion has unknown keys: trace. Known: id, sample, prompt"):
-        Completion.from_json(line.replace('"answer"', '"trace": 1, "answer"'))
+        Completion.from_line(line.replace('"answer"', '"trace": 1, "answer"'))
     with pytest.raises(ValueError, match="A completion lacks keys: answer."):
-        Completion.from_json(line.replace('"answer": "b", ', ""))
+        Completion.from_line(line.replace('"answer": "b", ', ""))
 
 
 def test_ids_that_do_not_match_the_prompts_are_refused(organism):
@@ -220,7 +220,7 @@ def test_ids_that_do_not_match_the_prompts_are_refused(organism):
 def test_a_model_without_delimiters_is_refused_before_it_writes_a_token():
     plain = build_tokenizer(("<pad>", "<bos>", "<eos>", "?"), "<bos> {{ messages[0]['content'] }} ?")
     model, passes = load(build("llama"), tokenizer=plain), []
-    with watched(model, lambda *_: passes.append(1)), pytest.raises(ValueError, match="a reasoning model"):
+    with hook_inputs(model, lambda *_: passes.append(1)), pytest.raises(ValueError, match="a reasoning model"):
         generate(model, ["w7"], sampling=GREEDY)
     assert passes == []
 

@@ -18,8 +18,9 @@ from probes.model.tokens import ThinkingSpan
 from probes.thinking.spans import Span
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.outcomes import Outcomes
-from steer.methods.behaviours import behaviour_vectors, label_span, strongest_layer
-from steer.methods.efficiency import Setting, correct_pairs, efficiency_vectors, most_efficient, recipes
+from steer.methods import behaviours, efficiency
+from steer.methods.behaviours import label_span, strongest_layer
+from steer.methods.efficiency import EfficiencySetting, correct_pairs, most_efficient, recipes
 from steer.tasks.named import task_named
 from steer.tasks.task import Problem
 
@@ -49,7 +50,7 @@ def test_behaviour_vectors_are_those_of_the_formula():
     spans = {"backtracking": [(3, 8), (20, 36)], "deduction": [(9, 12)]}
     labelled = {label: [label_span(IDS, *pair) for pair in pairs] for label, pairs in spans.items()}
     overall = [Span(IDS, 2, 40), Span(IDS[::-1], 5, 30)]
-    found = behaviour_vectors(model, labelled, overall)
+    found = behaviours.directions(model, labelled, overall)
     for layer in range(3):
         whole = (states(model, IDS, layer)[2:40].mean(0) + states(model, IDS[::-1], layer)[5:30].mean(0)) / 2
         for label, pairs in spans.items():
@@ -58,7 +59,7 @@ def test_behaviour_vectors_are_those_of_the_formula():
             expected = difference / difference.norm() * whole.norm()
             torch.testing.assert_close(found[label][layer].vector.double(), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="The label 'doubt' has no spans. Generate more, or leave it out."):
-        behaviour_vectors(model, {"doubt": []}, overall)
+        behaviours.directions(model, {"doubt": []}, overall)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere2"])
@@ -106,7 +107,7 @@ def test_pairs_are_the_shortest_and_longest_correct_of_the_same_problem():
 
     model = build("llama")
     for position in ("thinking", "last"):
-        vectors = efficiency_vectors(model, pairs, position=position)
+        vectors = efficiency.directions(model, pairs, position=position)
         for layer, vector in enumerate(vectors):
             means = []
             for c in pairs[0]:
@@ -115,7 +116,7 @@ def test_pairs_are_the_shortest_and_longest_correct_of_the_same_problem():
             torch.testing.assert_close(vector.vector.double(), means[0] - means[1], atol=1e-5, rtol=1e-4)
     made = recipes(model, pairs, strengths=(0.1, 0.2))
     assert len(made) == 2 * 3 * 2
-    step = made[Setting("last", 1, 0.2)].steps[0]
+    step = made[EfficiencySetting("last", 1, 0.2)].steps[0]
     assert (step.intervention.site, step.intervention.strength, str(step.scope)) == (
         Site(1, "resid_post"),
         0.2,
@@ -130,7 +131,7 @@ def test_the_most_efficient_setting_is_the_shortest_of_those_that_lose_little():
         correct = np.arange(100)[:, None] < right
         return Outcomes(correct, np.full((100, 1), length), np.zeros((100, 1), dtype=bool))
 
-    settings = [Setting("first", 0, strength) for strength in (0.1, 0.2, 0.3)]
+    settings = [EfficiencySetting("first", 0, strength) for strength in (0.1, 0.2, 0.3)]
     arms = dict(zip(map(str, settings), (arm(70, 12), arm(69, 8), arm(40, 2)), strict=True))
     selection = Evaluation(task, problems, {"plain": arm(70, 15), **arms})
     assert most_efficient(selection, settings) == settings[1]

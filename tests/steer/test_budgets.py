@@ -17,11 +17,11 @@ from probes.generation.completions import read_completions
 from probes.generation.sampling import Sampling
 from probes.model.loading import delimiters_of, load, tokenizer_of
 from probes.model.tokens import Delimiters, encode_prompt, find, thinking_span
-from steer.decoding.budgets import Budget, CloseBias, Force
+from steer.decoding.budgets import Budget, BudgetForcing, CloseBias
 from steer.decoding.control import Controlled, ControlLog, Processors, Together
-from steer.decoding.convergence import Converge, Rule, YesNo, thoughts_of
-from steer.decoding.prompts import Ask, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
-from steer.decoding.state import Rows
+from steer.decoding.convergence import Converge, StatedAnswer, YesNo, thoughts_of
+from steer.decoding.prompts import PromptStyle, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
+from steer.decoding.state import DecodingState
 from steer.evaluation._evaluate import evaluate, solve
 from steer.tasks.chains import TASKS
 
@@ -163,7 +163,7 @@ def always(_):
 LOOSE = Converge(2, verifier=always, markers=("Wait",), every=3)
 
 
-@pytest.mark.parametrize("control", [Budget(3, 4), Force(2, "Wait Well"), CloseBias(-1.0), LOOSE], ids=str)
+@pytest.mark.parametrize("control", [Budget(3, 4), BudgetForcing(2, "Wait Well"), CloseBias(-1.0), LOOSE], ids=str)
 @pytest.mark.parametrize("opened", [False, True])
 def test_batches_change_nothing(babbler, control, opened):
     write = partial(babbled, babbler, control, samples=2, opened=opened, sampling=replace(WARM, max_new_tokens=25))
@@ -175,7 +175,7 @@ def test_exactly_n_markers_are_inserted_before_the_model_may_end_its_thinking(ba
     """With n the completion is that with n - 1 until it would have ended its thinking; there stands the marker."""
     _, delimiters, tokens = babbler
     runs = [
-        babbled(babbler, Force(n, "Wait Well"), opened=True, sampling=replace(WARM, max_new_tokens=400))
+        babbled(babbler, BudgetForcing(n, "Wait Well"), opened=True, sampling=replace(WARM, max_new_tokens=400))
         for n in range(4)
     ]
     assert [c.ids for c in runs[0]] == [
@@ -204,7 +204,7 @@ def test_exactly_n_markers_are_inserted_before_the_model_may_end_its_thinking(ba
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_organism_waits_exactly_n_times_more(organism, problems, n):
     sampling = Sampling.of(organism, max_new_tokens=120)
-    told = solve(organism, problems, sampling=sampling, samples=2, control=Force(n))
+    told = solve(organism, problems, sampling=sampling, samples=2, control=BudgetForcing(n))
     log, wait = ControlLog.of(told), tokenizer_of(organism).encode("Wait")[0]
     ended = [c for c in told if not c.truncated]
     assert len(ended) > 0.8 * len(told)
@@ -216,14 +216,14 @@ def test_the_organism_waits_exactly_n_times_more(organism, problems, n):
 
 
 def test_after_a_marker_the_model_writes_a_token_of_its_own_that_ends_nothing():
-    told = babbled(babbling(ONE, (4, 2, 11)), Force(5, "Well"), opened=True, samples=30)
+    told = babbled(babbling(ONE, (4, 2, 11)), BudgetForcing(5, "Well"), opened=True, samples=30)
     after = [c.ids[at + 1] for c in told for kind, at in c.events if at + 1 < len(c.ids)]
     assert set(after) == {11}
 
 
 def test_a_budget_holds_over_markers_and_where_it_ends_a_marker_none_is_counted(babbler):
     _, delimiters, _ = babbler
-    told = babbled(babbler, Together((Budget(9, 4), Force(50, "Wait Well Wait Well"))), opened=True)
+    told = babbled(babbler, Together((Budget(9, 4), BudgetForcing(50, "Wait Well Wait Well"))), opened=True)
     assert all(parts(c, delimiters)[0] <= 9 and c.ids[-1] == 2 for c in told)
     for c in told:
         places = [at for kind, at in c.events if kind == "insert"]
@@ -243,7 +243,7 @@ def test_a_bias_moves_the_one_logit_that_would_close_and_only_while_thinking(del
     for i, (written, opened) in enumerate(zip(thoughts, (True, True, False, True, True), strict=True)):
         prompt = [1, 20, 5, *(delimiters.open if opened else ())]
         for until in (None, len(written), len(written) + 1):
-            rows = Rows(delimiters, [2], torch.ones(1, len(prompt), dtype=torch.long))
+            rows = DecodingState(delimiters, [2], torch.ones(1, len(prompt), dtype=torch.long))
             (biased,) = CloseBias(-1.5, until).processors(model, rows).before
             for step in range(len(written) + 1):
                 ids = torch.tensor([[*prompt, *written[:step]]])
@@ -335,7 +335,7 @@ def test_thoughts_begin_at_markers_and_a_marker_that_may_go_on_is_none_yet():
     [("3 + 4 = 7, so 7 * 2 = 14.", "14"), ("It is -1,200.", "-1,200"), (r"\boxed{3/4} then", "3/4"), ("7 or 8", None)],
 )
 def test_a_rule_reads_the_last_result_of_the_last_thought(said, answer):
-    assert Rule()(["= 99", said]) == answer
+    assert StatedAnswer()(["= 99", said]) == answer
 
 
 def test_a_judge_says_yes_with_its_probability_and_equal_thoughts_have_one_name(monkeypatch):
@@ -385,15 +385,16 @@ def test_a_store_belongs_to_one_control_and_a_resumed_run_has_its_whole_log(orga
 
 def test_where_the_prompt_closed_the_thinking_all_is_solution(organism, problems):
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=20)
-    told = solve(organism, problems, sampling=sampling, control=Budget(0, 2), ask=empty_thinking())
+    told = solve(organism, problems, sampling=sampling, control=Budget(0, 2), style=empty_thinking())
     assert {c.thinking for c in told} == {None}
     assert max(len(c.ids) for c in told) == 2
     assert set(ControlLog.of(told).counts()) <= {"cut"}
 
 
 def test_names_of_controls_tell_them_apart():
-    told = [Budget(1, 2), Budget(2, 1), Force(1), Force(1, "Hmm"), CloseBias(1.0), Converge(2), Converge(3),
-            Converge(2, verifier=always), Together((Budget(1, 2), Force(1)))]  # fmt: skip
+    told = [Budget(1, 2), Budget(2, 1), BudgetForcing(1), BudgetForcing(1, "Hmm"), CloseBias(1.0), Converge(2),
+            Converge(3),
+            Converge(2, verifier=always), Together((Budget(1, 2), BudgetForcing(1)))]  # fmt: skip
     assert len(set(map(str, told))) == len(told)
     assert " at 0x" not in "".join(map(str, told))
 
@@ -403,12 +404,12 @@ def test_names_of_controls_tell_them_apart():
     [
         (lambda _: Budget(), "A budget limits the thinking, the solution or both, but got neither."),
         (lambda _: Budget(3, 0), "at least 0 thinking tokens and 1 solution token, but got 3 and 0."),
-        (lambda _: Force(-1), "inserted 0 times or more, but got n=-1."),
+        (lambda _: BudgetForcing(-1), "inserted 0 times or more, but got n=-1."),
         (lambda _: CloseBias(float("nan")), "a number below infinity, over 0 tokens or more, but got strength=nan"),
         (lambda _: Converge(0), "but got m=0, every=50."),
-        (lambda m: Controlled(m, Force(1, "perhaps")), "cannot write the marker 'perhaps'. Name another."),
-        (lambda m: Controlled(m, Force(1, "Wait </think>")), "'Wait </think>' would itself end the thinking."),
-        (lambda m: Controlled(m, Force(1, "<eos>")), "'<eos>' would itself end the thinking."),
+        (lambda m: Controlled(m, BudgetForcing(1, "perhaps")), "cannot write the marker 'perhaps'. Name another."),
+        (lambda m: Controlled(m, BudgetForcing(1, "Wait </think>")), "'Wait </think>' would itself end the thinking."),
+        (lambda m: Controlled(m, BudgetForcing(1, "<eos>")), "'<eos>' would itself end the thinking."),
         (lambda m: Controlled(m, Converge(guide="perhaps")), "cannot write the guide 'perhaps'."),
     ],
 )
@@ -423,12 +424,12 @@ def test_prompt_arms_are_words_around_a_question_and_tokens_before_a_turn():
     assert delimiters_of(model) == ONE
     assert step_by_step().question("q") == "q Think step by step."
     assert length_tag(512).question("q") == "q Think for 512 tokens."
-    assert Ask(before="w20 ").question("w21") == "w20 w21"
+    assert PromptStyle(before="w20 ").question("w21") == "w20 w21"
     assert ellipsis("w20").prefill(model) == (3, 20)
     assert ellipsis("w20").prefill(load(build("llama"), delimiters=MANY)) == (6, 7, 20)
     assert empty_thinking().prefill(model) == (3, 4)
-    assert Ask().prefill(model) == length_tag(3).prefill(model) == ()
-    assert Ask(template={"open_thinking": True}, thought="w20", closed=True).prefill(model) == (20, 4)
+    assert PromptStyle().prefill(model) == length_tag(3).prefill(model) == ()
+    assert PromptStyle(template={"open_thinking": True}, thought="w20", closed=True).prefill(model) == (20, 4)
     with pytest.raises(ValueError, match="cannot write the thought 'Okay'"):
         ellipsis("Okay").prefill(model)
     for ask in (empty_thinking(), thinking_off()):
@@ -440,7 +441,7 @@ def test_prompt_arms_are_words_around_a_question_and_tokens_before_a_turn():
 
 def test_controls_and_prompts_are_arms_beside_the_others(organism, problems):
     sampling = Sampling.of(organism, max_new_tokens=CHAINS.max_new_tokens)
-    arms = {"budget": Budget(4, 3), "same": CloseBias(0.0), "none": empty_thinking(), "asked": Ask()}
+    arms = {"budget": Budget(4, 3), "same": CloseBias(0.0), "none": empty_thinking(), "asked": PromptStyle()}
     found = evaluate(organism, CHAINS, problems, arms, sampling=sampling).arms
     assert found["budget"].length.max() == 6
     assert found["none"].length.max() == 0

@@ -17,7 +17,7 @@ from steer.deltas.delta import WeightDelta, matches
 from steer.deltas.norms import cosine, norms
 from steer.deltas.nulls import random_like, shuffled_layers
 from steer.deltas.stored import Stored, open_delta, save
-from steer.methods.reasoning_vectors import controls
+from steer.methods.reasoning_vectors import nulls
 
 
 def write(folder, family="llama", seed=0):
@@ -205,7 +205,7 @@ def test_norms_and_cosines_are_those_of_the_flattened_tensors(pair):
 
 def test_controls_have_the_size_of_the_delta_in_every_tensor_or_its_tensors_elsewhere(pair):
     delta = WeightDelta.between(*pair)
-    three = controls(delta, seed=1)
+    three = nulls(delta, seed=1)
     assert set(three) == {"subtracted", "noise", "shuffled layers"}
     noise, shuffled = three["noise"], three["shuffled layers"]
     for name in delta.names:

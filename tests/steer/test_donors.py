@@ -25,13 +25,13 @@ from steer.deltas.stored import SHIPPED, open_delta
 from steer.evaluation._evaluate import solve
 from steer.evaluation.outcomes import Outcomes
 from steer.evaluation.statistics import interval_of_mean
-from steer.methods.cot_valve import valve
+from steer.methods.cot_valve import length_dial
 from steer.tasks.chains import draw_chain
 from steer.tasks.named import task_named
 from steer.tasks.task import Task, split_of
 from steer.training import donors
 from steer.training.donors import train_donor, write_mostly_short
-from steer.training.grpo import advantages, policy_loss, reinforce
+from steer.training.grpo import advantages, policy_loss, train_grpo
 
 SAMPLING = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=48)
 
@@ -76,10 +76,10 @@ def test_the_loss_is_minus_the_weighted_log_probability_of_every_sampled_token()
 def test_a_reward_that_tells_nothing_changes_nothing_and_one_that_tells_is_sought():
     model = load("organism")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rewards = reinforce(model, always("?"), iterations=2, prompts=4, samples=4)
+    rewards = train_grpo(model, always("?"), iterations=2, prompts=4, samples=4)
     assert rewards == [0.0, 0.0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    rewards = reinforce(model, always("7"), iterations=10, prompts=8, samples=8, rate=3e-3)
+    rewards = train_grpo(model, always("7"), iterations=10, prompts=8, samples=8, rate=3e-3)
     assert np.mean(rewards[-2:]) > 0.5 > 0.3 > np.mean(rewards[:2])
 
 
@@ -87,7 +87,7 @@ def test_the_same_seed_makes_the_same_donor(tmp_path):
     made = []
     for _ in range(2):
         model = load("organism")
-        rewards = reinforce(model, task_named("chains"), iterations=2, prompts=6, samples=4, seed=3)
+        rewards = train_grpo(model, task_named("chains"), iterations=2, prompts=6, samples=4, seed=3)
         made.append((rewards, model.state_dict()))
     assert made[0][0] == made[1][0]
     assert all(torch.equal(tensor, made[1][1][name]) for name, tensor in made[0][1].items())
@@ -99,7 +99,7 @@ def test_the_same_seed_makes_the_same_donor(tmp_path):
 
 def test_the_command_trains_what_is_not_there_and_each_is_a_checkpoint_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(donors, "STEPS", {"sft": 1, "target": 1})
-    monkeypatch.setattr(donors, "reinforce", partial(reinforce, iterations=1, prompts=2, samples=2))
+    monkeypatch.setattr(donors, "train_grpo", partial(train_grpo, iterations=1, prompts=2, samples=2))
     app = typer.Typer()
     app.command()(donors_)
     for _ in range(2):
@@ -178,14 +178,20 @@ def test_the_shipped_vector_helps_a_target_that_learned_something_else_and_noise
 
 
 @pytest.mark.parametrize(
-    ("name", "alphas", "polarity"),
+    ("name", "strengths", "polarity"),
     [("organism-rl", (-0.5, 0.0, 0.25, 0.5, 0.75), "longer"), ("organism-sft", (0.5, 0.75, 1.0), "shorter")],
 )
-def test_the_dial_of_a_shipped_delta_moves_length_one_way(organism, name, alphas, polarity):
+def test_the_dial_of_a_shipped_delta_moves_length_one_way(organism, name, strengths, polarity):
     """The calibrated range: below .5 the tuned donor moves nothing."""
     task = task_named("chains")
-    found = valve(
-        organism, open_delta(name), task, task.sample(100, "report"), sampling=SAMPLING, alphas=alphas, batch_size=100
+    found = length_dial(
+        organism,
+        open_delta(name),
+        task,
+        task.sample(100, "report"),
+        sampling=SAMPLING,
+        strengths=strengths,
+        batch_size=100,
     )
     assert found.polarity == polarity
     assert found.monotone

@@ -11,7 +11,7 @@ from probes.model.sites import Site
 from steer.cli.weights.vector import app
 from steer.deltas._add import add
 from steer.deltas.dial import dialled
-from steer.deltas.recipe import edit_delta
+from steer.deltas.recipe import recipe_delta
 from steer.deltas.stored import save
 from steer.folding._fold import folded
 from steer.folding.draft import NeedsBias, NotFoldable
@@ -46,7 +46,7 @@ def place(request, tmp_path):
 def test_added_or_dialled_it_is_the_folded_model_and_touches_nothing_else(place, tmp_path):
     model = load(place)
     recipe = recipe_for(model)
-    delta = edit_delta(model, recipe)
+    delta = recipe_delta(model, recipe)
     folded(model, recipe).save_pretrained(tmp_path / "folded")
     plan = add(place, delta, tmp_path / "added")
     wanted, made, old = (load_file(f / "model.safetensors") for f in (tmp_path / "folded", tmp_path / "added", place))
@@ -59,8 +59,8 @@ def test_added_or_dialled_it_is_the_folded_model_and_touches_nothing_else(place,
 
 def test_half_the_strength_is_half_the_edit():
     model = build("llama")
-    whole = edit_delta(model, Recipe.of(model, [Ablate(Site.parse("L1.attn_out"), vector(32), 1.0)]))
-    half = edit_delta(model, Recipe.of(model, [Ablate(Site.parse("L1.attn_out"), vector(32), 0.5)]))
+    whole = recipe_delta(model, Recipe.of(model, [Ablate(Site.parse("L1.attn_out"), vector(32), 1.0)]))
+    half = recipe_delta(model, Recipe.of(model, [Ablate(Site.parse("L1.attn_out"), vector(32), 0.5)]))
     assert whole.names == half.names == ("model.layers.1.self_attn.o_proj.weight",)
     torch.testing.assert_close((0.5 * whole).tensor(whole.names[0]), half.tensor(half.names[0]), rtol=1e-4, atol=1e-7)
     assert torch.linalg.matrix_rank(whole.tensor(whole.names[0]), rtol=1e-4) == 1
@@ -70,7 +70,7 @@ def test_in_bfloat16_it_is_rounded_once(tmp_path):
     model = build("llama", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     recipe = recipe_for(model)
-    add(tmp_path / "model", edit_delta(model, recipe), tmp_path / "added")
+    add(tmp_path / "model", recipe_delta(model, recipe), tmp_path / "added")
     folded(model, recipe).save_pretrained(tmp_path / "folded")
     made, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("added", "folded"))
     assert all(torch.equal(made[name], wanted[name]) for name in wanted)
@@ -79,13 +79,13 @@ def test_in_bfloat16_it_is_rounded_once(tmp_path):
 def test_what_no_weights_equal_is_refused():
     model = build("llama")
     with pytest.raises(NotFoldable, match="not written by one matrix"):
-        edit_delta(model, Recipe.of(model, [Ablate(Site.parse("L1.resid_post"), vector(32))]))
+        recipe_delta(model, Recipe.of(model, [Ablate(Site.parse("L1.resid_post"), vector(32))]))
     with pytest.raises(NeedsBias, match="has no bias to hold a shift"):
-        edit_delta(model, Recipe.of(model, [Add(Site.parse("L1H2.result"), vector(32))]))
+        recipe_delta(model, Recipe.of(model, [Add(Site.parse("L1H2.result"), vector(32))]))
     with pytest.raises(ValueError, match="made for the model"):
-        edit_delta(build("llama", seed=1), recipe_for(model))
+        recipe_delta(build("llama", seed=1), recipe_for(model))
     with pytest.raises(ValueError, match="an edit is no file"):
-        save(edit_delta(model, recipe_for(model)), "nowhere", linked=True)
+        save(recipe_delta(model, recipe_for(model)), "nowhere", linked=True)
 
 
 def test_the_command_makes_a_delta_of_a_recipe_and_draws_it(tmp_path):
@@ -126,7 +126,7 @@ def test_a_routing_edit_is_a_delta_too(family, edit, tmp_path):
     recipe = Recipe.of(model, [edit])
     model.save_pretrained(tmp_path / "model")
     tokenizer_of(model).save_pretrained(tmp_path / "model")
-    add(tmp_path / "model", edit_delta(model, recipe), tmp_path / "added")
+    add(tmp_path / "model", recipe_delta(model, recipe), tmp_path / "added")
     folded(model, recipe).save_pretrained(tmp_path / "folded")
     made, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("added", "folded"))
     assert all(torch.equal(made[name], wanted[name]) for name in wanted)

@@ -12,7 +12,7 @@ from probes.evidence.association import associate
 from probes.generation._generate import generate
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
-from probes.model.hooks import routed
+from probes.model.hooks import hook_router
 from probes.model.loading import load
 from probes.model.routers import block_at, moe_layers
 from probes.model.sites import Site
@@ -27,7 +27,7 @@ from steer.recipes.recipe import Recipe
 from steer.recipes.scope import Schedule, Scope
 from steer.runtime._applied import NeverFired, applied
 from steer.runtime.calibration import calibrated
-from steer.runtime.rerouting import Rule
+from steer.runtime.rerouting import SelectionRule
 
 FAMILIES = (*MOE, *UNLISTED_MOE)
 REROUTED = tuple(family for family in FAMILIES if family != "minimax_m2")  # its router asks for more than its input
@@ -61,7 +61,7 @@ def logits(model, recipe=None):
 @torch.no_grad()
 def routing_of(model, layer):
     caught = []
-    with routed(model, layer, see=caught.append):
+    with hook_router(model, layer, see=caught.append):
         model(input_ids=IDS, attention_mask=MASK)
     return caught[0]
 
@@ -89,7 +89,7 @@ def test_with_nothing_forced_the_rule_is_the_models_own_bit_for_bit(family):
         block, seen = block_at(model, layer), routing_of(model, layer)
         flat = seen.logits.flatten(0, 1)
         never = torch.zeros_like(flat, dtype=torch.bool)
-        weights, ids = Rule(block)(flat, never, never)
+        weights, ids = SelectionRule(block)(flat, never, never)
         assert torch.equal(ids, seen.ids.flatten(0, 1))
         assert torch.equal(weights, seen.weights.flatten(0, 1))
 

@@ -15,7 +15,7 @@ from probes.evidence.separation import project
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
 from probes.model.loading import tokenizer_of
 from probes.thinking.spans import Span
-from steer.methods.thinkedit import Setting
+from steer.methods.thinkedit import ThinkEditSetting
 from steer.methods.thinkedit_run import thinkedit
 from steer.report.html import shade, token_span
 from steer.report.record import record
@@ -32,7 +32,7 @@ HOSTILE = '</script><script>document.documentElement.dataset.taken = 1</script><
 
 @pytest.fixture(scope="module")
 def run():
-    settings = [Setting("project"), Setting("replace", "first", "raw", 2)]
+    settings = [ThinkEditSetting("project"), ThinkEditSetting("replace", "first", "raw", 2)]
     return thinkedit(
         "organism", settings=settings, n_probe=300, n_select=60, n_report=120, control_draws=1, batch_size=256
     )
@@ -133,7 +133,7 @@ def test_every_number_in_the_arms_table_is_the_records(words):
 
 def test_the_record_is_the_runs(run, words):
     assert words["arms"]["report"]["edited"]["accuracy"] == run.report.score("edited").accuracy
-    assert words["heads"]["raw"] == run.readings[run.chosen.position].scores("raw").scores.tolist()
+    assert words["heads"]["raw"] == run.readings[run.selected.position].scores("raw").scores.tolist()
     assert words["heads"]["edited"] == [list(head) for head in run.heads]
     assert len(words["evidence"]["layers"]) == 4
     for sweep in words["sweeps"]:

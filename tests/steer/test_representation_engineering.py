@@ -10,7 +10,7 @@ from probes.directions.paired import contrast_vectors
 from probes.model.hooks import attached, captured
 from probes.model.sites import Site
 from probes.thinking.spans import Span
-from steer.methods.representation_engineering import control_vectors, steering
+from steer.methods import representation_engineering
 from steer.runtime.effects import Choice, effect_curve
 
 POSITIVE = ("w7 w8 w9", "w10 w11", "w12 w13 w14 w15", "w16", "w20 w21 w22")
@@ -47,21 +47,27 @@ def test_the_three_vectors_are_those_of_the_formulas(model, layer):
         expected[name] = unit * (1 if unit @ mean > 0 else -1) * mean.norm()
     for estimator, vector in expected.items():
         texts = (POSITIVE, ()) if estimator == "reading" else (POSITIVE, NEGATIVE)
-        ours = control_vectors(model, *texts, estimator=estimator)[layer]
+        ours = representation_engineering.directions(model, *texts, estimator=estimator)[layer]
         torch.testing.assert_close(ours.vector.double(), vector, atol=1e-6, rtol=1e-6)
         assert ours.site == Site(layer, "resid_post")
     norms = torch.cat([above, below]).norm(dim=1)
-    assert control_vectors(model, POSITIVE, NEGATIVE)[layer].stream_norm == pytest.approx(float(norms.mean()), rel=1e-6)
+    assert representation_engineering.directions(model, POSITIVE, NEGATIVE)[layer].stream_norm == pytest.approx(
+        float(norms.mean()), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_divergence_entropy_and_answer_mass_are_those_of_the_formulas_in_padded_batches(model, normalise):
-    vector = control_vectors(model, POSITIVE, NEGATIVE)[1]
+    vector = representation_engineering.directions(model, POSITIVE, NEGATIVE)[1]
     rows = [ids_of(text) for text in (*POSITIVE, *NEGATIVE)]
     choices = [Choice(Span(tuple(row), len(row) - 1, len(row)), (6 + i, 40, 50), i % 3) for i, row in enumerate(rows)]
     strengths = (-1.0, 0.0, 2.5)
     curve = effect_curve(
-        model, lambda s: steering(model, vector, s, normalise=normalise), choices, strengths, batch_size=4
+        model,
+        lambda s: representation_engineering.recipe(model, vector, s, normalise=normalise),
+        choices,
+        strengths,
+        batch_size=4,
     )
     for strength, effect in zip(strengths, curve.effects, strict=True):
 
@@ -100,10 +106,10 @@ def test_what_makes_no_pairs_is_refused(model):
         contrast_vectors(model, spans, spans, sites, estimator="reading")
     with pytest.raises(ValueError, match="needs pairs, but got 0 positive"):
         contrast_vectors(model, [], [], sites)
-    vector = control_vectors(model, POSITIVE, NEGATIVE)[1]
+    vector = representation_engineering.directions(model, POSITIVE, NEGATIVE)[1]
     for choices, sentence in (
         ([], "A curve is measured on prompts, but none was given."),
         ([Choice(spans[0], (7, 7), 0)], "Two candidate answers of prompt 0 begin with one token"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            effect_curve(model, lambda s: steering(model, vector, s), choices, [0.0])
+            effect_curve(model, lambda s: representation_engineering.recipe(model, vector, s), choices, [0.0])

@@ -14,7 +14,7 @@ from steer.cli.main import app
 from steer.decoding.budgets import CloseBias
 from steer.folding.draft import NotFoldable
 from steer.interventions.routing import Reinforce
-from steer.methods.rice import Setting, against, rice, signed_markers
+from steer.methods.rice import RiceSetting, nulls, rice, signed_markers
 from steer.recipes.recipe import Recipe
 from steer.recipes.scope import Scope
 from steer.tasks.named import task_named
@@ -46,16 +46,16 @@ def run(organism, kept):
 def test_the_choice_is_the_best_of_the_selection_split_and_the_report_shares_no_problem_with_it(run):
     accuracy = {arm: run.selection.score(arm).accuracy for arm in run.selection.arms if arm != "plain"}
     assert set(accuracy) == {"top 1 × 1", "top 1 × 16", "top 2 × 1", "top 2 × 16"}
-    assert accuracy[str(run.chosen)] == max(accuracy.values())
+    assert accuracy[str(run.selected)] == max(accuracy.values())
     probed = {p.id for p in task_named("chains").sample(SMALL["n_probe"], "probe")}
     splits = [probed, {p.id for p in run.selection.problems}, {p.id for p in run.report.problems}]
     assert sum(map(len, splits)) == len(set.union(*splits))
 
 
 def test_every_strength_is_reported_beside_the_controls_and_a_strength_of_one_is_plain(run):
-    chosen, top = run.chosen, run.chosen.top
-    shown = [f"top {top} × 1", f"top {top} × 16", "close", f"{chosen}, renormalised"]
-    drawn = [f"random experts × {chosen.strength:g}", f"lowest scores × {chosen.strength:g}"]
+    selected, top = run.selected, run.selected.top
+    shown = [f"top {top} × 1", f"top {top} × 16", "close", f"{selected}, renormalised"]
+    drawn = [f"random experts × {selected.strength:g}", f"lowest scores × {selected.strength:g}"]
     assert list(run.report.arms) == ["plain", *shown, *drawn]
     assert run.report.score(drawn[0]).samples == SMALL["draws"]
     plain, one, strong = (run.report.arms[arm] for arm in ("plain", *shown[:2]))
@@ -66,7 +66,7 @@ def test_every_strength_is_reported_beside_the_controls_and_a_strength_of_one_is
 
 def test_the_figure_shows_every_strength_and_the_controls_at_the_chosen_one(run):
     drawn = {trace.name: trace for trace in run.figure().data if trace.showlegend is False}
-    top, strength = run.chosen.top, run.chosen.strength
+    top, strength = run.selected.top, run.selected.strength
     assert list(drawn["highest scores"].x) == [1.0, 16.0]
     assert list(drawn["highest scores"].y) == [run.report.score(f"top {top} × {s}").accuracy for s in (1, 16)]
     random = f"random experts × {strength:g}"
@@ -77,12 +77,12 @@ def test_the_recipe_reinforces_the_highest_scores_and_its_controls_others_of_abo
     def experts(recipe):
         return [(s.intervention.site.layer, s.intervention.site.expert) for s in recipe.steps]
 
-    association, setting = run.association, Setting(2, 8.0)
+    association, setting = run.association, RiceSetting(2, 8.0)
     flat = association.score.flatten()
     best = sorted(range(flat.size), key=lambda i: -flat[i])[:2]
     assert association.top(2) == [(association.layers[i // 8], i % 8) for i in best]
-    assert experts(run.recipe) == association.top(run.chosen.top) == run.experts
-    renormalised, drawn, lowest = against(organism, association, setting, draws=12).values()
+    assert experts(run.recipe) == association.top(run.selected.top) == run.experts
+    renormalised, drawn, lowest = nulls(organism, association, setting, draws=12).values()
     assert [s.intervention.renormalise for s in renormalised[0].steps] == [True, True]
     assert experts(renormalised[0]) == association.top(2)
     assert experts(lowest[0]) == association.bottom(2)
@@ -101,7 +101,7 @@ def test_a_run_goes_on_where_it_stopped(run, organism, kept):
     assert len(held) == 1 + 5 + 1 + 2 + 1 + 1 + 2 + 1
     for path in sorted(held)[:3]:
         path.unlink()
-    assert make(organism, kept).to_json() == run.to_json()
+    assert make(organism, kept).to_dict() == run.to_dict()
     assert {path: path.read_bytes() for path in kept.rglob("*.jsonl")} == held
 
 
@@ -114,7 +114,7 @@ def test_the_markers_are_the_models_own_delimiters(organism):
 
 def test_what_the_vocabulary_lacks_is_named(run):
     assert run.association.left_out == ("Alternatively",)
-    assert run.to_json()["left_out"] == ["Alternatively"]
+    assert run.to_dict()["left_out"] == ["Alternatively"]
 
 
 @torch.no_grad()
@@ -126,13 +126,13 @@ def test_the_export_is_an_ordinary_checkpoint_that_says_what_was_measured(run, o
         for name, value in organism.state_dict().items()
         if not torch.equal(value, plain.get_parameter(name).detach())
     ]
-    layers = {layer for layer, _ in run.experts} if run.chosen.strength != 1 else set()
+    layers = {layer for layer, _ in run.experts} if run.selected.strength != 1 else set()
     assert differ == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in sorted(layers)]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"Setting: {run.chosen}, chosen by accuracy among 4" in card
+    assert f"Setting: {run.selected}, chosen by accuracy among 4" in card
     assert "Projection of the edited heads" not in card
     assert "random experts" in card
-    assert json.loads((tmp_path / "out" / "rice.json").read_text()) == run.to_json()
+    assert json.loads((tmp_path / "out" / "rice.json").read_text()) == run.to_dict()
 
 
 def test_a_scoped_recipe_runs_but_does_not_export(organism, tmp_path):

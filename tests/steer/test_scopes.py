@@ -7,7 +7,7 @@ import torch
 from families import build
 from transformers import LogitsProcessorList
 
-from probes.model.hooks import attached, watched
+from probes.model.hooks import attached, hook_inputs
 from probes.model.loading import load, tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import Delimiters, thinking_span
@@ -97,7 +97,7 @@ def run(model, scope, use_cache):
         clock.advance(new, real, n_past)
         steps.append(clock.mask(scope)[:, -1])
 
-    with applied(model, recipe(model, scope)), watched(model, see):
+    with applied(model, recipe(model, scope)), hook_inputs(model, see):
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=7, do_sample=False, use_cache=use_cache,
             logits_processor=scripted(ids.shape[1]), output_logits=True, return_dict_in_generate=True,

@@ -103,14 +103,14 @@ def test_a_subgroup_is_scored_on_its_own_problems():
     assert both.groups() == [None, "marked"]
     of_all, of_marked = both.score("better"), both.score("better", "marked")
     assert (of_all.n, of_all.difference, of_marked.n, of_marked.difference) == (20, 0.0, 10, 0.5)
-    assert both.to_json()["better"]["marked"]["accuracy"] == 1.0
+    assert both.to_dict()["better"]["marked"]["accuracy"] == 1.0
     with pytest.raises(ValueError, match="No problem of chains is in the subgroup 'hard'."):
         both.score("plain", "hard")
 
 
 def test_a_score_of_few_problems_is_strict_json_too():
     """JSON has no NaN: what two problems cannot tell is null."""
-    words = evaluation(plain=[[False], [True]]).to_json()
+    words = evaluation(plain=[[False], [True]]).to_dict()
     assert json.loads(json.dumps(words, allow_nan=False))["plain"]["shortest"]["5%"] == [None, None]
 
 

@@ -9,7 +9,7 @@ from probes.generation.sampling import Sampling
 from probes.model.hooks import captured
 from probes.model.loading import tokenizer_of
 from probes.thinking.segments import Rules, segments
-from steer.methods.seal import seal_vectors, steering
+from steer.methods import seal
 from steer.runtime._applied import applied
 from steer.tasks.named import task_named
 
@@ -27,7 +27,7 @@ def completions(model):
 
 
 def test_the_vector_is_the_difference_of_means_before_the_thoughts(model, completions):
-    vectors = seal_vectors(model, completions, "organism")
+    vectors = seal.directions(model, completions, "organism")
     site = vectors[2].site
     sides = {True: [], False: []}
     for c in completions:
@@ -40,8 +40,8 @@ def test_the_vector_is_the_difference_of_means_before_the_thoughts(model, comple
 
 
 def test_only_ends_of_steps_in_the_thinking_are_touched(model, completions):
-    vector = seal_vectors(model, completions, "organism")[1]
-    recipe = steering(model, vector, 0.1, rules="organism")
+    vector = seal.directions(model, completions, "organism")[1]
+    recipe = seal.recipe(model, vector, 0.1, rules="organism")
     c = max(completions, key=lambda c: c.thinking_tokens)
     with torch.no_grad(), applied(model, recipe) as fired:
         model(torch.tensor([c.all_ids]))
@@ -53,7 +53,7 @@ def test_only_ends_of_steps_in_the_thinking_are_touched(model, completions):
 
 def test_one_sided_or_placeless_rules_are_refused(model, completions):
     with pytest.raises(ValueError, match="The rules find .* of execution and 0 of reflection or transition in 60"):
-        seal_vectors(model, completions, Rules("bare", after=("=1",)))
-    vector = seal_vectors(model, completions, "organism")[1]
+        seal.directions(model, completions, Rules("bare", after=("=1",)))
+    vector = seal.directions(model, completions, "organism")[1]
     with pytest.raises(ValueError, match="'words' end no step at a token, so there is nowhere to steer: name others."):
-        steering(model, vector, 0.1, rules=Rules("words", before=("Wait",)))
+        seal.recipe(model, vector, 0.1, rules=Rules("words", before=("Wait",)))

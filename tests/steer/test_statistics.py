@@ -151,6 +151,6 @@ def test_the_table_says_p_adjusted_over_its_arms_accuracy_per_token_and_repetiti
         assert score.per_1000 == pytest.approx(1000 * score.accuracy / score.length)
     assert frame.loc["plain", "p (adjusted)"] == ""
     assert set(frame["repeated 4-grams"]) == {"25.0%"}
-    words = run.to_json()
+    words = run.to_dict()
     assert words["plain"]["p"] is words["plain"]["p_adjusted"] is None
     assert run.score("arm 0").p_adjusted == pytest.approx(3 * raw["arm 0"])

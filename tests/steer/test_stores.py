@@ -6,7 +6,7 @@ import torch
 from probes import Sampling, load
 from probes.model.sites import Site
 from steer.decoding.budgets import Budget
-from steer.decoding.prompts import Ask
+from steer.decoding.prompts import PromptStyle
 from steer.evaluation import _evaluate as scores
 from steer.evaluation._evaluate import evaluate
 from steer.evaluation.nulls import random_recipe
@@ -42,7 +42,7 @@ def contents(folder):
 def test_what_is_lost_is_made_again_and_what_is_held_is_not(organism, tmp_path, monkeypatch):
     arms = {"one": add(organism, 0.5), "two": add(organism, 2.0), "budget": Budget(3, 3)}
     whole = run(organism, arms, tmp_path / "a", samples=2)
-    assert run(organism, arms, None, samples=2).to_json() == whole.to_json()
+    assert run(organism, arms, None, samples=2).to_dict() == whole.to_dict()
     calm = contents(tmp_path / "a")
     files = sorted((tmp_path / "a").iterdir())
     assert len(files) == 4
@@ -58,7 +58,7 @@ def test_what_is_lost_is_made_again_and_what_is_held_is_not(organism, tmp_path, 
         return done
 
     monkeypatch.setattr(scores, "generate", counted)
-    assert run(organism, arms, tmp_path / "a", samples=2).to_json() == whole.to_json()
+    assert run(organism, arms, tmp_path / "a", samples=2).to_dict() == whole.to_dict()
     assert contents(tmp_path / "a") == calm
     assert sorted(made)[:2] == [0, 0]
     assert sorted(made)[3] == 24
@@ -72,7 +72,7 @@ def test_what_is_lost_is_made_again_and_what_is_held_is_not(organism, tmp_path, 
         (lambda m: add(m, 2.0), lambda m: add(m, 2.0, seed=2)),
         (lambda m: add(m, 20.0), lambda m: add(m, 20.0, scope="prompt")),
         (lambda _: Budget(3, 3), lambda _: Budget(9, 3)),
-        (lambda _: Ask(), lambda _: Ask(thought="Okay")),
+        (lambda _: PromptStyle(), lambda _: PromptStyle(thought="Okay")),
         (lambda _: None, lambda m: add(m, 2.0)),
     ],
     ids=["strength", "vector", "scope", "control", "prompt", "plain"],

@@ -12,7 +12,7 @@ from probes.generation.sampling import Sampling
 from probes.model.sites import Site
 from steer.cli.main import app
 from steer.evaluation._evaluate import solve
-from steer.evaluation._sweep import Contrast, sweep
+from steer.evaluation._sweep import LabelledDirection, sweep
 from steer.interventions.activation import Add
 from steer.methods.thinkedit import LengthSplit
 from steer.recipes.recipe import Recipe
@@ -30,7 +30,7 @@ def setting():
     sampling = Sampling.of(model, max_new_tokens=48)
     probed = solve(model, task.sample(250, "probe"), sampling=sampling, batch_size=250)
     short, long = LengthSplit.by_quantile(probed).spans("first")
-    return model, task, sampling, Contrast.of(model, long, short, SITE)
+    return model, task, sampling, LabelledDirection.of(model, long, short, SITE)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def made(setting):
 def test_the_choice_is_the_best_of_the_selection_split_and_the_report_shares_no_problem_with_it(made):
     found, _, _ = made
     accuracy = {s: found.selection.score(f"strength {s:+g}").accuracy for s in found.strengths}
-    assert accuracy[found.chosen] == max(accuracy.values())
+    assert accuracy[found.selected] == max(accuracy.values())
     assert not {p.id for p in found.selection.problems} & {p.id for p in found.report.problems}
     assert list(found.report.arms) == [
         "plain", *(f"strength {s:+g}" for s in found.strengths),
@@ -68,7 +68,7 @@ def test_longer_is_longer_and_zero_is_plain(made):
     lengths = [found.report.score(f"strength {s:+g}").length for s in found.strengths]
     assert lengths == sorted(lengths)
     assert (found.report.arms["strength +0"].length == found.report.arms["plain"].length).all()
-    best, control = (found.report.score(arm) for arm in (f"strength {found.chosen:+g}", "random direction"))
+    best, control = (found.report.score(arm) for arm in (f"strength {found.selected:+g}", "random direction"))
     assert best.difference_interval[0] > control.difference_interval[1]
     assert "chosen on the selection split" in found._repr_html_()
     drawn = {trace.name: trace for trace in found.figure().data}
@@ -78,11 +78,13 @@ def test_longer_is_longer_and_zero_is_plain(made):
 def test_controls_have_the_norm_and_the_divergence_of_what_they_control(made, setting):
     found, asked, make = made
     model, _, _, contrast = setting
-    controls = [direction for direction, strength in asked[4:] if strength == found.chosen]
+    controls = [direction for direction, strength in asked[4:] if strength == found.selected]
     assert len(controls) == 6
     for direction in controls:
         assert direction.norm == pytest.approx(contrast.direction.norm, rel=1e-5)
-    assert divergence(model, make(contrast.direction, found.chosen), contrast.positive[:40]) == pytest.approx(found.kl)
+    assert divergence(model, make(contrast.direction, found.selected), contrast.positive[:40]) == pytest.approx(
+        found.kl
+    )
 
 
 def test_shuffled_labels_keep_the_class_sizes_and_nothing_else(setting):
@@ -130,5 +132,5 @@ def test_the_command_writes_the_chosen_recipe_and_tells_the_controls(setting, tm
     sizes = ["--n-select", "20", "--n-report", "30", "--draws", "1", "--strength", "-0.02", "--strength", "0.02"]
     app(["sweep", "organism", *sides, *sizes, "-o", str(tmp_path / "r"), "--json"], standalone_mode=False)
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert facts["chosen"] == Recipe.load(tmp_path / "r").steps[0].intervention.strength
+    assert facts["selected"] == Recipe.load(tmp_path / "r").steps[0].intervention.strength
     assert {"plain", "random direction", "shuffled labels"} <= set(facts["report"])

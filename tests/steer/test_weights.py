@@ -31,8 +31,7 @@ from steer.deltas.dial import dialled
 from steer.deltas.mergekit_yaml import to_mergekit
 from steer.deltas.stored import save
 from steer.evaluation._evaluate import solve
-from steer.methods.cot_valve import valve
-from steer.methods.reasoning_vectors import enhance, reasoning_vector, subtract
+from steer.methods.cot_valve import length_dial
 from steer.tasks.named import task_named
 
 
@@ -95,8 +94,8 @@ def test_nothing_added_is_the_target_byte_for_byte(three, tmp_path):
 
 def test_every_tensor_is_the_sum_in_float64_rounded_once_and_transformers_loads_it(three, tmp_path):
     target, rl, sft = three
-    enhance(target, reasoning_vector(rl, sft), tmp_path / "out", strength=0.7)
-    subtract(target, reasoning_vector(rl, sft), tmp_path / "less", strength=0.7)
+    add(target, WeightDelta.between(rl, sft), tmp_path / "out", strength=0.7)
+    add(target, WeightDelta.between(rl, sft), tmp_path / "less", strength=-0.7)
     w, a, b, more, less = (weights(folder) for folder in (target, rl, sft, tmp_path / "out", tmp_path / "less"))
     for name, tensor in w.items():
         step = 0.7 * (a[name].double() - b[name].double())
@@ -347,7 +346,7 @@ def test_the_dial_refuses_what_the_model_has_not(tmp_path):
     with pytest.raises(ValueError, match=r"selected\(skip=\['embed'\]\)"):
         dialled(load(model, tokenizer=other), delta, 1.0).__enter__()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="not finite at alpha"):
+    with pytest.raises(ValueError, match="not finite at strength"):
         dialled(load(model, tokenizer=build_tokenizer()), delta, 1e300).__enter__()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -369,10 +368,10 @@ def test_the_valve_measures_which_way_it_turns_and_keeps_what_is_correct(sign, p
         tensors[head][close] += turn * held
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
     delta = WeightDelta.between(tmp_path / "plus", tmp_path / "zero")
-    found = valve(model, delta, task, problems, sampling=sampling, alphas=(1.0, 0.0, 0.5))
+    found = length_dial(model, delta, task, problems, sampling=sampling, strengths=(1.0, 0.0, 0.5))
     assert list(found.completions) == [0.0, 0.5, 1.0]
     assert found.polarity == polarity
-    still = valve(model, 0.0 * delta, task, problems, sampling=sampling, alphas=(0.0, 1.0))
+    still = length_dial(model, 0.0 * delta, task, problems, sampling=sampling, strengths=(0.0, 1.0))
     assert (still.polarity, still.change[0]) == ("unclear", 0.0)
     found.mixchain(tmp_path / "mix.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "mix.jsonl").read_text().splitlines()]

@@ -94,12 +94,12 @@ def rice_(
         store=kept,
         seed=seed,
     )
-    facts = run.to_json()
+    facts = run.to_dict()
     with staged_folder(output) as stage:
         run.recipe.write(stage)
         (stage / "rice.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
     console.print(run.association.table())
-    console.print(f"Chosen on the selection split: {run.chosen}. Its recipe: {output}; completions: {kept}")
+    console.print(f"Chosen on the selection split: {run.selected}. Its recipe: {output}; completions: {kept}")
     end(run.table(), facts, as_json)
 
 

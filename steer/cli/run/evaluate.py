@@ -87,4 +87,4 @@ def evaluate_(
         batch_size=batch_size,
         store=store,
     )
-    end(result.table(), result.to_json(), as_json)
+    end(result.table(), result.to_dict(), as_json)

@@ -26,7 +26,7 @@ from steer.cli.options import (
     end,
     sampling_of,
 )
-from steer.evaluation._sweep import Contrast, sweep
+from steer.evaluation._sweep import LabelledDirection, sweep
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
 from steer.recipes.scope import Scope
@@ -64,7 +64,9 @@ def sweep_(
     loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     kept = output.with_name(f"{output.name}.completions")
-    contrast = Contrast.of(loaded, text_spans(loaded, positive), text_spans(loaded, negative), Site.parse(site))
+    contrast = LabelledDirection.of(
+        loaded, text_spans(loaded, positive), text_spans(loaded, negative), Site.parse(site)
+    )
     touched = Scope.of(scope)
 
     def make(direction: Direction, size: float) -> Recipe:
@@ -87,13 +89,13 @@ def sweep_(
         seed=seed,
     )
     facts: dict[str, Any] = {
-        "chosen": found.chosen,
+        "selected": found.selected,
         "kl": found.kl,
-        "selection": found.selection.to_json(),
-        "report": found.report.to_json(),
+        "selection": found.selection.to_dict(),
+        "report": found.report.to_dict(),
     }
     with staged_folder(output) as stage:
-        make(contrast.direction, found.chosen).write(stage)
+        make(contrast.direction, found.selected).write(stage)
         (stage / "sweep.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
-    console.print(f"Chosen on the selection split: {found.chosen:g}. Its recipe: {output}; completions: {kept}")
+    console.print(f"Chosen on the selection split: {found.selected:g}. Its recipe: {output}; completions: {kept}")
     end(found.table(), facts, as_json)

@@ -14,7 +14,7 @@ from steer.deltas._add import Plan, add
 from steer.deltas.delta import WeightDelta
 from steer.deltas.mergekit_yaml import METHODS, Method, to_mergekit
 from steer.deltas.norms import figure_of, norms
-from steer.deltas.recipe import edit_delta
+from steer.deltas.recipe import recipe_delta
 from steer.deltas.stored import Stored, open_delta, save
 from steer.recipes.recipe import Recipe
 
@@ -48,7 +48,7 @@ def make(
     if stored is None:
         raise ValueError(f"{dtype!r} is no dtype that a delta is stored in: float32, bfloat16 or float16.")
     if before is not None and (Path(after) / "recipe.yaml").is_file():
-        delta = edit_delta(load(before), Recipe.load(Path(after)))
+        delta = recipe_delta(load(before), Recipe.load(Path(after)))
     else:
         delta = open_delta(after) if before is None else WeightDelta.between(after, before)
     if only or skip:
