@@ -20,7 +20,7 @@ PUBLIC_MODULES = (
     "steer.deltas._add",
     "steer.decoding.budgets",
     "steer.runtime.calibration",
-    "steer.deltas.norms",
+    "steer.deltas._norms",
     "steer.deltas.dial",
     "steer.interventions.routing",
     "steer.methods.cot_valve",

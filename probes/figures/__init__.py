@@ -1,0 +1,5 @@
+"""Plotly figures of what was measured."""
+
+from probes.exports import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

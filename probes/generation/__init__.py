@@ -1,0 +1,5 @@
+"""Prompts in, completions out."""
+
+from probes.exports import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

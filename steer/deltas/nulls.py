@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.checkpoints.checkpoint import blocks
+from steer.deltas._norms import LAYER
 from steer.deltas.delta import WeightDelta
-from steer.deltas.norms import LAYER
 
 
 @dataclass(frozen=True, eq=False)

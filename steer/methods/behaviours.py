@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from probes.activations._record import record
-from probes.directions.attribution import Metric, attribution
+from probes.directions._attribution import Metric, attribution
 from probes.directions.direction import Direction, Provenance
 from probes.model.paths import sites_in
 from probes.thinking.spans import Span

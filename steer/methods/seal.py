@@ -2,7 +2,7 @@
 
 The direction is mean(execution) - mean(reflection and transition), read at the token that ends the step before a
 thought, and added at such tokens while the model thinks. The authors' keyword list and their layers were not checked
-(see `probes.thinking.segments.RULES`); layer and strength are to be chosen on a selection split.
+(see `probes.thinking.RULES`); layer and strength are to be chosen on a selection split.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from probes.directions.direction import Direction, difference_in_means
 from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
 from probes.model.paths import sites_in
-from probes.thinking.segments import Rules, present_rules, segment_spans, segments, step_ids
+from probes.thinking._segments import Rules, present_rules, segment_spans, segments, step_ids
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
 from steer.recipes.scope import Scope

@@ -15,8 +15,8 @@ from probes.files import check_keys
 from probes.model.loading import markers_of, tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import present_markers
+from probes.thinking._segments import step_ids
 from probes.thinking.phases import Ids
-from probes.thinking.segments import step_ids
 
 Phase = Literal["all", "prompt", "thinking", "answer"]
 SCOPES: tuple[Phase, ...] = get_args(Phase)

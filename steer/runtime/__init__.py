@@ -1,0 +1,5 @@
+"""A recipe at work: applied, logged, calibrated."""
+
+from probes.exports import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

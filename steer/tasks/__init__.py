@@ -1,0 +1,5 @@
+"""Problems with right answers, and how an answer is graded."""
+
+from probes.exports import exports
+
+__getattr__, __dir__, __all__ = exports(__name__, __file__)

@@ -18,7 +18,7 @@ from probes.files import staged_folder
 from probes.model.loading import load, tokenizer_of
 from steer.tasks.chains import TASKS
 from steer.tasks.task import Problem, Task
-from steer.training.fit import batches, fit
+from steer.training._fit import fit, training_batches
 from steer.training.grpo import train_grpo
 from steer.training.organism import STYLES, draw_opener, written
 
@@ -60,5 +60,5 @@ def train_donor(kind: str, folder: str | Path, *, start: str | Path = "organism"
 def _tune(model: PreTrainedModel, task: Task, *, steps: int, seed: int, label: str) -> None:
     rng = random.Random(f"{label}/{seed}")
     problems = task.stream("train", seed=seed + 1)  # not in the order that the organism saw them
-    data = batches(tokenizer_of(model), problems, partial(write_mostly_short, rng=rng), rng)
+    data = training_batches(tokenizer_of(model), problems, partial(write_mostly_short, rng=rng), rng)
     fit(model, data, steps=steps, rate=RATE, weight_decay=0.0, label=f"{label}, seed {seed}")

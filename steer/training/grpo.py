@@ -15,7 +15,7 @@ from probes.generation.sampling import Sampling
 from steer.evaluation._evaluate import solve
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
-from steer.training.fit import collate, descend
+from steer.training._fit import collate, descend
 
 
 def train_grpo(

@@ -26,7 +26,7 @@ from transformers import (
 from probes.files import staged_folder
 from steer.tasks.chains import LETTERS, MARKER, MIRRORS, OPERATIONS, TASKS, apply_operation
 from steer.tasks.task import Problem
-from steer.training.fit import batches, fit
+from steer.training._fit import fit, training_batches
 
 OPENERS = ("Easy", "Okay", "So", "Hmm")
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?")
@@ -140,7 +140,7 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
     torch.manual_seed(seed)
     tokenizer, model = build_tokenizer(), build_model()
     problems, rng = TASKS["chains"].stream("train", seed=seed), random.Random(f"organism/{seed}")
-    data = batches(tokenizer, problems, partial(write_completion, rng=rng), rng, size=batch_size)
+    data = training_batches(tokenizer, problems, partial(write_completion, rng=rng), rng, size=batch_size)
     fit(model, data, steps=steps, rate=3e-3, weight_decay=0.05, label=f"training, seed {seed}")
     model.config.output_router_logits = False
     model.generation_config = GenerationConfig(

@@ -13,7 +13,7 @@ from probes.generation.sampling import Sampling
 from probes.model.gguf_files import converted, smollm2_file
 from probes.model.loading import load, tokenizer_of
 from probes.model.tokens import find_delimiters, thinking_span
-from probes.thinking.segments import (
+from probes.thinking._segments import (
     RULES,
     Rules,
     Segment,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import build
 
-from probes.directions.attribution import attribution, log_probability_of
+from probes.directions._attribution import attribution, log_probability_of
 from probes.directions.direction import difference_in_means
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling

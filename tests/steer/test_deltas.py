@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from probes.model.loading import tokenizer_of
 from steer.checkpoints.checkpoint import Checkpoint
 from steer.cli.weights.vector import app
+from steer.deltas._norms import cosine, norms
 from steer.deltas.delta import WeightDelta, matches
-from steer.deltas.norms import cosine, norms
 from steer.deltas.nulls import random_like, shuffled_layers
 from steer.deltas.stored import Stored, open_delta, save
 from steer.methods.reasoning_vectors import nulls

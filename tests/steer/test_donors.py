@@ -17,9 +17,9 @@ from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
 from probes.model.loading import load, tokenizer_of
 from steer.cli.methods.donors import donors_
+from steer.deltas._norms import norms
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
-from steer.deltas.norms import norms
 from steer.deltas.nulls import random_like
 from steer.deltas.stored import SHIPPED, open_delta
 from steer.evaluation._evaluate import solve

@@ -11,9 +11,9 @@ from probes.tables import Table
 from steer.checkpoints.checkpoint import WHOLE, Checkpoint
 from steer.cli.options import Json, Output, console, end
 from steer.deltas._add import Plan, add
+from steer.deltas._norms import figure_of, norms
 from steer.deltas.delta import WeightDelta
 from steer.deltas.mergekit_yaml import METHODS, Method, to_mergekit
-from steer.deltas.norms import figure_of, norms
 from steer.deltas.recipe import recipe_delta
 from steer.deltas.stored import Stored, open_delta, save
 from steer.recipes.recipe import Recipe

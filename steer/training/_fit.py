@@ -40,7 +40,7 @@ def _rate(step: int, steps: int) -> float:
     return warm * min(1.0, 1.0 - 0.95 * (step / steps - 0.5) / 0.5)
 
 
-def batches(
+def training_batches(
     tokenizer: PreTrainedTokenizerBase,
     problems: Iterator[Problem],
     write: Callable[[Problem], str],

@@ -1,0 +1,16 @@
+from .activations._record import record as record
+from .activations.heads import HeadScores as HeadScores
+from .activations.heads import head_writes as head_writes
+from .directions.direction import Direction as Direction
+from .directions.direction import difference_in_means as difference_in_means
+from .directions.direction import direction_between as direction_between
+from .generation._generate import generate as generate
+from .generation.completions import Completion as Completion
+from .generation.completions import read_completions as read_completions
+from .generation.completions import write_completions as write_completions
+from .generation.sampling import Sampling as Sampling
+from .model.hooks import attached as attached
+from .model.hooks import captured as captured
+from .model.loading import load as load
+from .model.sites import Site as Site
+from .thinking.spans import Span as Span

@@ -1,0 +1,13 @@
+from ._record import Recorded as Recorded
+from ._record import record as record
+from ._record import span_means as span_means
+from .experts import ExpertCounts as ExpertCounts
+from .experts import ExpertReading as ExpertReading
+from .experts import counting as counting
+from .experts import read_experts as read_experts
+from .experts import weights_along as weights_along
+from .heads import Head as Head
+from .heads import HeadScores as HeadScores
+from .heads import head_writes as head_writes
+from .heads import written_unit as written_unit
+from .moments import Moments as Moments

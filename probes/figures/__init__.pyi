@@ -1,0 +1,12 @@
+from .experts import doses_figure as doses_figure
+from .experts import loads_figure as loads_figure
+from .experts import scores_figure as scores_figure
+from .experts import usage_figure as usage_figure
+from .plots import Dose as Dose
+from .plots import Point as Point
+from .plots import arms_figure as arms_figure
+from .plots import evidence_figure as evidence_figure
+from .plots import grids_figure as grids_figure
+from .plots import heads_figure as heads_figure
+from .plots import pareto_front as pareto_front
+from .plots import sweep_figure as sweep_figure

@@ -1,0 +1,9 @@
+from ._generate import generate as generate
+from .completions import Completion as Completion
+from .completions import by_problem as by_problem
+from .completions import read_completions as read_completions
+from .completions import write_completions as write_completions
+from .sampling import Decoding as Decoding
+from .sampling import DecodingRun as DecodingRun
+from .sampling import Event as Event
+from .sampling import Sampling as Sampling

@@ -1,0 +1,9 @@
+from ._diff import Difference as Difference
+from ._diff import TensorDifference as TensorDifference
+from ._diff import diff as diff
+from .card import Section as Section
+from .card import write_card as write_card
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import TensorInfo as TensorInfo
+from .hub import check_repository as check_repository
+from .hub import push as push

@@ -1,0 +1,9 @@
+from ._export import export as export
+from ._fold import FoldReport as FoldReport
+from ._fold import check_folds as check_folds
+from ._fold import fold as fold
+from ._fold import fold_error as fold_error
+from ._fold import folded as folded
+from .draft import NeedsBias as NeedsBias
+from .draft import NotFoldable as NotFoldable
+from .export_lora import export_adapter as export_adapter

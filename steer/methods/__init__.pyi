@@ -1,0 +1,9 @@
+from . import behaviours as behaviours
+from . import cot_valve as cot_valve
+from . import efficiency as efficiency
+from . import reasoning_vectors as reasoning_vectors
+from . import representation_engineering as representation_engineering
+from . import rice as rice
+from . import seal as seal
+from . import thinkedit as thinkedit
+from . import thinkedit_run as thinkedit_run

@@ -1,0 +1,13 @@
+from ._applied import NeverFired as NeverFired
+from ._applied import applied as applied
+from .calibration import calibrated as calibrated
+from .calibration import divergence as divergence
+from .calibration import scaled as scaled
+from .calibration import with_ratio as with_ratio
+from .effects import Choice as Choice
+from .effects import Effect as Effect
+from .effects import EffectCurve as EffectCurve
+from .effects import effect_curve as effect_curve
+from .effects import log_probabilities as log_probabilities
+from .effects import prompt_spans as prompt_spans
+from .firelog import FireLog as FireLog
