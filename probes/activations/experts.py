@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -203,23 +203,14 @@ class _Tally:
 
     def __init__(self, model: PreTrainedModel, markers: Mapping[str, Ways]) -> None:
         self.layers = moe_layers(model)
-        self.clock = Clock.of(model, needed=False)
+        self.clock = Clock.of(model, needed=False, markers=[tuple(ways) for ways in markers.values()])
         self.classes = ("all", *(PHASES if self.clock.knows_phases else ()), *markers)
-        self.markers = tuple(markers.values())
         self.masks = torch.zeros(0)
-        self._memory = max((len(ids) for ways in self.markers for ids in ways), default=1) - 1
-        self._tail = torch.zeros(0, 0, dtype=torch.long)
 
     def begin(self, ids: Int[Tensor, "batch new"], mask: Tensor | None, n_past: int) -> None:
-        self.clock.advance(ids, mask, n_past)
-        real = self.clock.real
-        if n_past == 0:
-            self._tail = ids.new_full((len(ids), self._memory), -1)
-        window = torch.cat([self._tail, ids.where(real, -1)], dim=1)
-        self._tail = window[:, window.shape[1] - self._memory :]
-        phases = self.clock.mask_of_phases() if self.clock.knows_phases else real[:0].expand(0, *real.shape)
-        ends = [_ends_any(window, ways, ids.shape[1]) & real for ways in self.markers]
-        self.masks = torch.cat([real[None], phases, *(end[None] for end in ends)]).float()
+        now = self.clock.advance(ids, mask, n_past)
+        phases = now.masks() if self.clock.knows_phases else now.real[:0].expand(0, *now.real.shape)
+        self.masks = torch.cat([now.real[None], phases, *(ends[None] for ends in now.ended)]).float()
 
     def of_rows(
         self, model: PreTrainedModel, rows: Sequence[tuple[int, ...]]
@@ -250,14 +241,3 @@ def _chosen(
     """In each row, how many tokens of each class chose each expert."""
     one = torch.zeros(*ids.shape[:-1], n_experts, device=ids.device)
     return torch.einsum("cbt,bte->cbe", masks.to(one.device), one.scatter_(-1, ids, 1.0))
-
-
-def _ends_any(window: Int[Tensor, "batch tail_and_new"], ways: Ways, new: int) -> Bool[Tensor, "batch new"]:
-    """Where, among the last `new` tokens, one of the ways ends."""
-    found = torch.zeros(len(window), new, dtype=torch.bool, device=window.device)
-    for ids in ways:
-        hit = torch.ones_like(found)
-        for back, token in enumerate(reversed(ids)):
-            hit &= window[:, window.shape[1] - new - back : window.shape[1] - back] == token
-        found |= hit
-    return found

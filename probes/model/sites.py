@@ -14,8 +14,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+# In the order in which a block computes them.
 SiteName = Literal[
-    "resid_pre", "resid_mid", "resid_post", "attn_in", "attn_out", "mlp_in", "mlp_out", "z", "result", "routing"
+    "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "routing", "mlp_out", "resid_post"
 ]
 SITE_NAMES: tuple[SiteName, ...] = get_args(SiteName)
 

@@ -8,6 +8,7 @@ from ._segments import segment_table as segment_table
 from ._segments import segments as segments
 from .phases import PHASES as PHASES
 from .phases import Clock as Clock
+from .phases import Phases as Phases
 from .spans import POSITIONS as POSITIONS
 from .spans import Position as Position
 from .spans import Span as Span

@@ -18,9 +18,38 @@ _PAD = -1
 _NOWHERE = Delimiters(open=(), close=())
 
 
+@dataclass(frozen=True, eq=False)
+class Phases:
+    """Where the tokens of one forward pass are. -1 stands where there is nothing to count.
+
+    `phase` is an index into `PHASES`, -1 at pads; `thought` counts the thinking's tokens from 0 at the end of its
+    opening delimiter, -1 elsewhere; `position` is the place in the row, pads not counted; `marked` counts, for each of
+    the clock's markers, how many have ended in this turn's thinking; `ended` tells where they end, anywhere; `opens`
+    tells the last token of a turn's header; `real` the tokens that are no pads; `starts` that a run began with this
+    pass.
+    """
+
+    phase: Int[Tensor, "batch new"]
+    thought: Int[Tensor, "batch new"]
+    position: Int[Tensor, "batch new"]
+    marked: tuple[Int[Tensor, "batch new"], ...]
+    ended: tuple[Bool[Tensor, "batch new"], ...]
+    opens: Bool[Tensor, "batch new"]
+    real: Bool[Tensor, "batch new"]
+    starts: bool
+
+    def mask(self, phase: str) -> Bool[Tensor, "batch new"]:
+        """The tokens that are in a phase, or in any (`all`)."""
+        return self.real if phase == "all" else self.phase == PHASES.index(phase)
+
+    def masks(self) -> Bool[Tensor, "phases batch new"]:
+        """For each of `PHASES`, the tokens that are in it."""
+        return torch.stack([self.phase == i for i in range(len(PHASES))])
+
+
 @dataclass(eq=False)
 class Clock:
-    """Says, for the tokens of the current forward pass, which phase of its turn each is in, and how far into it.
+    """Says, pass by pass, which phase of its turn each new token is in, and how far into it.
 
     The phase of a token is the last delimiter up to it: the header of the model's turn begins *prompt*, the opening
     delimiter *thinking*, the closing one *answer*; so every token has one phase, the one that its prediction belongs
@@ -35,12 +64,6 @@ class Clock:
     ends: Ids = ()
     pad: int | None = None
     markers: tuple[tuple[Ids, ...], ...] = ()
-    phase: Int[Tensor, "batch new"] | None = field(default=None, repr=False)
-    thought: Int[Tensor, "batch new"] | None = field(default=None, repr=False)
-    position: Int[Tensor, "batch new"] | None = field(default=None, repr=False)
-    opens: Bool[Tensor, "batch new"] | None = field(default=None, repr=False)
-    marked: tuple[Int[Tensor, "batch new"], ...] = field(default=(), repr=False)
-    starts: bool = False
     _seen: int = 0
     _state: "_State | None" = field(default=None, repr=False)
 
@@ -65,17 +88,14 @@ class Clock:
 
     def advance(
         self, input_ids: Int[Tensor, "batch new"], attention_mask: Int[Tensor, "batch total"] | None, n_past: int
-    ) -> None:
-        """Take in the new tokens of a pass whose cache holds `n_past`. Raises ValueError where it lost the thread.
+    ) -> Phases:
+        """Take in the new tokens of a pass whose cache holds `n_past`, and say where they are.
 
-        Then `phase` is -1 at pads, else an index into `PHASES`; `thought` counts the thinking's tokens from 0 at the
-        end of its opening delimiter, and is -1 elsewhere; `position` is the place in the row, pads not counted;
-        `opens` tells the last token of a turn's header; `marked` counts, for each of `markers`, how many have ended
-        in this turn's thinking; `starts` says that a run began with this pass.
+        Raises ValueError where it lost the thread: the cache is not the one that it followed.
         """
         batch, new = input_ids.shape
-        self.starts = n_past == 0
-        if self.starts:
+        starts = n_past == 0
+        if starts:
             self._seen, self._state = 0, _State.at_start(input_ids, self._memory, len(self.markers))
         state = self._state
         if state is None or n_past != self._seen or len(state.phase) != batch:
@@ -90,51 +110,28 @@ class Clock:
         filled = self._filled(window, state, new)
         real = real & ~filled
         window = torch.cat([state.tail, input_ids.where(real, _PAD)], dim=1)
-        phase, opens, armed = self._read(window, state, new)
-        self.opens = opens & real
-        self.phase = phase.where(real, _PAD)
-        self.position = real.cumsum(1) - 1 + state.length[:, None]
-        fresh = ~self.opens.any(1, keepdim=True)  # what was counted before belongs to an earlier turn where one opened
-        thinks = self.phase == 1
+        turn_phase, turn_opens, armed = self._read(window, state, new)
+        opens, phase = turn_opens & real, turn_phase.where(real, _PAD)
+        position = real.cumsum(1) - 1 + state.length[:, None]
+        fresh = ~opens.any(1, keepdim=True)  # what was counted before belongs to an earlier turn where one opened
+        thinks = phase == 1
         thoughts = thinks.cumsum(1) + state.thoughts[:, None] * fresh
-        self.thought = (thoughts - 1).where(thinks, -1)
-        self.marked = tuple(
-            (_any_ends(window, ways, new) & thinks).cumsum(1) + before[:, None] * fresh
-            for ways, before in zip(self.markers, state.marked, strict=True)
+        ended = tuple(_any_ends(window, ways, new) & real for ways in self.markers)
+        marked = tuple(
+            (ends & thinks).cumsum(1) + before[:, None] * fresh
+            for ends, before in zip(ended, state.marked, strict=True)
         )
         self._state = _State(
-            phase[:, -1],
+            turn_phase[:, -1],
             armed,
             window[:, window.shape[1] - self._memory :],
-            self.position[:, -1] + 1,
+            position[:, -1] + 1,
             thoughts[:, -1],
-            tuple(count[:, -1] for count in self.marked),
+            tuple(count[:, -1] for count in marked),
             filled[:, -1],
         )
         self._seen += new
-
-    @property
-    def real(self) -> Bool[Tensor, "batch new"]:
-        """The tokens of the current pass that are no pads."""
-        return self._now(self.phase) != _PAD
-
-    def mask(self, phase: str) -> Bool[Tensor, "batch new"]:
-        """The tokens of the current pass that are in a phase, or in any (`all`)."""
-        return self.real if phase == "all" else self._now(self.phase) == PHASES.index(phase)
-
-    def mask_of_phases(self) -> Bool[Tensor, "phases batch new"]:
-        """For each phase, the tokens of the current pass that are in it."""
-        phase = self._now(self.phase)
-        return torch.stack([phase == i for i in range(len(PHASES))])
-
-    def positions(self) -> Int[Tensor, "batch new"]:
-        """The place of each token of the current pass in its row, pads not counted."""
-        return self._now(self.position)
-
-    def _now(self, value: Tensor | None) -> Tensor:
-        if value is None:
-            raise ValueError("The clock has seen no tokens yet.")
-        return value
+        return Phases(phase, (thoughts - 1).where(thinks, -1), position, marked, ended, opens, real, starts)
 
     @property
     def _memory(self) -> int:

@@ -68,26 +68,20 @@ class DecodingState:
         self.closing = _partial(ids, self.delimiters.close).masked_fill(~self.thinking, 0)
 
     def _begin(self, ids: Ids) -> None:
-        self._clock.advance(ids, self.mask, 0)
-        phase = self._phase
+        phase = self._clock.advance(ids, self.mask, 0).phase
         self.opened = phase[:, -1] == _THINKING
         if self.delimiters.turn:  # else a block that is closed may belong to an earlier turn
             self.opened = (phase == _THINKING).any(1)
             self.closed = self.opened & (phase[:, -1] == _ANSWER)
 
     def _advance(self, ids: Ids) -> None:
-        self._clock.advance(ids[:, -1:], None, ids.shape[1] - 1)
-        phase, live, thought = self._phase[:, -1], ~self.done, self.thinking
+        phase = self._clock.advance(ids[:, -1:], None, ids.shape[1] - 1).phase[:, -1]
+        live, thought = ~self.done, self.thinking
         self.opened = self.opened | (phase == _THINKING)
         self.thoughts = self.thoughts + thought
         self.said = (self.said + (live & ~thought)).masked_fill(~thought & self.thinking, 0)
         self.closed = self.closed | (self.opened & (phase == _ANSWER))
         self.done = self.done | torch.isin(ids[:, -1], self.ends)
-
-    @property
-    def _phase(self) -> Int[Tensor, "batch new"]:
-        assert self._clock.phase is not None
-        return self._clock.phase
 
     def would_close(self, scores: Scores) -> Where:
         """Rows whose drawn token ends their thinking: it completes the closing delimiter, or ends the row."""

@@ -38,7 +38,7 @@ def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -
     scopes = list(dict.fromkeys(step.scope for step in steps))
     needed = any(scope.phase != "all" or scope.condition is not None for scope in scopes)
     clock = Clock.of(model, needed=needed, markers=list(dict.fromkeys(s.markers for s in scopes if s.markers)))
-    gates = {scope: Gate(scope, clock) for scope in scopes}
+    gates = {scope: Gate(scope, clock.markers) for scope in scopes}
     for step in steps:
         _check_order(step, clock)
     words = [(str(_site(step)), step.intervention.kind, str(step.scope)) for step in steps]
@@ -48,13 +48,13 @@ def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -
         if isinstance(step.intervention, RoutingEdit)
     }
     own = [routes[number][1] if number in routes else gates[step.scope] for number, step in enumerate(steps)]
-    log = FireLog(words, own, clock)
+    log = FireLog(words, own, clock.knows_phases)
 
     def see(ids: Tensor, mask: Tensor | None, n_past: int) -> None:
-        log.end_pass()
-        clock.advance(ids, mask, n_past)
+        phases = clock.advance(ids, mask, n_past)
+        log.begin(phases)
         for gate in gates.values():
-            gate.begin(ids)
+            gate.begin(phases, ids)
 
     with ExitStack() as stack:
         if steps:

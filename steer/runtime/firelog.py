@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.tables import Table
-from probes.thinking.phases import PHASES, Clock
+from probes.thinking.phases import PHASES, Phases
 from steer.runtime.gates import Touched
 
 _NEVER = 2**62
@@ -56,7 +56,8 @@ class FireLog:
 
     steps: Sequence[tuple[str, str, str]]  # site, kind, scope
     gates: Sequence[Touched]  # of each step
-    clock: Clock
+    knows_phases: bool = True
+    _phases: Phases | None = field(default=None, repr=False)
     _sums: _Sums | None = field(default=None, repr=False)
     _pass: dict[int, tuple[Tensor, Tensor | float]] = field(default_factory=dict, repr=False)
     _norms: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
@@ -68,19 +69,25 @@ class FireLog:
         """
         self._pass[step] = (before.detach(), change)
 
+    def begin(self, phases: Phases) -> None:
+        """A new pass; the one before it is over."""
+        self.end_pass()
+        self._phases = phases
+
     def end_pass(self) -> None:
         """Add up the pass that is over, if there was one."""
-        if not self._pass:
+        now = self._phases
+        if not self._pass or now is None:
             return
-        phases, position = self.clock.mask_of_phases(), self.clock.positions()
+        masks_of_phases, position = now.masks(), now.position
         if self._sums is None:
             self._sums = _Sums.none(len(self.steps), position.device)
         masks = {}
         for gate, steps in self._by_gate.items():
             if ran := [step for step in steps if step in self._pass]:
                 masks[id(gate)] = gate.mask
-                self._add(gate, ran, (gate.mask & phases).flatten(1), position.flatten())
-        if self.clock.starts:
+                self._add(gate, ran, (gate.mask & masks_of_phases).flatten(1), position.flatten())
+        if now.starts:
             self._run.clear()
         self._run.append((position, masks))
         self._pass.clear()
@@ -141,7 +148,7 @@ class FireLog:
         s = self._sums
         if s is None:
             return
-        for j, phase in enumerate(PHASES if self.clock.knows_phases else ("all",)):
+        for j, phase in enumerate(PHASES if self.knows_phases else ("all",)):
             if count := int(s.tokens[step, j]):
                 mean, largest = float(s.ratio[step, j]) / count, float(s.largest[step, j])
                 yield (step, *words, phase, count, mean, largest, int(s.first[step, j]), int(s.last[step, j]))

@@ -1,86 +1,79 @@
 """A scope at work: which tokens of the current pass it lets a step touch, and how strongly."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.model.sites import SITE_NAMES, Site, SiteName
-from probes.thinking.phases import Clock
-from steer.recipes.scope import Scope
-
-# In which order a block computes its sites; resid_pre comes first.
-_ORDER: tuple[SiteName, ...] = (
-    "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "routing", "mlp_out", "resid_post",
-)  # fmt: skip
-assert set(_ORDER) == set(SITE_NAMES)
+from probes.model.sites import SITE_NAMES, Site
+from probes.thinking.phases import Ids, Phases
+from steer.recipes.scope import Controller, Scope
 
 
-class Touched(ABC):
+@runtime_checkable
+class Touched(Protocol):
     """Which tokens of the current pass a step touches."""
 
     @property
-    @abstractmethod
     def mask(self) -> Bool[Tensor, "batch new"]: ...
 
-    @abstractmethod
     def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
         """The strength's multiple at each token of this pass; 0 where it is not touched."""
+        ...
 
 
-class Gate(Touched):
-    """One scope during one run. Its state is constant per row, and nothing of it leaves the device."""
+class Gate:
+    """One scope during one run. Its state is constant per row, and nothing of it leaves the device.
 
-    def __init__(self, scope: Scope, clock: Clock) -> None:
-        self.scope, self.clock = scope, clock
-        self._mask: Tensor | None = None
+    `markers` are those of the clock whose phases it is begun with. `mask`: the tokens of the current pass that are
+    touched, none before the first.
+    """
+
+    def __init__(self, scope: Scope, markers: Sequence[tuple[Ids, ...]] = ()) -> None:
+        self.scope = scope
+        self.mask = torch.zeros(0, 0, dtype=torch.bool)
+        self._marker = markers.index(scope.markers) if scope.after else 0
+        self._phases: Phases | None = None
         self._weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._verdict = _Verdict() if scope.condition is not None else None
         self._multiple: Tensor | None = None
         self._listed: Tensor | None = None
 
-    def begin(self, ids: Int[Tensor, "batch new"]) -> None:
-        """A new pass, which the clock has taken in."""
-        scope, clock = self.scope, self.clock
+    def begin(self, phases: Phases, ids: Int[Tensor, "batch new"]) -> None:
+        """A new pass: where its tokens are, and what they are."""
+        scope, thought = self.scope, phases.thought
+        self._phases = phases
         self._weights.clear()
         self._multiple = None
-        mask = clock.mask(scope.phase)
+        mask = phases.mask(scope.phase)
         if scope.tokens:
             mask = mask & self._is_listed(ids)
         if scope.after:
-            mask = mask & (clock.marked[clock.markers.index(scope.markers)] >= scope.after)
+            mask = mask & (phases.marked[self._marker] >= scope.after)
         first, last = scope.window
-        thought = clock.thought
-        assert thought is not None
         if first:
             mask = mask & (thought >= first)
         if last is not None:
             mask = mask & (thought < last)
-        self._mask = mask
+        self.mask = mask
         if scope.schedule is not None:
             self._multiple = scope.schedule.at(thought)
         if scope.controller is not None and scope.controller.site is None:
-            self._control(thought)
+            self._control(scope.controller, thought)
 
     def see(self, x: Float[Tensor, "batch new d_model"]) -> None:
         """The activation at the scope's gauge, in the current pass."""
         condition, controller = self.scope.condition, self.scope.controller
-        assert self._mask is not None
-        if condition is not None and self._verdict is not None:
+        if condition is not None and self._verdict is not None and self._phases is not None:
             unit = (condition.vector / condition.vector.norm()).to(x.device, torch.float32)
-            projection = (x.float() @ unit).to(self._mask.device)
-            above = self._verdict.above(projection, self.clock, condition.threshold)
-            self._mask = self._mask & self._verdict.after_prompt & (above if condition.above else ~above)
+            projection = (x.float() @ unit).to(self.mask.device)
+            above = self._verdict.above(projection, self._phases, condition.threshold)
+            self.mask = self.mask & self._verdict.after_prompt & (above if condition.above else ~above)
         if controller is not None and controller.vector is not None:
             predicted = x.float() @ controller.vector.to(x.device, torch.float32) + controller.offset
-            self._control(predicted.to(self._mask.device))
-
-    @property
-    def mask(self) -> Bool[Tensor, "batch new"]:
-        """The tokens of this pass that are touched."""
-        assert self._mask is not None
-        return self._mask
+            self._control(controller, predicted.to(self.mask.device))
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
         if (dtype, device) not in self._weights:
@@ -88,9 +81,8 @@ class Gate(Touched):
             self._weights[dtype, device] = weight[..., None].to(device, dtype)
         return self._weights[dtype, device]
 
-    def _control(self, length: Tensor) -> None:
-        assert self.scope.controller is not None
-        multiple = self.scope.controller.at(length)
+    def _control(self, controller: Controller, length: Tensor) -> None:
+        multiple = controller.at(length)
         self._multiple = multiple if self._multiple is None else self._multiple * multiple
 
     def _is_listed(self, ids: Tensor) -> Tensor:
@@ -109,11 +101,10 @@ class _Verdict:
         self._sum = self._count = self._mean = torch.zeros(0)
         self._decided = torch.zeros(0, dtype=torch.bool)
 
-    def above(self, projection: Tensor, clock: Clock, threshold: float) -> Tensor:
+    def above(self, projection: Tensor, phases: Phases, threshold: float) -> Tensor:
         """Whether each token's row is above; `after_prompt` then tells the tokens from the header's end on."""
-        real, opens = clock.real, clock.opens
-        assert opens is not None
-        if clock.starts:
+        real, opens = phases.real, phases.opens
+        if phases.starts:
             zero = projection.new_zeros(len(projection))
             self._sum, self._count, self._mean, self._decided = zero, zero, zero, zero.bool()
         total = projection.where(real, 0).cumsum(1) + self._sum[:, None]
@@ -129,4 +120,4 @@ class _Verdict:
 
 def precedes(gauge: Site, edit: Site) -> bool:
     """Is `gauge` computed before `edit` is changed?"""
-    return (gauge.layer, _ORDER.index(gauge.name)) <= (edit.layer, _ORDER.index(edit.name))
+    return (gauge.layer, SITE_NAMES.index(gauge.name)) <= (edit.layer, SITE_NAMES.index(edit.name))

@@ -13,7 +13,7 @@ from probes.model.architectures import config_of
 from probes.model.routers import Routing, SparseBlock, block_at
 from steer.interventions.routing import Forbid, Force, Reinforce, RoutingEdit
 from steer.runtime.firelog import FireLog
-from steer.runtime.gates import Gate, Touched
+from steer.runtime.gates import Gate
 
 MARGIN, FAR = 0.01, 1e4  # of SteerMoE's logit; of a bias, which sigmoid scores cannot outweigh
 BIAS = "e_score_correction_bias"
@@ -78,18 +78,14 @@ class SelectionRule:
             )
 
 
-class Routed(Touched):
+class Routed:
     """The tokens of a gate's pass at which a routing edit found its expert: a gate of its own for the log."""
 
     def __init__(self, gate: Gate) -> None:
-        self.gate, self.found = gate, torch.zeros(0, 0, dtype=torch.bool)
-
-    @property
-    def mask(self) -> Bool[Tensor, "batch new"]:
-        return self.found
+        self.gate, self.mask = gate, torch.zeros(0, 0, dtype=torch.bool)
 
     def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
-        return self.found[..., None].to(device, dtype)
+        return self.mask[..., None].to(device, dtype)
 
 
 class Rerouting:
@@ -122,9 +118,9 @@ class Rerouting:
             if isinstance(edit, Reinforce):
                 new = _reinforced(now, edit, routed_edit.gate, scope)
                 change = torch.linalg.vector_norm((new.weights - now.weights).float(), dim=-1)
-                routed_edit.found, now = scope & has[..., expert], new
+                routed_edit.mask, now = scope & has[..., expert], new
             else:
-                routed_edit.found = scope & (had[..., expert] != has[..., expert])
+                routed_edit.mask = scope & (had[..., expert] != has[..., expert])
                 change = torch.linalg.vector_norm(now.dense - before.dense, dim=-1)
             self.log.note(number, norm, change)
         return now

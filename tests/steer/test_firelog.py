@@ -164,9 +164,9 @@ def test_a_new_turn_in_the_same_cache_counts_anew(chunk):
     ids, thoughts, marks = torch.tensor([turn + turn]), [], []
     clock = Clock(Delimiters((3,), (4,), (5,), (1,)), markers=(((20,),),))
     for start in range(0, ids.shape[1], chunk):
-        clock.advance(ids[:, start : start + chunk], None, start)
-        thoughts += clock.thought[0].tolist()
-        marks += clock.marked[0][0].tolist()
+        phases = clock.advance(ids[:, start : start + chunk], None, start)
+        thoughts += phases.thought[0].tolist()
+        marks += phases.marked[0][0].tolist()
     assert thoughts[10:] == thoughts[:10] == [-1, -1, -1, 0, 1, 2, 3, -1, -1, -1]
     assert marks[13:17] == marks[3:7] == [0, 1, 1, 2]
 

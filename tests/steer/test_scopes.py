@@ -1,6 +1,7 @@
 """A scope means the same tokens with or without a cache, in any batch and any chunks, beside any pads."""
 
 import random
+from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
@@ -60,8 +61,7 @@ def follow(clock, ids, mask, ends):
     """The phases that the clock gives when it sees the ids in passes that end at `ends`."""
     passes = []
     for start, end in zip([0, *ends], ends, strict=False):
-        clock.advance(ids[:, start:end], mask[:, :end], start)
-        passes.append(clock.phase)
+        passes.append(clock.advance(ids[:, start:end], mask[:, :end], start).phase)
     return torch.cat(passes, dim=1)
 
 
@@ -94,8 +94,7 @@ def run(model, scope, use_cache):
     clock, steps = Clock(THINK), []
 
     def see(new, real, n_past):
-        clock.advance(new, real, n_past)
-        steps.append(clock.mask(scope)[:, -1])
+        steps.append(clock.advance(new, real, n_past).mask(scope)[:, -1])
 
     with applied(model, recipe(model, scope)), hook_inputs(model, see):
         out = model.generate(
@@ -151,10 +150,9 @@ def test_a_row_is_steered_the_same_alone_and_beside_others_padded_left_or_right(
     ],
 )
 def test_the_last_delimiter_of_the_turn_gives_the_phase(ids, phases):
-    clock = Clock(THINK)
-    clock.advance(torch.tensor([ids]), None, 0)
-    assert "".join("pta"[phase] for phase in clock.phase[0].tolist()) == phases
-    assert clock.phase[0].tolist() == defined(ids, THINK)[0]
+    found = Clock(THINK).advance(torch.tensor([ids]), None, 0).phase[0].tolist()
+    assert "".join("pta"[phase] for phase in found) == phases
+    assert found == defined(ids, THINK)[0]
 
 
 @pytest.mark.parametrize("d", [THINK, LONG], ids=["one token", "several tokens"])
@@ -181,11 +179,11 @@ def test_a_pass_knows_what_was_said_so_far_and_chunks_change_nothing_after_the_l
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pads_have_no_phase_and_the_phases_partition_the_other_tokens(side):
     ids, mask = padded(list(ROWS.values()), side)
-    clock = Clock(THINK)
-    clock.advance(ids, mask, 0)
-    counts = sum(clock.mask(scope).long() for scope in PHASES)
+    phases = Clock(THINK).advance(ids, mask, 0)
+    counts = sum(phases.mask(scope).long() for scope in PHASES)
     assert torch.equal(counts, mask)
-    assert torch.equal(clock.mask("all"), mask.bool())
+    assert torch.equal(phases.masks().sum(0), mask)
+    assert torch.equal(phases.mask("all"), mask.bool())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -206,11 +204,10 @@ def test_the_clock_thinks_where_the_thinking_span_is(d):
     turns = [(asked, thought), (asked, [24, *thought]), (asked, [*d.open, 21]), (asked, [24, 25])]
     turns += [(opened, [21, *d.close, 23]), (opened, [21, 22]), (earlier, thought), (earlier, [24, 25])]
     for prompt, completion in turns:
-        clock = Clock(d)
-        clock.advance(torch.tensor([[*prompt, *completion]]), None, 0)
+        phases = Clock(d).advance(torch.tensor([[*prompt, *completion]]), None, 0)
         span = thinking_span(prompt, completion, d)
         inside = [] if span is None else list(range(span.first, span.end - span.closed))
-        assert clock.mask("thinking")[0].nonzero().flatten().tolist() == inside
+        assert phases.mask("thinking")[0].nonzero().flatten().tolist() == inside
 
 
 def test_a_cache_that_the_clock_did_not_see_from_its_start_is_refused():
@@ -264,13 +261,11 @@ def test_a_header_that_the_model_writes_within_its_turn_opens_none():
     delimiters = Delimiters(open=(3,), close=(4,), turn=(5,), user=(8,))
     ids = torch.tensor([[8, 20, 5, 3, 21, 4, 5, 22, 8, 23, 5, 3, 24, 4, 5, 25]])
     expected = [[0] * 11 + [1, 1, 2, 2, 2]]
-    whole = Clock(delimiters)
-    whole.advance(ids, None, 0)
+    whole = Clock(delimiters).advance(ids, None, 0)
     assert whole.phase.tolist() == expected
     steps, phases = Clock(delimiters), []
     for at in range(ids.shape[1]):
-        steps.advance(ids[:, at : at + 1], None, at)
-        phases += steps.phase[0].tolist()
+        phases += steps.advance(ids[:, at : at + 1], None, at).phase[0].tolist()
     assert phases[-5:] == [1, 1, 2, 2, 2]
     assert phases[3:8] == [1, 1, 2, 2, 2]  # the first turn, while it was the current one
 
@@ -283,6 +278,12 @@ def test_inputs_embeds_are_refused():
         model(inputs_embeds=embedded)
 
 
-def test_a_clock_that_saw_no_tokens_has_no_mask():
-    with pytest.raises(ValueError, match="The clock has seen no tokens yet."):
-        Clock(THINK).mask("thinking")
+def test_what_a_pass_was_told_is_not_changed_by_the_next_one():
+    clock = Clock(THINK)
+    first = clock.advance(torch.tensor([[1, 7, 5, 3]]), None, 0)
+    before = first.phase.clone(), first.thought.clone(), first.position.clone()
+    second = clock.advance(torch.tensor([[8, 4]]), None, 4)
+    assert all(map(torch.equal, before, (first.phase, first.thought, first.position)))
+    assert (first.starts, second.starts, second.position.tolist()) == (True, False, [[4, 5]])
+    with pytest.raises(FrozenInstanceError):
+        first.phase = second.phase
