@@ -173,13 +173,13 @@ def _read(
     length = next((i + 1 for i, token in enumerate(new) if token in stops), len(new))
     stopped = length > 0 and new[length - 1] in stops
     new, said = new[:length], new[: length - stopped]
-    tokenizer, delimiters = tokenizer_of(model), delimiters_of(model)
-    span = thinking_span(prompt, said, delimiters)
+    tokenizer = tokenizer_of(model)
+    span = thinking_span(prompt, said, delimiters_of(model))
     thinking, answer = None, said
     if span is not None:
         whole = prompt + said
-        thought = whole[max(span.first + 1, len(prompt)) : span.end - len(delimiters.close) * span.closed]
-        thinking, answer = decode(tokenizer, thought).strip(), whole[span.end :]
+        thinking = decode(tokenizer, whole[span.text_start : span.text_end]).strip()
+        answer = whole[span.end :]
     return Completion(
         id=name,
         sample=sample,

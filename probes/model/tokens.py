@@ -1,7 +1,7 @@
 """From messages to token ids: chat template, thinking delimiters, and the span of the thinking."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -40,12 +40,30 @@ class Delimiters:
 class ThinkingSpan:
     """Positions in prompt + completion. `start`: first token of the thinking, its opening tag included where the
     model wrote it. `first`: last token of the opening tag, which predicts the first thought. `end`: one past
-    the closing tag, or the length where `closed` is false."""
+    the closing tag, or the length where `closed` is false. `text_start` and `text_end` bound the generated text between
+    the tags."""
 
     start: int
     first: int
     end: int
     closed: bool
+    n_close: int | None = field(default=None, compare=False)  # tokens of the closing tag; not in files of version 0.1
+
+    @property
+    def text_start(self) -> int:
+        return max(self.first + 1, self.start)
+
+    @property
+    def text_end(self) -> int:
+        """Raises ValueError for a closed span out of a file of version 0.1, which did not hold it."""
+        if not self.closed:
+            return self.end
+        if self.n_close is None:
+            raise ValueError(
+                "This span does not say how many tokens its closing tag has, so the end of its text cannot be told: "
+                "it comes from a file of version 0.1. Generate the completion again."
+            )
+        return self.end - self.n_close
 
 
 def encode_prompt(
@@ -150,7 +168,7 @@ def thinking_span(
     if closing is not None and closing + len(closes) <= begin:
         return None  # the prompt opens and closes it: thinking is switched off
     end = len(ids) if closing is None else closing + len(closes)
-    return ThinkingSpan(start=max(at, begin), first=first, end=end, closed=closing is not None)
+    return ThinkingSpan(max(at, begin), first, end, closing is not None, len(closes))
 
 
 def _turn_start(prompt_ids: Sequence[int], delimiters: Delimiters) -> int:

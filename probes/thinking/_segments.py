@@ -9,8 +9,8 @@ from typing import Literal, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.generation.completions import Completion
-from probes.model.loading import delimiters_of, tokenizer_of
-from probes.model.tokens import find_delimiters, present_markers
+from probes.model.loading import tokenizer_of
+from probes.model.tokens import present_markers
 from probes.tables import Table
 from probes.thinking.spans import Span
 
@@ -109,9 +109,10 @@ def segments(
     """
     tokenizer = tokenizer_of(source) if isinstance(source, PreTrainedModel) else source
     known, _ = present_rules(tokenizer, rules)
-    first, stop = _thinking(source, completion)
-    if first >= stop:
+    span = completion.span
+    if span is None or span.text_start >= span.text_end:
         return ()
+    first, stop = span.text_start, span.text_end
     pieces = _pieces(tokenizer, len(tokenizer))
     texts = [pieces[i] if i < len(pieces) else "" for i in completion.all_ids[first:stop]]
     edges = [0, *_cuts(texts, known), len(texts)]
@@ -187,18 +188,6 @@ def segment_table(
     texts = [str(tokenizer.decode(list(completion.all_ids[s.start : s.stop]))) for s in found]
     rows = tuple((s.label, s.start, s.stop, text.strip()) for s, text in zip(found, texts, strict=True))
     return Table(("label", "start", "stop", "text"), rows, f"{len(rows)} thoughts of completion {completion.id}")
-
-
-def _thinking(source: PreTrainedModel | PreTrainedTokenizerBase, completion: Completion) -> tuple[int, int]:
-    """Positions of the generated thinking, its delimiters apart: the text that is `completion.thinking`."""
-    span = completion.span
-    if span is None:
-        return 0, 0
-    first = max(span.first + 1, len(completion.prompt_ids))
-    if not span.closed:
-        return first, span.end
-    found = delimiters_of(source) if isinstance(source, PreTrainedModel) else find_delimiters(source)
-    return first, span.end - len(found.close)
 
 
 @lru_cache(maxsize=4)
