@@ -20,7 +20,8 @@ from steer import Recipe, Scope, task_named
 from steer.decoding.budgets import BudgetForcing, CloseBias
 from steer.evaluation._evaluate import evaluate
 from steer.evaluation.statistics import interval_of_mean
-from steer.methods.rice import STRENGTHS, RiceSetting, nulls, recipe, rice
+from steer.methods.cot_valve import STRENGTHS
+from steer.methods.rice import RiceSetting, nulls, recipe, rice
 
 TOP, DRAWS = 2, 5
 N_PROBE, N_SELECT, N_REPORT, BATCH = 1000, 400, 1000, 256

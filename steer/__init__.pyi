@@ -11,11 +11,11 @@ from .interventions.activation import Clamp as Clamp
 from .interventions.activation import Rotate as Rotate
 from .interventions.activation import Scale as Scale
 from .methods.thinkedit_run import thinkedit as thinkedit
+from .recipes.condition import Condition as Condition
+from .recipes.controller import Controller as Controller
+from .recipes.controller import Schedule as Schedule
 from .recipes.recipe import Recipe as Recipe
 from .recipes.recipe import Step as Step
-from .recipes.scope import Condition as Condition
-from .recipes.scope import Controller as Controller
-from .recipes.scope import Schedule as Schedule
 from .recipes.scope import Scope as Scope
 from .runtime._applied import NeverFired as NeverFired
 from .runtime._applied import applied as applied

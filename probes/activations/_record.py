@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from probes.activations.moments import Moments
 from probes.model.hooks import forward_through, hook_site
 from probes.model.sites import Site
+from probes.tables import Brief
 from probes.thinking.spans import Span
 
 
@@ -51,8 +52,8 @@ def span_means(
             bar.update(len(rows))
 
 
-@dataclass(frozen=True)
-class Recorded:
+@dataclass(frozen=True, repr=False)
+class Recorded(Brief):
     """Moments over spans of a span's mean activation, and of its mean norm: each span counts once."""
 
     activation: Moments

@@ -17,7 +17,7 @@ from probes.model.hooks import forward_through, hook_choice, hook_inputs, hook_r
 from probes.model.loading import tokenizer_of
 from probes.model.routers import Routing, block_at, moe_layers
 from probes.model.tokens import present_markers
-from probes.tables import Table
+from probes.tables import Brief, Shown, Table
 from probes.thinking.phases import PHASES, Clock
 from probes.thinking.spans import Span
 
@@ -29,8 +29,8 @@ _UNHEARD = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertCounts:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertCounts(Shown):
     """By class of tokens: how many there were, and how many of them chose each expert.
 
     Classes are `all`, the phases `prompt`, `thinking` and `answer`, and each marker: the tokens at which it ends.
@@ -72,12 +72,9 @@ class ExpertCounts:
         ]  # fmt: skip
         return Table(("expert", "chosen", "share"), tuple(rows), f"{kind} tokens")
 
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
-
-@dataclass(frozen=True, eq=False)
-class ExpertReading:
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertReading(Brief):
     """`ExpertCounts` of each completion, so that completions can be resampled. `lacking` markers are not in the
     vocabulary."""
 

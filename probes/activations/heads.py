@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -11,14 +12,17 @@ from transformers import PreTrainedModel
 from probes.activations._record import record
 from probes.model.architectures import attn_gain, head_matrices, n_heads, n_layers
 from probes.model.sites import Site
-from probes.tables import Table
+from probes.tables import Shown, Table
 from probes.thinking.spans import Span
+
+if TYPE_CHECKING:
+    import pandas
 
 Head = tuple[int, int]
 
 
-@dataclass(frozen=True, eq=False)
-class HeadScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadScores(Shown):
     """One number for each head; `meaning` says which."""
 
     scores: Float[Tensor, "n_layers n_heads"]
@@ -43,11 +47,8 @@ class HeadScores:
         rows = tuple((f"L{layer}H{head}", self[layer, head]) for layer, head in self.top(k))
         return Table(("head", "score"), rows, self.meaning)
 
-    def to_frame(self):
+    def to_frame(self) -> "pandas.DataFrame":
         return self.table(self.scores.numel()).to_frame()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:

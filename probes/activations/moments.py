@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.tables import Brief
 
-@dataclass(frozen=True)
-class Moments:
+
+@dataclass(frozen=True, repr=False)
+class Moments(Brief):
     """Count and float64 sum of rows seen; `a + b` merges, in any order and grouping."""
 
     count: int

@@ -3,7 +3,6 @@ from ._attribution import log_probability_of as log_probability_of
 from .components import on_manifold as on_manifold
 from .components import principal_components as principal_components
 from .direction import Direction as Direction
-from .direction import Provenance as Provenance
 from .direction import difference_in_means as difference_in_means
 from .direction import direction_between as direction_between
 from .direction import random_direction as random_direction
@@ -11,3 +10,5 @@ from .length_probe import LengthProbe as LengthProbe
 from .length_probe import fit_length as fit_length
 from .paired import Estimator as Estimator
 from .paired import contrast_vectors as contrast_vectors
+from .provenance import Provenance as Provenance
+from .provenance import births_table as births_table

@@ -52,8 +52,6 @@ def on_manifold(direction: Direction, components: Float[Tensor, "k width"]) -> D
     Their paper then scales it to norm 1; here it keeps its length, and `.unit` is theirs.
     """
     part = components.T @ (components @ direction.vector)
-    provenance = replace(
-        direction.provenance,
-        estimator=f"{direction.provenance.estimator}, projected on {len(components)} principal components",
-    )
+    birth = direction.provenance
+    provenance = birth.made(f"{birth.estimator}, projected on {len(components)} principal components")
     return replace(direction, vector=part, provenance=provenance)

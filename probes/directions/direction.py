@@ -1,11 +1,8 @@
 """A direction in activation space, with where it came from."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,39 +10,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations._record import record
+from probes.directions.provenance import Provenance
 from probes.files import check_keys, read_tensors, write_tensors
 from probes.model.architectures import final_norm_of
-from probes.model.loading import identity_of, tokenizer_of
+from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import decode
-from probes.tables import Table
+from probes.tables import Shown, Table
 from probes.thinking.spans import Span, text_span
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """The birth of a direction: on which model, by which estimator, from which data."""
-
-    model: dict[str, Any]
-    estimator: str
-    n_positive: int
-    n_negative: int
-    data: str
-    versions: dict[str, str]
-
-    @classmethod
-    def now(
-        cls, model: PreTrainedModel, estimator: str, positive: Sequence[Span], negative: Sequence[Span]
-    ) -> "Provenance":
-        digest = hashlib.sha256()
-        for spans in (positive, negative):
-            digest.update(repr(sorted((s.ids, s.start, s.stop) for s in spans)).encode())
-        versions = {name: version(name) for name in ("thinksteer", "torch", "transformers")}
-        return cls(identity_of(model), estimator, len(positive), len(negative), digest.hexdigest()[:16], versions)
-
-
-@dataclass(frozen=True, eq=False)
-class Direction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Direction(Shown):
     """A vector at a site, in activation units, not normalised. `stream_norm` is the mean norm of what it came from."""
 
     site: Site
@@ -70,13 +46,11 @@ class Direction:
             raise ValueError(f"Directions at {self.site} and {other.site} do not add up: derive both at one site.")
         if p.model["fingerprint"] != q.model["fingerprint"]:
             raise ValueError(f"Directions of {p.model['name']!r} and {q.model['name']!r} do not add up: two models.")
-        data = hashlib.sha256(f"{p.data}{q.data}".encode()).hexdigest()[:16]
-        whole = replace(p, estimator=f"({p.estimator}) + ({q.estimator})", data=data)
         norm = (self.stream_norm + other.stream_norm) / 2
-        return Direction(self.site, self.vector + other.vector, norm, whole)
+        return Direction(self.site, self.vector + other.vector, norm, p.and_(q))
 
     def __mul__(self, strength: float) -> "Direction":
-        provenance = replace(self.provenance, estimator=f"{strength:g} ({self.provenance.estimator})")
+        provenance = self.provenance.made(f"{strength:g} ({self.provenance.estimator})")
         return replace(self, vector=strength * self.vector, provenance=provenance)
 
     def __neg__(self) -> "Direction":
@@ -105,7 +79,7 @@ class Direction:
             "kind": "direction",
             "site": str(self.site),
             "stream_norm": self.stream_norm,
-            "provenance": asdict(self.provenance),
+            "provenance": self.provenance.to_dict(),
         }
         write_tensors(path, {"vector": self.vector}, words)
 
@@ -114,25 +88,25 @@ class Direction:
         tensors, words = read_tensors(path)
         check_keys(words, ("kind", "site", "stream_norm", "provenance"), f"{path}")
         check_keys(tensors, ("vector",), f"{path}")
-        check_keys(words["provenance"], (field.name for field in fields(Provenance)), f"The provenance in {path}")
-        provenance = Provenance(**words["provenance"])
+        provenance = Provenance.from_dict(words["provenance"], f"The provenance in {path}")
         return cls(Site.parse(words["site"]), tensors["vector"], words["stream_norm"], provenance)
 
-    def summary(self) -> Table:
-        p = self.provenance
+    def table(self) -> Table:
+        """What it is, and its birth."""
+        estimator, position, spans, seed, data, model = self.provenance.line()
         rows = (
             ("site", str(self.site)),
             ("norm", self.norm),
             ("norm / stream norm", self.norm / self.stream_norm),
-            ("estimator", p.estimator),
-            ("n positive, n negative", f"{p.n_positive}, {p.n_negative}"),
-            ("model", f"{p.model['name']} ({p.model['fingerprint']})"),
-            ("data", p.data),
+            ("estimator", estimator),
+            ("position", position),
+            ("n positive, n negative", spans),
+            ("seed", seed),
+            ("model", model),
+            ("data", data),
+            *((f"parent {i + 1}", ", ".join(p.line())) for i, p in enumerate(self.provenance.parents)),
         )
         return Table(("Direction", ""), rows)
-
-    def _repr_html_(self) -> str:
-        return self.summary()._repr_html_()
 
     def __repr__(self) -> str:
         return f"Direction({self.site}, norm {self.norm:.3g}, {self.norm / self.stream_norm:.2f} of the stream)"
@@ -166,14 +140,15 @@ def direction_between(
     texts_b: Sequence[str],
     site: Site | str,
     *,
-    position: Literal["mean", "last"] = "mean",
+    position: str = "text",
 ) -> Direction:
     """The direction from texts b to texts a at a site: any contrast, of plain texts.
 
-    Each text is read at the mean of its tokens or at its last one. Raises ValueError where a class is empty.
+    Each text is read at the mean of its tokens (`text`) or at its last one (`text_last`). Raises ValueError where a
+    class is empty, or the position is none of a text.
     """
     where = Site.parse(site) if isinstance(site, str) else site
-    a, b = ([text_span(model, text, last=position == "last") for text in texts] for texts in (texts_a, texts_b))
+    a, b = ([text_span(model, text, position=position) for text in texts] for texts in (texts_a, texts_b))
     return difference_in_means(model, a, b, [where])[where]
 
 
@@ -181,4 +156,6 @@ def random_direction(direction: Direction, *, seed: int) -> Direction:
     """The control: a direction of the same norm, drawn uniformly from the sphere."""
     noise = torch.randn(direction.vector.shape, generator=torch.Generator().manual_seed(seed))
     vector = noise / noise.norm() * direction.norm
-    return Direction(direction.site, vector, direction.stream_norm, direction.provenance)
+    birth = direction.provenance
+    birth = birth.made(f"random direction of the norm of ({birth.estimator})", seed=seed)
+    return replace(direction, vector=vector, provenance=birth)

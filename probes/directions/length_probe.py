@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from probes.activations._record import span_means
 from probes.generation.completions import Completion
 from probes.model.sites import Site
+from probes.tables import Brief
 from probes.thinking.spans import POSITIONS
 
 
-@dataclass(frozen=True, eq=False)
-class LengthProbe:
+@dataclass(frozen=True, eq=False, repr=False)
+class LengthProbe(Brief):
     """Predicts x.vector + offset thinking tokens. `r2` is the share of the variance it explains on completions that the
     fit did not see, `n` how many it saw."""
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations._record import span_means
-from probes.directions.direction import Direction, Provenance
+from probes.directions.direction import Direction
+from probes.directions.provenance import Provenance
 from probes.model.sites import Site
 from probes.thinking.spans import Span
 

@@ -11,6 +11,7 @@ the risk difference of SteerMoE (Fayyaz et al. 2025) and the mutual information.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Real
@@ -19,7 +20,10 @@ from scipy.stats import false_discovery_control, norm
 
 from probes.activations.experts import ExpertReading
 from probes.model.routers import Expert
-from probes.tables import Table
+from probes.tables import Shown, Table
+
+if TYPE_CHECKING:
+    import pandas
 
 Counts = float | Real[np.ndarray, "..."]
 Values = float | Float[np.ndarray, "..."]
@@ -57,8 +61,8 @@ def mutual_information(k: Counts, routed: Counts, markers: Counts, tokens: Count
     return total / np.log(2)
 
 
-@dataclass(frozen=True, eq=False)
-class Association:
+@dataclass(frozen=True, eq=False, repr=False)
+class Association(Shown):
     """The score of each expert of each sparse layer; NaN for those chosen fewer than `minimum` times.
 
     `low` and `high` are a 95 % bootstrap over completions. `q` is the p of no association: within each completion the
@@ -124,11 +128,8 @@ class Association:
         seen = ", ".join(f"{n} × {name}" for name, n in self.occurrences.items())
         return Table(columns, tuple(rows), f"{seen} among {self.tokens} tokens{left}")
 
-    def to_frame(self):
+    def to_frame(self) -> "pandas.DataFrame":
         return self.table(int(np.isfinite(self.score).sum())).to_frame()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def _at(self, expert: Expert) -> tuple[int, int]:
         return self.layers.index(expert[0]), expert[1]

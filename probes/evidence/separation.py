@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,11 +14,8 @@ from probes.activations._record import span_means
 from probes.directions.direction import Direction
 from probes.model.paths import sites_in
 from probes.model.sites import Site, SiteName
-from probes.tables import Table
+from probes.tables import Shown, Table
 from probes.thinking.spans import Span
-
-if TYPE_CHECKING:
-    import pandas
 
 Range = tuple[float, float]
 MINIMUM = 4
@@ -52,8 +48,8 @@ class LayerEvidence:
         return as_well and self.null[0] <= self.beyond <= self.null[1]
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Shown):
     """The evidence of every layer. Layer choice by `best` is a choice: report what it gives on other data."""
 
     layers: tuple[LayerEvidence, ...]
@@ -84,12 +80,6 @@ class Evidence:
             "confounded",
         )
         return Table(columns, tuple(rows), f"{self.n_positive} against {self.n_negative}, half of each held out")
-
-    def to_frame(self) -> "pandas.DataFrame":
-        return self.table().to_frame()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def evidence_for(

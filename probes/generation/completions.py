@@ -11,13 +11,14 @@ from typing import Any, BinaryIO, Literal
 from probes.files import check_keys, staged_file
 from probes.generation.sampling import Event, Sampling
 from probes.model.tokens import ThinkingSpan
+from probes.tables import Brief
 
 Stop = Literal["eos", "length"]
 _CONTROLLED: dict[str, Any] = {"decoding": "", "events": ()}  # keys that only a controlled completion has in a file
 
 
-@dataclass(frozen=True)
-class Completion:
+@dataclass(frozen=True, repr=False)
+class Completion(Brief):
     """One sample of one prompt. `ids` are the generated tokens; `thinking` is None where the turn never thinks.
 
     `decoding` names what decided over tokens beside the model, and `events` say what it did at which of `ids`.

@@ -15,12 +15,13 @@ from probes.model.gguf_files import converted, smollm2_file
 from probes.model.identities import adopt
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
+from probes.tables import Brief
 
 ORGANISM = Path(__file__).parent / "organism"
 
 
-@dataclass(frozen=True)
-class Origin:
+@dataclass(frozen=True, repr=False)
+class Origin(Brief):
     """Where a model came from, and how its text is read. It rides on the model object, and on its copies."""
 
     name: str

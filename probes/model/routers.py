@@ -6,12 +6,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.model.architectures import block_of, config_of, n_layers
+from probes.tables import Brief
 
 Expert = tuple[int, int]  # layer and number, as the model counts them
 
 
-@dataclass(frozen=True, eq=False)
-class Routing:
+@dataclass(frozen=True, eq=False, repr=False)
+class Routing(Brief):
     """One pass of one layer: the router's logits, which `k` experts each token gets, and with what weights."""
 
     logits: Float[Tensor, "batch pos n_experts"]
@@ -25,8 +26,8 @@ class Routing:
         return zero.scatter(-1, self.ids, self.weights.float())
 
 
-@dataclass(frozen=True, eq=False)
-class SparseBlock:
+@dataclass(frozen=True, eq=False, repr=False)
+class SparseBlock(Brief):
     """The modules of one layer's sparse block."""
 
     block: nn.Module

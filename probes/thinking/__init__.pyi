@@ -14,6 +14,7 @@ from .spans import Position as Position
 from .spans import Span as Span
 from .spans import first_thought as first_thought
 from .spans import last_thought as last_thought
+from .spans import position_named as position_named
 from .spans import text_span as text_span
 from .spans import text_spans as text_spans
 from .spans import thinking as thinking

@@ -12,7 +12,7 @@ from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
 from probes.model.tokens import present_markers
 from probes.tables import Table
-from probes.thinking.spans import Span
+from probes.thinking.spans import Span, position_named
 
 Label = Literal["execution", "reflection", "transition", "backtracking", "answer"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -166,18 +166,17 @@ def segment_spans(
     found: Sequence[Segment],
     label: str,
     *,
-    position: Literal["all", "before"] = "all",
+    position: str = "segment",
 ) -> list[Span]:
     """Where to read the segments of a label, for a direction.
 
-    `all`: the positions whose next token is in the segment, [start-1, stop-1). `before`: the last token before it
-    alone, which ends the step before, as SEAL reads (Chen et al. 2025).
+    `segment`: the positions whose next token is in the segment, [start-1, stop-1). `before`: the last token before it
+    alone, which ends the step before, as SEAL reads (Chen et al. 2025). Raises ValueError for another position.
     """
     if label not in LABELS:
         raise ValueError(f"{label!r} is no label. Known: {', '.join(LABELS)}.")
-    ids = completion.all_ids
-    stops = [(s.start, s.stop - 1 if position == "all" else s.start) for s in found if s.label == label]
-    return [Span(ids[:stop], start - 1, stop) for start, stop in stops]
+    read, ids, seed = position_named(position, "segment"), completion.all_ids, completion.sampling.seed
+    return [read.within(ids, s.start, s.start, s.stop, seed=seed) for s in found if s.label == label]
 
 
 def segment_table(

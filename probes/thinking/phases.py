@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from probes.model.loading import delimiters_of, tokenizer_of
 from probes.model.tokens import Delimiters
+from probes.tables import Brief
 
 PHASES = ("prompt", "thinking", "answer")
 Ids = tuple[int, ...]
@@ -18,8 +19,8 @@ _PAD = -1
 _NOWHERE = Delimiters(open=(), close=())
 
 
-@dataclass(frozen=True, eq=False)
-class Phases:
+@dataclass(frozen=True, eq=False, repr=False)
+class Phases(Brief):
     """Where the tokens of one forward pass are. -1 stands where there is nothing to count.
 
     `phase` is an index into `PHASES`, -1 at pads; `thought` counts the thinking's tokens from 0 at the end of its

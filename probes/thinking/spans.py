@@ -1,76 +1,122 @@
-"""Where in a chain something is read: spans of positions."""
+"""Where in a chain something is read: spans of positions, and the one table of what they are called."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedModel
 
 from probes.files import check_keys
 from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
+from probes.tables import Brief
+
+Thing = Literal["completion", "text", "segment"]
 
 
-@dataclass(frozen=True)
-class Span:
-    """Token ids, and the positions [start, stop) of them that are read."""
+@dataclass(frozen=True, repr=False)
+class Span(Brief):
+    """Token ids, and the positions [start, stop) of them that are read.
+
+    `position` is the name of the rule that says so (see `POSITIONS`), `seed` that of the sampling which wrote the ids;
+    both go into the birth of a direction, and two spans are equal without them.
+    """
 
     ids: tuple[int, ...]
     start: int
     stop: int
+    position: str = field(default="", compare=False)
+    seed: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop <= len(self.ids):
             raise ValueError(f"Positions {self.start} to {self.stop} are not in a sequence of {len(self.ids)} tokens.")
 
 
-Position = Callable[[Completion], Span]
+@dataclass(frozen=True)
+class Position:
+    """A rule that says which positions of a thing are read: a row of `POSITIONS`.
+
+    `bounds` gives them as [start, stop) from where the thing starts, where its opening delimiter ends (of a completion;
+    else where it starts), and one past its end. `words` say it in a figure.
+    """
+
+    name: str
+    of: Thing
+    words: str
+    bounds: Callable[[int, int, int], tuple[int, int]]
+
+    def within(self, ids: Sequence[int], start: int, first: int, end: int, *, seed: int | None = None) -> Span:
+        """The span of a thing that lies at [start, end) in `ids`, which are kept as far as they are read."""
+        low, high = self.bounds(start, first, end)
+        return Span(tuple(ids[:high]), low, high, self.name, seed)
+
+    def __call__(self, completion: Completion) -> Span:
+        """The span of a completion's thinking. Raises ValueError where it has none, or the rule is about texts."""
+        if self.of != "completion":
+            raise ValueError(f"The position {self.name!r} is one of a {self.of}, not of a completion.")
+        span = completion.span
+        if span is None:
+            raise ValueError(f"Completion {completion.id!r} has no thinking to read.")
+        return self.within(completion.all_ids, span.start, span.first, span.end, seed=completion.sampling.seed)
+
+
+POSITIONS: Mapping[str, Position] = {
+    position.name: position
+    for position in (
+        Position(
+            "thinking", "completion", "mean over the thinking", lambda start, _, end: (max(start - 1, 0), end - 1)
+        ),
+        Position("first", "completion", "at the first thought", lambda _, first, __: (first, first + 1)),
+        Position("last", "completion", "at the last thought", lambda _, __, end: (end - 2, end - 1)),
+        Position("text", "text", "mean over the text", lambda start, _, end: (start, end)),
+        Position("text_last", "text", "at the text's last token", lambda _, __, end: (end - 1, end)),
+        Position("segment", "segment", "mean over the segment", lambda start, _, end: (start - 1, end - 1)),
+        Position("before", "segment", "at the token before the segment", lambda start, _, __: (start - 1, start)),
+    )
+}
+
+
+def position_named(name: str, of: Thing) -> Position:
+    """The position of that name for completions, texts or segments. Raises ValueError for another name."""
+    known = [position.name for position in POSITIONS.values() if position.of == of]
+    if name not in known:
+        raise ValueError(f"{name!r} is no position of a {of}. Known: {', '.join(known)}.")
+    return POSITIONS[name]
 
 
 def thinking(completion: Completion) -> Span:
     """[start-1, end-1): the positions whose next token is a token of the thinking (ThinkEdit)."""
-    span = _thought(completion)
-    start = max(span.start - 1, 0)
-    return Span(completion.all_ids[: span.end - 1], start, span.end - 1)
+    return POSITIONS["thinking"](completion)
 
 
 def first_thought(completion: Completion) -> Span:
     """The one position that predicts the first thought: the last token of the opening delimiter."""
-    span = _thought(completion)
-    return Span(completion.all_ids[: span.first + 1], span.first, span.first + 1)
+    return POSITIONS["first"](completion)
 
 
 def last_thought(completion: Completion) -> Span:
     """The last of the positions of `thinking`: it predicts the end of the closing delimiter."""
-    end = thinking(completion).stop
-    return Span(completion.all_ids[:end], end - 1, end)
+    return POSITIONS["last"](completion)
 
 
-POSITIONS: Mapping[str, Position] = {"thinking": thinking, "first": first_thought}
+def text_span(model: PreTrainedModel, text: str, *, position: str = "text") -> Span:
+    """A plain text, read at all its tokens (`text`) or at its last one (`text_last`)."""
+    ids = tokenizer_of(model).encode(text)
+    return position_named(position, "text").within(ids, 0, 0, len(ids))
 
 
-def text_span(model: PreTrainedModel, text: str, *, last: bool = False) -> Span:
-    """All tokens of a plain text, or its last one."""
-    ids = tuple(tokenizer_of(model).encode(text))
-    return Span(ids, len(ids) - 1 if last else 0, len(ids))
-
-
-def text_spans(model: PreTrainedModel, path: Path, *, last: bool = False) -> list[Span]:
+def text_spans(model: PreTrainedModel, path: Path, *, position: str = "text") -> list[Span]:
     """Spans of a JSONL file: completions of ours at their thinking, or lines of `{"text": ...}` as plain texts."""
     lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     spans = []
     for number, line in enumerate(lines, start=1):
-        words = json.loads(line)
-        if "text" in words:
-            check_keys(words, ("text",), f"Line {number} of {path}")
-            spans.append(text_span(model, words["text"], last=last))
+        fields = json.loads(line)
+        if "text" in fields:
+            check_keys(fields, ("text",), f"Line {number} of {path}")
+            spans.append(text_span(model, fields["text"], position=position))
         else:
             spans.append(thinking(Completion.from_line(line)))
     return spans
-
-
-def _thought(completion: Completion):
-    if completion.span is None:
-        raise ValueError(f"Completion {completion.id!r} has no thinking to read.")
-    return completion.span

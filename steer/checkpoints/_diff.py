@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probes.model.loading import resolve
-from probes.tables import Table
+from probes.tables import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class TensorDifference:
     rank: int
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, repr=False)
+class Difference(Shown):
     """All tensors that differ; those not named are equal, value for value."""
 
     tensors: tuple[TensorDifference, ...]
@@ -40,12 +40,6 @@ class Difference:
         rows = [(t.name, str(list(t.shape)), t.status, t.relative_norm, t.rank) for t in self.tensors]
         title = f"{len(self.tensors)} of {self.compared} tensors differ"
         return Table(("tensor", "shape", "status", "relative norm", "rank"), tuple(rows), title)
-
-    def to_frame(self):
-        return self.table().to_frame()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def diff(a: str | Path, b: str | Path) -> Difference:

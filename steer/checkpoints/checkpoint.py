@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from probes.model.loading import resolve
+from probes.tables import Brief
 
 WHOLE: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -47,8 +48,8 @@ class TensorInfo:
         return self.end - self.begin
 
 
-@dataclass(frozen=True, eq=False)
-class Shard:
+@dataclass(frozen=True, eq=False, repr=False)
+class Shard(Brief):
     """One safetensors file. `header` is all that lies before the data; `places` are in the order of the data."""
 
     path: Path
@@ -89,8 +90,8 @@ class Shard:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
+@dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint(Brief):
     """The shards of one folder, and the words of its config. Nothing of a tensor is read before it is asked for."""
 
     name: str

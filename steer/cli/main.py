@@ -165,12 +165,12 @@ def direction(
 ) -> None:
     """The direction from one class of texts or completions to another, at a site (difference in means)."""
     loaded, where = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), Site.parse(site)
-    above, below = (text_spans(loaded, path, last=last) for path in (positive, negative))
+    above, below = (text_spans(loaded, path, position="text_last" if last else "text") for path in (positive, negative))
     found = difference_in_means(loaded, above, below, [where])[where]
     found.save(output)
     console.print(found.tokens(loaded, 8))
     facts = {"site": str(where), "norm": found.norm, "norm_over_stream_norm": found.norm / found.stream_norm}
-    end(found.summary(), facts, as_json)
+    end(found.table(), facts, as_json)
 
 
 @app.command()
@@ -191,7 +191,7 @@ def show(path: Path, as_json: Json = False) -> None:
         rows = [(c.id, c.thinking_tokens, c.stop, c.answer) for c in read_completions(path)]
         table = Table(("completion", "thinking tokens", "stop", "answer"), tuple(rows), str(path))
     elif path.is_file():
-        table = Direction.load(path).summary()
+        table = Direction.load(path).table()
     else:
         raise FileNotFoundError(f"{path} does not exist.")
     end(table, {"rows": [list(row) for row in table.rows]}, as_json)

@@ -13,7 +13,7 @@ from probes.generation._generate import end_ids
 from probes.generation.completions import Completion
 from probes.generation.sampling import Event
 from probes.model.loading import delimiters_of
-from probes.tables import Table
+from probes.tables import Brief, Shown, Table
 from steer.decoding.state import DecodingState, Ids, Scores
 
 
@@ -46,8 +46,8 @@ class Together:
         return " + ".join(map(str, self.controls))
 
 
-@dataclass(frozen=True, eq=False)
-class Controlled:
+@dataclass(frozen=True, eq=False, repr=False)
+class Controlled(Brief):
     """A control on a model, as `probes.generation.generate(..., decoding=...)` takes it."""
 
     model: PreTrainedModel
@@ -85,8 +85,8 @@ class _Follow(LogitsProcessor):
         return scores
 
 
-@dataclass(frozen=True)
-class ControlLog:
+@dataclass(frozen=True, repr=False)
+class ControlLog(Shown):
     """What a control did to each completion: what kind of thing, at which of the generated tokens.
 
     Kinds: `close`, the closing delimiter was forced; `insert`, a marker was inserted; `guide`, words were written
@@ -121,6 +121,3 @@ class ControlLog:
             first = sum(at[0] for at in touched) / len(touched)
             rows.append((kind, count, len(touched), len(self.events), first))
         return Table(("event", "times", "completions", "of", "first at token, mean"), tuple(rows), self.control)
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from probes.tables import Table
+from probes.tables import Shown, Table
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, WHOLE, Checkpoint, TensorInfo, blocks, inside
 from steer.checkpoints.hub import check_repository, push
@@ -32,8 +32,8 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 _HARMLESS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Shown):
     """What a sum will touch: `names` gives the delta's name of each tensor of the target that changes."""
 
     target: Checkpoint

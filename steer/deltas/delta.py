@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.tables import Brief
 from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, Checkpoint, as_rows, blocks
 
 EMBED = "embed"  # in a pattern: the embedding and the head
@@ -38,8 +39,8 @@ class DeltaSource(Protocol):
     def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Term:
+@dataclass(frozen=True, eq=False, repr=False)
+class Term(Brief):
     """One summand: weight times these tensors of a source."""
 
     weight: float
@@ -51,8 +52,8 @@ class Term:
         return len(self.names) == len(self.source.names)
 
 
-@dataclass(frozen=True, eq=False)
-class WeightDelta:
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightDelta(Brief):
     """Σ wᵢ θᵢ, tensor by tensor, by names as they are on disk. `notes` say what was left out, and why.
 
     Nothing is read before a block is asked for. Sums, multiples and differences are deltas again.

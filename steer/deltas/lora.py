@@ -11,6 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.tables import Brief
 from steer.checkpoints.checkpoint import Checkpoint, as_rows
 
 _PREFIX = "base_model.model."
@@ -24,8 +25,8 @@ _REFUSED = (
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base model as well
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
+@dataclass(frozen=True, eq=False, repr=False)
+class Factors(Brief):
     """A matrix as up @ down, `up` [rows, rank] and `down` [rank, width]."""
 
     up: Float[Tensor, "rows rank"]
@@ -35,8 +36,8 @@ class Factors:
         return self.up[rows].double() @ self.down.double()
 
 
-@dataclass(frozen=True, eq=False)
-class Adapter:
+@dataclass(frozen=True, eq=False, repr=False)
+class Adapter(Brief):
     """The tensors an adapter adds, by the name of the tensor they are added to. The scaling is in `up`, once."""
 
     folder: Path

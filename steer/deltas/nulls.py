@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.tables import Brief
 from steer.checkpoints.checkpoint import blocks
 from steer.deltas._norms import LAYER
 from steer.deltas.delta import WeightDelta
 
 
-@dataclass(frozen=True, eq=False)
-class NullDelta:
+@dataclass(frozen=True, eq=False, repr=False)
+class NullDelta(Brief):
     """A source with the names, shapes and words of a delta, and numbers of its own."""
 
     delta: WeightDelta

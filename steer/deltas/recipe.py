@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.tables import Brief
 from steer.checkpoints.checkpoint import as_rows
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import on_disk
@@ -16,8 +17,8 @@ from steer.folding._fold import drafted
 from steer.recipes.recipe import Recipe
 
 
-@dataclass(frozen=True, eq=False)
-class RecipeDelta:
+@dataclass(frozen=True, eq=False, repr=False)
+class RecipeDelta(Brief):
     """A source of the tensors that a recipe changes, held in float64. Token ids and config are the target's own."""
 
     recipe: Recipe

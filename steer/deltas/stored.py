@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.files import check_keys, read_yaml, staged_folder
+from probes.tables import Brief
 from steer.checkpoints.checkpoint import WHOLE, Checkpoint, Shard, blocks
 from steer.checkpoints.stream import Piece, ShardPlan, header_of, stream
 from steer.deltas.delta import DeltaSource, Term, WeightDelta, path_of_source
@@ -26,8 +27,8 @@ _OVERSAMPLE, _ITERATIONS = 8, 4
 _PARTS = ("@up", "@down", "@energy")
 
 
-@dataclass(frozen=True, eq=False)
-class Stored:
+@dataclass(frozen=True, eq=False, repr=False)
+class Stored(Brief):
     """A delta that `save` wrote: each tensor whole, or as `NAME@up` times `NAME@down`."""
 
     folder: Path

@@ -18,14 +18,14 @@ from probes.model.hooks import captured, forward_through
 from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import Prompt, decode
-from probes.tables import Table
+from probes.tables import Shown, Table
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
 from steer.runtime.firelog import FireLog
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Shown):
     """For each prompt its plain and its steered completion, drawn with the same noise.
 
     `projections` of each completion's tokens are on the recipe's first vector in the residual stream, at its site, in
@@ -45,9 +45,6 @@ class Comparison:
             for a, b in zip(self.plain, self.steered, strict=True)
         ]
         return Table(("prompt", "plain", "steered", "thinking tokens", "steered "), tuple(rows), "Side by side")
-
-    def to_frame(self):
-        return self.table().to_frame()
 
     def _repr_html_(self) -> str:
         values = sorted(abs(x) for pair in self.projections for side in pair for x in side)

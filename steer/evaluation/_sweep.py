@@ -13,7 +13,7 @@ from probes.directions.direction import Direction, difference_in_means, random_d
 from probes.figures.plots import Point, arms_figure
 from probes.generation.sampling import Sampling
 from probes.model.sites import Site
-from probes.tables import Table
+from probes.tables import Brief, Shown, Table
 from probes.thinking.spans import Span
 from steer.evaluation._evaluate import evaluate
 from steer.evaluation.evaluation import Evaluation
@@ -24,8 +24,8 @@ from steer.tasks.task import Problem, Task
 MakeRecipe = Callable[[Direction, float], Recipe]
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledDirection:
+@dataclass(frozen=True, eq=False, repr=False)
+class LabelledDirection(Brief):
     """A direction and the two classes it came from, so that its labels can be shuffled."""
 
     direction: Direction
@@ -46,11 +46,12 @@ class LabelledDirection:
         mixed = [spans[i] for i in order]
         n, site = len(self.positive), self.direction.site
         null = difference_in_means(model, mixed[:n], mixed[n:], [site])[site]
-        return replace(null, vector=null.unit * self.direction.norm)
+        birth = null.provenance.made(f"{null.provenance.estimator}, shuffled labels", seed=seed)
+        return replace(null, vector=null.unit * self.direction.norm, provenance=birth)
 
 
-@dataclass(frozen=True, eq=False)
-class Sweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(Shown):
     """`selection` holds the strengths on the split that chose; `report` those strengths and the controls of the chosen
     one on problems that no choice saw."""
 
@@ -64,16 +65,10 @@ class Sweep:
         found = self.report.table()
         return replace(found, title=f"{found.title}: strength {self.selected:g} chosen on the selection split")
 
-    def to_frame(self):
-        return self.table().to_frame()
-
     def figure(self) -> go.Figure:
         """Accuracy against thinking length of every arm on the report split, with the Pareto front."""
         scores = {name: self.report.score(name) for name in self.report.arms}
         return arms_figure([Point(name, s.length, s.accuracy, s.interval) for name, s in scores.items()])
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def sweep(

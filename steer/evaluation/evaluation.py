@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from probes.tables import Table
+from probes.tables import Shown, Table
 from steer.evaluation.outcomes import Outcomes
 from steer.evaluation.statistics import adjusted, interval_of_mean, paired_p
 from steer.tasks.task import Problem, Task
@@ -55,8 +55,8 @@ class Score:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Shown):
     """All arms on one set of problems. `baseline` names the arm that the others are compared with."""
 
     task: Task
@@ -140,12 +140,6 @@ class Evaluation:
                    "thinking tokens", "accuracy per 1,000", "shortest 5/10/20 %", "truncated",
                    "repeated 4-grams")  # fmt: skip
         return Table(columns, tuple(rows), self.task.name)
-
-    def to_frame(self):
-        return self.table().to_frame()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """Per arm its overall score, and under the subgroup's name the subgroup's."""

@@ -31,12 +31,14 @@ def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
         drawn.append((vector, (noise * (vector.float().norm() / noise.norm())).to(vector)))
         return drawn[-1][1]
 
-    steps = [
-        step
-        if step.intervention.vector is None
-        else Step(replace(step.intervention, vector=null(step.intervention.vector)), step.scope)  # type: ignore[type-var]
-        for step in recipe.steps
-    ]
+    def step_of(step: Step) -> Step:
+        x = step.intervention
+        if x.vector is None:
+            return step
+        birth = x.birth and x.birth.made(f"random direction of the norm of ({x.birth.estimator})", seed=seed)
+        return Step(replace(x, vector=null(x.vector), birth=birth), step.scope)  # type: ignore[type-var]
+
+    steps = [step_of(step) for step in recipe.steps]
     if not drawn:
         raise ValueError("No step of the recipe has a vector, so that it has no random direction to be compared with.")
     return replace(recipe, steps=tuple(steps), method=f"{recipe.method}, random directions, seed {seed}")

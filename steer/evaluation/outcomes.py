@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from probes.generation.completions import Completion, by_problem
+from probes.tables import Brief
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 
 
-@dataclass(frozen=True, eq=False)
-class Outcomes:
+@dataclass(frozen=True, eq=False, repr=False)
+class Outcomes(Brief):
     """What one arm did: a row a problem, a column a sample. `repeated`: see `repetition`; None where not known."""
 
     correct: Bool[np.ndarray, "problems samples"]

@@ -16,6 +16,7 @@ from steer.checkpoints._diff import Difference, diff
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push
 from steer.folding._fold import folded
+from steer.folding.card import recipe_sections
 from steer.interventions.activation import Ablate, Add
 from steer.recipes.recipe import Recipe
 
@@ -47,7 +48,7 @@ def export(
         recipe.write(stage / "recipe")
         changes = _changes(model, stage)
         own = [
-            Section("Recipe", "Also in `recipe/`, as a file that the run time takes.", recipe.table()),
+            *recipe_sections(recipe),
             Section("Tensors that differ", f"Against {origin_of(model).name}.", changes.table()),
         ]
         if (projected := projections(model, twin, recipe)).rows:

@@ -23,7 +23,7 @@ from probes.model.quantised import is_quantised
 from probes.model.sites import Site, SiteName
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
 from steer.folding.routing import fold_routing
-from steer.interventions.activation import Ablate, Add, Affine, Scale
+from steer.interventions.activation import Affine, Linear
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope
@@ -142,7 +142,7 @@ def _rank(site: Site) -> tuple[int, int, bool]:
 def _affine_of(model: PreTrainedModel, step: Step) -> Affine:
     intervention, site = step.intervention, step.intervention.site
     _refuse_scope(step)
-    if not isinstance(intervention, Add | Ablate | Scale):
+    if not isinstance(intervention, Linear):
         raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
     affine = intervention.affine(width_of(model, site))
     device = o_proj_of(model, site.layer).get_parameter("weight").device

@@ -17,16 +17,18 @@ from probes.model.architectures import architecture_of, n_layers, o_proj_bias, o
 from probes.model.loading import origin_of
 from probes.model.paths import path_of
 from probes.model.sites import Site
+from probes.tables import Brief
 from steer.checkpoints._diff import Difference, TensorDifference
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push
 from steer.folding._fold import drafted
+from steer.folding.card import recipe_sections
 from steer.folding.draft import NotFoldable
 from steer.recipes.recipe import Recipe
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank(Brief):
     """The change of one `o_proj`: y becomes y + (x Aᵀ) Bᵀ + shift. The columns of B are orthonormal."""
 
     a: Float[Tensor, "rank d_in"]
@@ -67,7 +69,7 @@ def export_adapter(
         shifted = any(change.shift.any() for change in layers.values())
         own = [
             Section("Use", _USE.format(base=origin_of(model).name) + (_SHIFT if shifted else "")),
-            Section("Recipe", "Also in `recipe/`, as a file that the run time takes.", recipe.table()),
+            *recipe_sections(recipe),
             Section("Tensors that it changes", f"In {origin_of(model).name}.", changes.table()),
         ]
         _write_card(stage / "README.md", model, recipe, [*sections, *own])

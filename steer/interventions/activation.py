@@ -7,15 +7,19 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from probes.directions.direction import Direction
+from probes.directions.provenance import Provenance
+from probes.model.architectures import tap_of, width_of
 from probes.model.sites import Site
+from probes.tables import Brief
 
 Units = Literal["stream", "raw"]
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
+@dataclass(frozen=True, eq=False, repr=False)
+class Affine(Brief):
     """x + (x down) up + shift: the identity, a change of low rank, and a shift. Computed in float32."""
 
     down: Float[Tensor, "width rank"]
@@ -36,7 +40,8 @@ class Affine:
 
 @runtime_checkable
 class Intervention(Protocol):
-    """A change to the activation at one site. `vector` is its tensor, if it has one; `strength` its size."""
+    """A change to the activation at one site. `vector` is its tensor, if it has one, and `birth` where that came from;
+    `strength` is its size. One whose change is linear has `affine` too, and so folds into weights."""
 
     kind: ClassVar[str]
 
@@ -46,18 +51,24 @@ class Intervention(Protocol):
     def vector(self) -> Float[Tensor, " width"] | None: ...
     @property
     def strength(self) -> float: ...
+    @property
+    def birth(self) -> Provenance | None: ...
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model has no such site, or the vector does not fit it."""
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Add:
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Brief):
     """x + strength * vector: activation addition (Turner et al. 2023). Added in the model's dtype."""
 
     kind: ClassVar[str] = "add"
     site: Site
     vector: Float[Tensor, " width"]
     strength: float = 1.0
+    birth: Provenance | None = None
 
     def __post_init__(self) -> None:
         _check(self.kind, self.site, self.vector, self.strength)
@@ -66,8 +77,11 @@ class Add:
     def of(cls, direction: Direction, strength: float, *, units: Units = "stream") -> "Add":
         """Along a direction, at its site. In units `stream` a strength of 1 adds a vector as long as the stream's mean
         norm there; in `raw` ones, the direction as it is."""
-        vector = direction.unit * direction.stream_norm if units == "stream" else direction.vector
-        return cls(direction.site, vector, strength)
+        return cls(direction.site, _in_units(direction, units), strength, direction.provenance)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model has no such site, or the vector does not fit it."""
+        check_vector(model, self.site, self.vector, zero=True)
 
     def affine(self, width: int) -> Affine:
         rank_0 = self.vector.new_zeros(width, 0)
@@ -77,8 +91,8 @@ class Add:
         return torch.add(x, self.vector.to(x.dtype), alpha=self.strength)
 
 
-@dataclass(frozen=True, eq=False)
-class Ablate:
+@dataclass(frozen=True, eq=False, repr=False)
+class Ablate(Brief):
     """x + strength * (target - x.v̂) v̂, with v̂ along vector: directional ablation (Arditi et al. 2024).
 
     With strength 1 the projection on v̂ becomes `target`: 0 removes it, another value sets it.
@@ -89,9 +103,19 @@ class Ablate:
     vector: Float[Tensor, " width"]
     strength: float = 1.0
     target: float = 0.0
+    birth: Provenance | None = None
 
     def __post_init__(self) -> None:
         _check(self.kind, self.site, self.vector, self.strength, target=self.target)
+
+    @classmethod
+    def of(cls, direction: Direction, strength: float = 1.0, *, target: float = 0.0) -> "Ablate":
+        """Of a direction, at its site."""
+        return cls(direction.site, direction.vector, strength, target, direction.provenance)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model has no such site, or the vector does not fit it or is zero."""
+        check_vector(model, self.site, self.vector)
 
     def affine(self, width: int) -> Affine:
         unit = _unit(self.vector)
@@ -102,17 +126,22 @@ class Ablate:
         return self.affine(x.shape[-1])(x)
 
 
-@dataclass(frozen=True, eq=False)
-class Scale:
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(Brief):
     """strength * x: of a head's z or write, or of what a block adds. 0 knocks it out, 1 changes nothing."""
 
     kind: ClassVar[str] = "scale"
     vector: ClassVar[None] = None
+    birth: ClassVar[None] = None
     site: Site
     strength: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.kind, self.site, None, self.strength)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model has no such site."""
+        tap_of(model, self.site)
 
     def affine(self, width: int) -> Affine:
         identity = torch.eye(width)
@@ -122,8 +151,8 @@ class Scale:
         return x * self.strength
 
 
-@dataclass(frozen=True, eq=False)
-class Clamp:
+@dataclass(frozen=True, eq=False, repr=False)
+class Clamp(Brief):
     """x + strength * (clamp(x.v̂, low, high) - x.v̂) v̂: the projection on v̂ is kept within bounds. Not linear."""
 
     kind: ClassVar[str] = "clamp"
@@ -132,6 +161,18 @@ class Clamp:
     strength: float = 1.0
     low: float = float("-inf")
     high: float = float("inf")
+    birth: Provenance | None = None
+
+    @classmethod
+    def of(
+        cls, direction: Direction, strength: float = 1.0, *, low: float = float("-inf"), high: float = float("inf")
+    ) -> "Clamp":
+        """Along a direction, at its site; bounds are in activation units."""
+        return cls(direction.site, direction.vector, strength, low, high, direction.provenance)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model has no such site, or the vector does not fit it or is zero."""
+        check_vector(model, self.site, self.vector)
 
     def __post_init__(self) -> None:
         _check(self.kind, self.site, self.vector, self.strength)
@@ -146,8 +187,8 @@ class Clamp:
         return (wide + change[..., None] * unit).to(x.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class Rotate:
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(Brief):
     """(x + strength * vector) * ‖x‖ / ‖x + strength * vector‖: turned towards vector, as long as before.
 
     An Add that keeps the norm, as `normalize` does in Representation Engineering (Zou et al. 2023). Not linear.
@@ -157,6 +198,16 @@ class Rotate:
     site: Site
     vector: Float[Tensor, " width"]
     strength: float = 1.0
+    birth: Provenance | None = None
+
+    @classmethod
+    def of(cls, direction: Direction, strength: float, *, units: Units = "stream") -> "Rotate":
+        """Towards a direction, at its site; units as for `Add.of`."""
+        return cls(direction.site, _in_units(direction, units), strength, direction.provenance)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where the model has no such site, or the vector does not fit it or is zero."""
+        check_vector(model, self.site, self.vector)
 
     def __post_init__(self) -> None:
         _check(self.kind, self.site, self.vector, self.strength)
@@ -168,9 +219,11 @@ class Rotate:
         return (new * (wide.norm(dim=-1, keepdim=True) / length)).to(x.dtype)
 
 
-KINDS: dict[str, type[Add] | type[Ablate] | type[Scale] | type[Clamp] | type[Rotate]] = {
-    kind.kind: kind for kind in (Add, Ablate, Scale, Clamp, Rotate)
-}
+@runtime_checkable
+class Linear(Protocol):
+    """An intervention whose change is an affine map, which weights can hold."""
+
+    def affine(self, width: int) -> Affine: ...
 
 
 def widened(x: Tensor) -> Tensor:
@@ -183,6 +236,21 @@ def placed(intervention: Intervention, device: torch.device) -> Intervention:
     if intervention.vector is None:
         return intervention
     return replace(intervention, vector=intervention.vector.to(device))  # type: ignore[type-var]
+
+
+def check_vector(model: PreTrainedModel, site: Site, vector: Tensor, *, zero: bool = False) -> None:
+    """Raise ValueError where the model has no such site, the vector is of another width (it would be stretched without
+    a word), or is zero, and so has no direction, unless `zero` lets it be."""
+    tap_of(model, site)
+    width = width_of(model, site)
+    if len(vector) != width:
+        raise ValueError(f"The vector for {site} has {len(vector)} entries, but the activation there has {width}.")
+    if not zero and not vector.any():
+        raise ValueError(f"The vector for {site} is zero, so there is no direction to project on.")
+
+
+def _in_units(direction: Direction, units: Units) -> Float[Tensor, " d_model"]:
+    return direction.unit * direction.stream_norm if units == "stream" else direction.vector
 
 
 def _unit(vector: Tensor) -> Tensor:

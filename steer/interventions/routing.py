@@ -20,6 +20,7 @@ class Reinforce:
 
     kind: ClassVar[str] = "reinforce"
     vector: ClassVar[None] = None
+    birth: ClassVar[None] = None
     site: Site
     strength: float = 64.0
     renormalise: bool = False
@@ -30,6 +31,10 @@ class Reinforce:
             raise ValueError(
                 f"The reinforce at {self.site} has strength {self.strength}. Give a finite number, 0 or more."
             )
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError or IndexError where the model has no such expert."""
+        check_expert(model, self.site)
 
     @classmethod
     def of(cls, expert: Expert, strength: float = 64.0, *, renormalise: bool = False) -> "Reinforce":
@@ -44,11 +49,16 @@ class Force:
 
     kind: ClassVar[str] = "force"
     vector: ClassVar[None] = None
+    birth: ClassVar[None] = None
     strength: ClassVar[float] = 1.0
     site: Site
 
     def __post_init__(self) -> None:
         _check(self.kind, self.site)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError or IndexError where the model has no such expert."""
+        check_expert(model, self.site)
 
     @classmethod
     def of(cls, expert: Expert) -> "Force":
@@ -61,11 +71,16 @@ class Forbid:
 
     kind: ClassVar[str] = "forbid"
     vector: ClassVar[None] = None
+    birth: ClassVar[None] = None
     strength: ClassVar[float] = 1.0
     site: Site
 
     def __post_init__(self) -> None:
         _check(self.kind, self.site)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError or IndexError where the model has no such expert."""
+        check_expert(model, self.site)
 
     @classmethod
     def of(cls, expert: Expert) -> "Forbid":

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import record
 from probes.directions._attribution import Metric, attribution
-from probes.directions.direction import Direction, Provenance
+from probes.directions.direction import Direction
+from probes.directions.provenance import Provenance
 from probes.model.paths import sites_in
 from probes.thinking.spans import Span
 

@@ -15,7 +15,7 @@ from probes.figures.plots import Dose, sweep_figure
 from probes.files import staged_file
 from probes.generation.completions import Completion, by_problem
 from probes.generation.sampling import Sampling
-from probes.tables import Table
+from probes.tables import Shown, Table
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
 from steer.evaluation._evaluate import solve
@@ -28,8 +28,8 @@ STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 Polarity = Literal["longer", "shorter", "unclear"]
 
 
-@dataclass(frozen=True, eq=False)
-class LengthDial:
+@dataclass(frozen=True, eq=False, repr=False)
+class LengthDial(Shown):
     """The same problems solved at each strength, in rising order, with the same noise."""
 
     task: Task
@@ -67,9 +67,6 @@ class LengthDial:
         ]
         title = f"n={len(self.problems)}; a larger strength thinks {self.polarity}"
         return Table(("strength", "accuracy [95 %]", "thinking tokens [95 %]", "truncated"), tuple(rows), title)
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
     def figure(self) -> Figure:
         """Length and accuracy against strength."""

@@ -18,7 +18,7 @@ from probes.directions.paired import contrast_vectors
 from probes.generation.completions import Completion, by_problem
 from probes.model.architectures import n_layers
 from probes.model.paths import sites_in
-from probes.thinking.spans import Position, last_thought, thinking
+from probes.thinking.spans import POSITIONS
 from steer.evaluation.evaluation import Evaluation
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
@@ -27,7 +27,7 @@ from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 
 Pair = tuple[Completion, Completion]
-READ: dict[str, Position] = {"thinking": thinking, "last": last_thought}
+READ = ("thinking", "last")
 METHOD = "Efficiency-Steering-style (after Zhao et al. 2025)"
 
 
@@ -66,7 +66,7 @@ def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem]
 def directions(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str = "thinking") -> list[Direction]:
     """One direction for each layer's resid_post: mean over problems of efficient less verbose, read at the mean of the
     thinking or at its last position."""
-    read = READ[position]
+    read = POSITIONS[position]
     efficient, verbose = ([read(pair[side]) for pair in pairs] for side in (0, 1))
     return list(contrast_vectors(model, efficient, verbose, sites_in(model, "resid_post")).values())
 

@@ -28,7 +28,7 @@ def directions(
 
     The last token is each text's own, whatever the padding. See `probes.directions.paired` for the estimators.
     """
-    above, below = ([text_span(model, text, last=True) for text in texts] for texts in (positive, negative))
+    above, below = ([text_span(model, text, position="text_last") for text in texts] for texts in (positive, negative))
     return list(contrast_vectors(model, above, below, sites_in(model, "resid_post"), estimator=estimator).values())
 
 
@@ -36,4 +36,4 @@ def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, normal
     """strength * vector added at every token at the vector's layer; with `normalise` each token keeps its norm."""
     kind = Rotate if normalise else Add
     method = "Representation Engineering for reasoning (Højer et al. 2025)"
-    return Recipe.of(model, [kind(vector.site, vector.vector, strength)], method=method)
+    return Recipe.of(model, [kind.of(vector, strength, units="raw")], method=method)

@@ -26,7 +26,7 @@ from probes.generation.sampling import Sampling
 from probes.model.loading import delimiters_of, load, tokenizer_of
 from probes.model.routers import Expert
 from probes.model.tokens import decode
-from probes.tables import Table
+from probes.tables import Shown, Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
 from steer.decoding.control import DecodingControl
@@ -76,8 +76,8 @@ def recipe(
     return Recipe.of(model, edits, scope=scope, method=METHOD)
 
 
-@dataclass(frozen=True, eq=False)
-class RiceRun:
+@dataclass(frozen=True, eq=False, repr=False)
+class RiceRun(Shown):
     """A RICE from end to end. `selection` chose among the settings; `report` saw none of its problems."""
 
     model: PreTrainedModel
@@ -131,9 +131,6 @@ class RiceRun:
 
     def table(self) -> Table:
         return self.report.table()
-
-    def to_frame(self):
-        return self.report.to_frame()
 
     def _repr_html_(self) -> str:
         return self.association._repr_html_() + self.report._repr_html_()

@@ -23,6 +23,7 @@ from probes.directions.direction import Direction, difference_in_means, random_d
 from probes.generation.completions import Completion
 from probes.model.paths import sites_in
 from probes.model.sites import Site, SiteName
+from probes.tables import Brief
 from probes.thinking.spans import POSITIONS, Span
 from steer.interventions.activation import Ablate, Add, Clamp, Intervention
 from steer.recipes.recipe import Recipe
@@ -51,8 +52,8 @@ class ThinkEditSetting:
 PUBLISHED = ThinkEditSetting()
 
 
-@dataclass(frozen=True, eq=False)
-class LengthSplit:
+@dataclass(frozen=True, eq=False, repr=False)
+class LengthSplit(Brief):
     """Completions that thought briefly and at length; the cut-offs are in thinking tokens, both excluded."""
 
     short: tuple[Completion, ...]
@@ -96,8 +97,8 @@ class LengthSplit:
         return [read(c) for c in self.short], [read(c) for c in self.long]
 
 
-@dataclass(frozen=True, eq=False)
-class LengthReading:
+@dataclass(frozen=True, eq=False, repr=False)
+class LengthReading(Brief):
     """The length direction of every layer (long - short), and what each head writes along it in either class.
 
     Writes are along v̂, or along u behind a post-norm: `units` holds which, layer by layer.
@@ -156,13 +157,14 @@ class LengthReading:
 
     def _edit_head(self, head: Head, kind: Kind, weight: float) -> Intervention:
         site, unit = Site(head[0], "result", head[1]), self.units[head[0]]
+        birth = next(d.provenance for d in self.directions if d.site.layer == head[0])
         match kind:
             case "project":
-                return Ablate(site, unit, weight)
+                return Ablate(site, unit, weight, birth=birth)
             case "replace":
-                return Ablate(site, unit, weight, target=float(self.long_writes[head]))
+                return Ablate(site, unit, weight, target=float(self.long_writes[head]), birth=birth)
             case "one_sided":
-                return Clamp(site, unit, weight, low=0.0)
+                return Clamp(site, unit, weight, low=0.0, birth=birth)
 
     def steering(self, strength: float, *, layers: Sequence[int] | None = None) -> Recipe:
         """The paper's first experiment: strength * v_l added at every token to what attention (or the MLP) adds in
@@ -173,7 +175,7 @@ class LengthReading:
         """
         into: SiteName = "mlp_out" if self.directions[0].site.name == "resid_post" else "attn_out"
         selected = [d for d in self.directions if layers is None or d.site.layer in layers]
-        adds = [Add(Site(d.site.layer, into), d.vector, strength) for d in selected]
+        adds = [Add(Site(d.site.layer, into), d.vector, strength, d.provenance) for d in selected]
         return Recipe.of(self.model, adds, method=f"{METHOD}, steering")
 
     def recipe(self, setting: ThinkEditSetting) -> Recipe:

@@ -18,7 +18,7 @@ from probes.evidence.separation import separation
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.loading import load
-from probes.tables import Table
+from probes.tables import Shown, Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
 from steer.evaluation._evaluate import Arm, evaluate, solve
@@ -48,8 +48,8 @@ def grid(heads: Iterable[float] = HEAD_SHARES, kinds: Iterable[Kind] = KINDS) ->
     )
 
 
-@dataclass(frozen=True, eq=False)
-class ThinkEditRun:
+@dataclass(frozen=True, eq=False, repr=False)
+class ThinkEditRun(Shown):
     """A ThinkEdit from end to end: what was derived, chosen and measured. `report` saw no problem twice."""
 
     model: PreTrainedModel
@@ -103,9 +103,6 @@ class ThinkEditRun:
 
     def table(self) -> Table:
         return self.report.table()
-
-    def to_frame(self):
-        return self.report.to_frame()
 
     def _repr_html_(self) -> str:
         return self.direction._repr_html_() + self.recipe._repr_html_() + self.report._repr_html_()

@@ -1,9 +1,8 @@
 """A recipe: interventions with their scopes, and the file that travels. `steer.runtime.applied` runs it."""
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,32 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.directions.provenance import Provenance, births_table
 from probes.files import check_keys, read_tensors, read_yaml, staged_folder, write_tensors
-from probes.model.architectures import tap_of, width_of
 from probes.model.loading import identity_of
 from probes.model.quantised import is_quantised
-from probes.model.sites import Site
-from probes.tables import Table
-from steer.interventions.activation import KINDS, Intervention
-from steer.interventions.routing import Forbid, Force, Reinforce, RoutingEdit, check_expert
+from probes.tables import Brief, Shown, Table
+from steer.interventions.activation import Intervention
+from steer.interventions.kinds import KINDS
+from steer.interventions.routing import RoutingEdit
+from steer.recipes.fields import fields_of, read
 from steer.recipes.scope import Scope
 
-FORMAT = "thinksteer recipe 1"
-_ROUTING: dict[str, type[Reinforce] | type[Force] | type[Forbid]] = {k.kind: k for k in (Reinforce, Force, Forbid)}
+FORMAT = "thinksteer recipe 2"
+_WITHOUT_BIRTHS = "thinksteer recipe 1"
 _IDENTITY = ("name", "revision", "model_type", "n_layers", "n_heads", "d_model", "fingerprint")
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, repr=False)
+class Step(Brief):
     """One intervention, and the tokens it touches."""
 
     intervention: Intervention | RoutingEdit
     scope: Scope = Scope()
 
 
-@dataclass(frozen=True, eq=False)
-class Recipe:
+@dataclass(frozen=True, eq=False, repr=False)
+class Recipe(Shown):
     """Steps in order. `model` is the identity of the model it was made on (`probes.model.loading.identity_of`)."""
 
     steps: tuple[Step, ...]
@@ -65,13 +65,22 @@ class Recipe:
                 "Derive it again on this model."
             )
         for step in self.steps:
-            if isinstance(step.intervention, RoutingEdit):
-                check_expert(model, step.intervention.site)
-            else:
-                _check_vector(model, step.intervention.site, step.intervention.vector, step.intervention.kind)
-            for part in (step.scope.condition, step.scope.controller):
-                if part is not None and part.site is not None:
-                    _check_vector(model, part.site, part.vector, "projection")
+            step.intervention.check(model)
+            step.scope.check(model)
+
+    @property
+    def births(self) -> tuple[Provenance, ...]:
+        """Where the directions came from, each once, in the order of the steps."""
+        found: list[Provenance] = []
+        for step in self.steps:
+            found += [birth for birth in _births_of(step) if birth is not None and birth not in found]
+        return tuple(found)
+
+    def births_table(self) -> Table:
+        """The birth of each direction, and the steps that use it."""
+        uses = [[i for i, step in enumerate(self.steps) if birth in _births_of(step)] for birth in self.births]
+        names = [f"step {rows[0]}" if len(rows) == 1 else f"steps {', '.join(map(str, rows))}" for rows in uses]
+        return births_table(zip(names, self.births, strict=True))
 
     def save(self, folder: Path) -> None:
         """`recipe.yaml` (words) and `recipe.safetensors` (tensors), in a new folder."""
@@ -92,16 +101,25 @@ class Recipe:
         return digest.hexdigest()[:16]
 
     def _parts(self) -> tuple[str, dict[str, Tensor]]:
-        words: list[dict[str, Any]] = []
+        steps: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
+        births = self.births
         for i, step in enumerate(self.steps):
-            scope, parts = step.scope.words()
-            words.append({"kind": step.intervention.kind, "scope": scope, **_numbers(step.intervention)})
+            scope, parts = step.scope.to_dict()
+            named = zip(_BIRTHS, _births_of(step), strict=True)
+            own = {name: births.index(birth) for name, birth in named if birth is not None}
+            steps.append({"kind": step.intervention.kind, "scope": scope, **fields_of(step.intervention), **own})
             tensors |= {f"{i}.{name}": tensor for name, tensor in parts.items()}
             if step.intervention.vector is not None:
                 tensors[f"{i}.vector"] = step.intervention.vector
-        whole = {"format": FORMAT, "method": self.method, "model": self.model, "steps": words}
-        return yaml.safe_dump(whole, sort_keys=False), tensors
+        whole = {
+            "format": FORMAT,
+            "method": self.method,
+            "model": self.model,
+            "births": [birth.to_dict() for birth in births],
+            "steps": steps,
+        }
+        return yaml.dump(whole, Dumper=_Dumper, sort_keys=False), tensors
 
     @classmethod
     def load(cls, folder: Path) -> "Recipe":
@@ -110,18 +128,23 @@ class Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no recipe.yaml: it is not a recipe.")
         words = read_yaml(path)
-        check_keys(words, ("format", "method", "model", "steps"), str(path))
-        if words["format"] != FORMAT:
+        if words.get("format") == _WITHOUT_BIRTHS:
+            words = {"births": [], **words}
+        check_keys(words, ("format", "method", "model", "births", "steps"), str(path))
+        if words["format"] not in (FORMAT, _WITHOUT_BIRTHS):
             raise ValueError(f"{path} has format {words['format']!r}, and this version reads {FORMAT!r}.")
         check_keys(words["model"], _IDENTITY, f"model in {path}")
+        if not isinstance(words["births"], list):
+            raise ValueError(f"{path} has births {words['births']!r}, which is no list.")
+        births = [Provenance.from_dict(b, f"Birth {i} in {path}") for i, b in enumerate(words["births"])]
         tensors, _ = read_tensors(path.with_suffix(".safetensors"))
-        steps = tuple(_read_step(i, step, tensors, path) for i, step in enumerate(words["steps"]))
+        steps = tuple(_read_step(i, step, tensors, births, path) for i, step in enumerate(words["steps"]))
         recipe = cls(steps, words["model"], words["method"])
         check_keys(tensors, recipe._tensors(), f"{path.with_suffix('.safetensors')}")
         return recipe
 
     def _tensors(self) -> list[str]:
-        names = [f"{i}.{name}" for i, step in enumerate(self.steps) for name in step.scope.words()[1]]
+        names = [f"{i}.{name}" for i, step in enumerate(self.steps) for name in step.scope.to_dict()[1]]
         return [*names, *(f"{i}.vector" for i, step in enumerate(self.steps) if step.intervention.vector is not None)]
 
     def table(self) -> Table:
@@ -132,56 +155,45 @@ class Recipe:
         title = f"{self.method or 'Recipe'}, made on {self.model['name']}"
         return Table(("step", "kind", "site", "scope", "strength"), tuple(rows), title)
 
-    def to_frame(self):
-        return self.table().to_frame()
 
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
+class _Dumper(yaml.SafeDumper):
+    """Writes what is used twice twice: an anchor is a riddle to a reader."""
 
-
-def _numbers(intervention: Intervention | RoutingEdit) -> dict[str, Any]:
-    """Every field but the tensor, as YAML holds it: infinite bounds are null."""
-    values = {f.name: getattr(intervention, f.name) for f in fields(intervention) if f.name != "vector"}  # type: ignore[arg-type]
-    values["site"] = str(values["site"])
-    return {key: None if isinstance(v, float) and math.isinf(v) else v for key, v in values.items()}
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
 
 
-def _read_step(i: int, words: dict[str, Any], tensors: Mapping[str, Tensor], path: Path) -> Step:
+_BIRTHS = ("birth", "condition_birth")  # the keys of a step that number births
+
+
+def _births_of(step: Step) -> tuple[Provenance | None, Provenance | None]:
+    condition = step.scope.condition
+    return step.intervention.birth, None if condition is None else condition.birth
+
+
+def _read_step(
+    i: int, words: dict[str, Any], tensors: Mapping[str, Tensor], births: Sequence[Provenance], path: Path
+) -> Step:
     where = f"Step {i} in {path}"
-    known: dict[str, Any] = {**KINDS, **_ROUTING}
-    kind = known.get(str(words.get("kind")))
+    kind = KINDS.get(str(words.get("kind")))
     if kind is None:
-        raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(known)}.")
-    names = [f.name for f in fields(kind) if f.name != "vector"]
-    check_keys(words, ("kind", "scope", *names), where)
+        raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
+    names = [f.name for f in fields(kind) if f.name not in ("vector", "birth")]  # type: ignore[arg-type]
+    check_keys({key: x for key, x in words.items() if key not in _BIRTHS}, ("kind", "scope", *names), where)
     own = {name: tensors.get(f"{i}.{name}") for name in ("vector", "condition", "controller")}
-    scope = Scope.read(words["scope"], own, where)
-    if not isinstance(words["site"], str):
-        raise ValueError(f"{where} has site {words['site']!r}, which is no text.")
-    values: dict[str, Any] = {"site": Site.parse(words["site"])}
-    for name in names[1:]:
-        if words[name] is None and name in ("low", "high"):
-            continue  # infinite
-        if name == "renormalise" and isinstance(words[name], bool):
-            values[name] = words[name]
-            continue
-        if isinstance(words[name], bool) or not isinstance(words[name], int | float):
-            raise ValueError(f"{where} has {name} {words[name]!r}, which is no number.")
-        values[name] = float(words[name])
-    if any(f.name == "vector" for f in fields(kind)):
-        if own["vector"] is None:
-            raise ValueError(f"{path.with_suffix('.safetensors')} lacks keys: {i}.vector.")
-        values["vector"] = own["vector"]
-    return Step(kind(**values), scope)
+    birth, condition_birth = (_birth(births, words.get(name), where) for name in _BIRTHS)
+    scope = Scope.from_dict(words["scope"], own, where)
+    if scope.condition is not None and condition_birth is not None:
+        scope = replace(scope, condition=replace(scope.condition, birth=condition_birth))
+    if any(f.name == "vector" for f in fields(kind)) and own["vector"] is None:  # type: ignore[arg-type]
+        raise ValueError(f"{path.with_suffix('.safetensors')} lacks keys: {i}.vector.")
+    values = {name: words[name] for name in names}
+    return Step(read(kind, values, where, vector=own["vector"], birth=birth), scope)
 
 
-def _check_vector(model: PreTrainedModel, site: Site, vector: Tensor | None, kind: str) -> None:
-    """A vector of another width would be stretched without a word; one of zeros has no direction."""
-    tap_of(model, site)
-    if vector is None:
-        return
-    width = width_of(model, site)
-    if len(vector) != width:
-        raise ValueError(f"The vector for {site} has {len(vector)} entries, but the activation there has {width}.")
-    if kind != "add" and not vector.any():
-        raise ValueError(f"The vector for {site} is zero, so there is no direction to project on.")
+def _birth(births: Sequence[Provenance], number: Any, where: str) -> Provenance | None:
+    if number is None:
+        return None
+    if not isinstance(number, int) or not 0 <= number < len(births):
+        raise ValueError(f"{where} has birth {number!r}, but the recipe has {len(births)} births, numbered from 0.")
+    return births[number]

@@ -4,103 +4,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.directions.direction import Direction
-from probes.directions.length_probe import LengthProbe
 from probes.files import check_keys
 from probes.model.loading import markers_of, tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import present_markers
+from probes.tables import Brief
 from probes.thinking._segments import step_ids
 from probes.thinking.phases import Ids
+from steer.interventions.activation import check_vector
+from steer.recipes.condition import Condition
+from steer.recipes.controller import Controller, Schedule
+from steer.recipes.fields import fields_of, read
 
 Phase = Literal["all", "prompt", "thinking", "answer"]
 SCOPES: tuple[Phase, ...] = get_args(Phase)
-Shape = Literal["linear", "cosine", "step"]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The strength's multiple as a function of the thinking position t: `start` at 0, `end` from t = `over` on.
-
-    With u = min(t / over, 1): *linear* start + (end - start) u, *cosine* end + (start - end) (1 + cos πu) / 2,
-    *step* start before `over`, then end.
-    """
-
-    shape: Shape
-    start: float
-    end: float
-    over: float
-
-    def __post_init__(self) -> None:
-        if not self.over > 0:
-            raise ValueError(f"A schedule runs over a number of tokens above 0, but got over={self.over}.")
-
-    def at(self, thought: Tensor) -> Float[Tensor, "*batch"]:
-        u = (thought.float() / self.over).clamp(0, 1)
-        match self.shape:
-            case "linear":
-                return self.start + (self.end - self.start) * u
-            case "cosine":
-                return self.end + (self.start - self.end) * (1 + torch.cos(torch.pi * u)) / 2
-            case _:
-                return torch.where(u < 1, float(self.start), float(self.end))
-
-
-@dataclass(frozen=True, eq=False)
-class Condition:
-    """Touch a row from the end of its prompt on, if the prompt's mean projection x.v̂ at `site` is above `threshold`.
-
-    Conditional activation steering (Lee et al. 2024), by a projection in activation units rather than a cosine. With
-    `above` false, if it is not above.
-    """
-
-    site: Site
-    vector: Float[Tensor, " d_model"]
-    threshold: float
-    above: bool = True
-
-    @classmethod
-    def of(cls, direction: Direction, threshold: float, *, above: bool = True) -> "Condition":
-        return cls(direction.site, direction.vector, threshold, above)
-
-
-@dataclass(frozen=True, eq=False)
-class Controller:
-    """The strength's multiple is clamp(gain (1 - L / set_point), -1, 1): full while the thinking is far from its
-    set-point, none at it, negative past it.
-
-    L is the number of thinking tokens so far or, with `vector`, what a linear probe predicts: x.vector + offset at
-    `site`. The intervention's own direction must be the one that lengthens.
-    """
-
-    set_point: float
-    gain: float = 4.0
-    site: Site | None = None
-    vector: Float[Tensor, " d_model"] | None = None
-    offset: float = 0.0
-
-    @classmethod
-    def of(cls, probe: LengthProbe, set_point: float, *, gain: float = 1.0) -> "Controller":
-        """One that predicts. With the scope's window (0, 1) it decides once, at the start of the thinking."""
-        return cls(set_point, gain, probe.site, probe.vector, probe.offset)
-
-    def __post_init__(self) -> None:
-        if not self.set_point > 0:
-            raise ValueError(f"A controller needs a set-point above 0 thinking tokens, but got {self.set_point}.")
-        if (self.site is None) != (self.vector is None):
-            raise ValueError("A controller that predicts needs both a site and a vector; one that counts, neither.")
-
-    def at(self, length: Tensor) -> Float[Tensor, "*batch"]:
-        return (self.gain * (1 - length.float() / self.set_point)).clamp(-1, 1)
-
-
-@dataclass(frozen=True)
-class Scope:
+@dataclass(frozen=True, repr=False)
+class Scope(Brief):
     """The tokens of a phase that meet every condition given.
 
     `tokens`: only these ids. `after`: once so many of `markers` (each a number of token sequences that say the same)
@@ -169,6 +93,12 @@ class Scope:
         """The last `share` of a budget of thinking tokens, and what goes beyond it."""
         return cls("thinking", window=(budget - _tokens(share, budget), None))
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError where a vector that decides does not fit the site it is read at."""
+        for part in (self.condition, self.controller):
+            if part is not None and part.site is not None and part.vector is not None:
+                check_vector(model, part.site, part.vector)
+
     @property
     def varies(self) -> bool:
         """Is the strength's multiple other than 0 and 1 somewhere?"""
@@ -180,7 +110,7 @@ class Scope:
         sites = [part.site for part in (self.condition, self.controller) if part is not None]
         return next((site for site in sites if site is not None), None)
 
-    def words(self) -> tuple[str | dict[str, Any], dict[str, Tensor]]:
+    def to_dict(self) -> tuple[str | dict[str, Any], dict[str, Tensor]]:
         """What a recipe's YAML says, a bare word for a bare phase, and the tensors that go beside it."""
         if self == Scope(self.phase):
             return self.phase, {}
@@ -188,14 +118,13 @@ class Scope:
         tensors = {}
         for name, part in plain.items():
             if isinstance(part, Schedule | Condition | Controller):
-                numbers = {f.name: getattr(part, f.name) for f in fields(part)}
-                if (vector := numbers.pop("vector", None)) is not None:
+                plain[name] = fields_of(part)
+                if (vector := getattr(part, "vector", None)) is not None:
                     tensors[name] = vector
-                plain[name] = {key: str(x) if isinstance(x, Site) else x for key, x in numbers.items()}
         return {"phase": self.phase, **{key: _lists(value) for key, value in plain.items()}}, tensors
 
     @classmethod
-    def read(cls, words: Any, tensors: Mapping[str, Tensor | None], where: str) -> "Scope":
+    def from_dict(cls, words: Any, tensors: Mapping[str, Tensor | None], where: str) -> "Scope":
         """The scope that `words` wrote. Raises ValueError, naming `where`, for what it could not have written."""
         if isinstance(words, str):
             if words not in SCOPES:
@@ -242,19 +171,7 @@ def _lists(value: Any) -> Any:
     return [_lists(x) for x in value] if isinstance(value, tuple) else value
 
 
-def _read_part(kind: type, words: Any, vector: Tensor | None, where: str) -> Any:
-    if not isinstance(words, dict):
-        raise ValueError(f"{where} is {words!r}, which is no mapping.")
-    names = [f.name for f in fields(kind) if f.name != "vector"]
-    check_keys(words, names, where)
-    values = {key: Site.parse(x) if key == "site" and isinstance(x, str) else x for key, x in words.items()}
-    wrong = [key for key, x in values.items() if not isinstance(x, Site | str | bool | int | float | None)]
-    if wrong:
-        raise ValueError(f"{where} has {wrong[0]} {values[wrong[0]]!r}, which is no number.")
-    if words.get("shape", "step") not in get_args(Shape):
-        raise ValueError(f"{where} has shape {words['shape']!r}. Known: {', '.join(get_args(Shape))}.")
-    if vector is not None:
-        values["vector"] = vector
-    elif values.get("site") is not None:
+def _read_part(kind: type, values: Any, vector: Tensor | None, where: str) -> Any:
+    if vector is None and isinstance(values, dict) and values.get("site") is not None:
         raise ValueError(f"{where} has no vector beside it in the recipe's safetensors file.")
-    return kind(**values)
+    return read(kind, values, where, vector=vector)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from probes.model.loading import tokenizer_of
 from probes.model.tokens import Prompt, encode_prompt
-from probes.tables import Table
+from probes.tables import Brief, Shown, Table
 from probes.thinking.spans import Span
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
@@ -38,8 +38,8 @@ def log_probabilities(
     return out.logits.double().log_softmax(-1) if out.logits.device.type != "mps" else out.logits.log_softmax(-1)
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, repr=False)
+class Choice(Brief):
     """A prompt and the first tokens of its candidate answers; `correct` is an index into them."""
 
     span: Span
@@ -59,8 +59,8 @@ class Effect:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class EffectCurve:
+@dataclass(frozen=True, repr=False)
+class EffectCurve(Shown):
     """Effects over strengths."""
 
     effects: tuple[Effect, ...]
@@ -70,12 +70,6 @@ class EffectCurve:
         columns = ("strength", "KL, nats", "variance", "entropy, bits", "variance ", "answer mass", "accuracy")
         rows = [(e.strength, *e.kl, *e.entropy, e.mass, e.accuracy) for e in self.effects]
         return Table(columns, tuple(rows), f"First new token of {self.n} prompts")
-
-    def to_frame(self):
-        return self.table().to_frame()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()
 
 
 def effect_curve(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.tables import Table
+from probes.tables import Shown, Table
 from probes.thinking.phases import PHASES, Phases
 from steer.runtime.gates import Touched
 
@@ -46,8 +46,8 @@ class _Sums:
         self.last[rows] = torch.maximum(self.last[rows], last)
 
 
-@dataclass(eq=False)
-class FireLog:
+@dataclass(eq=False, repr=False)
+class FireLog(Shown):
     """Filled while a recipe is applied; all sums stay on the model's device until they are asked for.
 
     A token counts once for each forward pass that touched it: once under a KV cache, at every step without one.
@@ -152,9 +152,3 @@ class FireLog:
             if count := int(s.tokens[step, j]):
                 mean, largest = float(s.ratio[step, j]) / count, float(s.largest[step, j])
                 yield (step, *words, phase, count, mean, largest, int(s.first[step, j]), int(s.last[step, j]))
-
-    def to_frame(self):
-        return self.table().to_frame()
-
-    def _repr_html_(self) -> str:
-        return self.table()._repr_html_()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from probes.model.sites import SITE_NAMES, Site
 from probes.thinking.phases import Ids, Phases
-from steer.recipes.scope import Controller, Scope
+from steer.recipes.controller import Controller
+from steer.recipes.scope import Scope
 
 
 @runtime_checkable

@@ -50,10 +50,10 @@ def direction(llama):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("position", ["mean", "last"])
+@pytest.mark.parametrize("position", ["text", "text_last"])
 def test_a_direction_is_the_difference_of_the_means_over_texts(model, position):
-    read = {"mean": lambda x: x.mean(0), "last": lambda x: x[-1]}[position]
-    norm = {"mean": lambda x: x.norm(dim=-1).mean(), "last": lambda x: x[-1].norm()}[position]
+    read = {"text": lambda x: x.mean(0), "text_last": lambda x: x[-1]}[position]
+    norm = {"text": lambda x: x.norm(dim=-1).mean(), "text_last": lambda x: x[-1].norm()}[position]
     ours = direction_between(model, A, B, str(SITE), position=position)
     theirs = mean_over_texts(model, A, read) - mean_over_texts(model, B, read)
     torch.testing.assert_close(ours.vector.double(), theirs, atol=1e-5, rtol=0)
@@ -80,7 +80,7 @@ def test_each_text_counts_once_however_long_it_is(llama):
 @pytest.mark.parametrize("batch_tokens", [1, 7, 12, 16_384])
 def test_batches_of_any_size_read_each_text_once_and_alike(family, batch_tokens):
     model, sites = build(family), [SITE, Site(1, "z", 2), Site(2, "mlp_out")]
-    spans = [text_span(model, text, last=last) for text in A + B for last in (False, True)]
+    spans = [text_span(model, text, position=position) for text in A + B for position in ("text", "text_last")]
     alone = [next(span_means(model, [span], sites)) for span in spans]
     seen, sizes = [], []
     for rows, means, norms in span_means(model, spans, sites, batch_tokens=batch_tokens):
@@ -155,7 +155,7 @@ def test_an_empty_class_is_refused_and_an_empty_text(llama):
         direction_between(llama, A, [], SITE)
     with pytest.raises(ValueError, match="A direction needs both classes, but got 0 positive and 2 negative."):
         direction_between(llama, [], B, SITE)
-    for position in ("mean", "last"):
+    for position in ("text", "text_last"):
         with pytest.raises(ValueError, match="are not in a sequence of 0 tokens."):
             direction_between(llama, [""], B, SITE, position=position)
 

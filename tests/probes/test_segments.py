@@ -205,7 +205,7 @@ def test_the_tokens_that_end_a_step_are_all_whose_text_holds_the_delimiter(bpe, 
 def test_a_segment_is_read_where_its_tokens_are_predicted_or_at_the_end_of_the_step_before(bpe):
     done = written(bpe, "".join(STEPS))
     found = segments(bpe, done)
-    inside, before = (segment_spans(done, found, "execution", position=p) for p in ("all", "before"))
+    inside, before = (segment_spans(done, found, "execution", position=p) for p in ("segment", "before"))
     wanted = [s for s in found if s.label == "execution"]
     assert len(inside) == len(before) == len(wanted) == 4
     for segment, span, one in zip(wanted, inside, before, strict=True):

@@ -23,8 +23,9 @@ from steer.folding.draft import NotFoldable
 from steer.interop.formats import export_recipe
 from steer.interventions.activation import Ablate
 from steer.interventions.routing import Forbid, Force, Reinforce
+from steer.recipes.controller import Schedule
 from steer.recipes.recipe import Recipe
-from steer.recipes.scope import Schedule, Scope
+from steer.recipes.scope import Scope
 from steer.runtime._applied import NeverFired, applied
 from steer.runtime.calibration import calibrated
 from steer.runtime.rerouting import SelectionRule

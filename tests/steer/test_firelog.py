@@ -11,8 +11,10 @@ from probes.model.sites import Site
 from probes.model.tokens import Delimiters
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Ablate, Add, Rotate
+from steer.recipes.condition import Condition
+from steer.recipes.controller import Controller, Schedule
 from steer.recipes.recipe import Recipe, Step
-from steer.recipes.scope import Condition, Controller, Schedule, Scope
+from steer.recipes.scope import Scope
 from steer.runtime._applied import NeverFired, applied
 
 SITE = Site(1, "resid_post")

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from probes.model.architectures import width_of
 from probes.model.sites import Site
 from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale
+from steer.recipes.condition import Condition
+from steer.recipes.controller import Controller, Schedule
 from steer.recipes.recipe import Recipe, Step
-from steer.recipes.scope import Condition, Controller, Schedule, Scope
+from steer.recipes.scope import Scope
 from steer.runtime._applied import applied
 
 FAMILIES = (

@@ -79,7 +79,10 @@ def test_what_is_saved_is_what_is_loaded_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda w: w.update(note=1), "recipe.yaml has unknown keys: note. Known: format, method, model, steps."),
+        (
+            lambda w: w.update(note=1),
+            "recipe.yaml has unknown keys: note. Known: format, method, model, births, steps.",
+        ),
         (lambda w: w.pop("method"), "recipe.yaml lacks keys: method."),
         (lambda w: w["model"].update(sha="0"), "model in .*recipe.yaml has unknown keys: sha."),
         (lambda w: w["model"].pop("fingerprint"), "model in .*recipe.yaml lacks keys: fingerprint."),
@@ -93,7 +96,7 @@ def test_what_is_saved_is_what_is_loaded_to_the_bit(tmp_path):
         ),
         (lambda w: w["steps"][0].update(scope="late"), "Step 0 in .* has scope 'late'. Known: all, prompt"),
         (lambda w: w["steps"][0].update(site="L0.stream"), "'L0.stream' is not a site. Write L<layer>.<name>"),
-        (lambda w: w.update(format="recipe 2"), "has format 'recipe 2', and this version reads 'thinksteer recipe 1'"),
+        (lambda w: w.update(format="recipe 2"), "has format 'recipe 2', and this version reads 'thinksteer recipe 2'"),
         (lambda w: w["steps"].append(w["steps"][0]), "recipe.safetensors lacks keys: 2.vector."),
         (lambda w: w["steps"].pop(), "recipe.safetensors has unknown keys: 1.vector."),
     ],

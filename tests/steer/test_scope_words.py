@@ -12,8 +12,10 @@ from probes.files import read_tensors, write_tensors
 from probes.model.loading import load, tokenizer_of
 from probes.model.sites import Site
 from steer.interventions.activation import Add, Rotate, Scale
+from steer.recipes.condition import Condition
+from steer.recipes.controller import Controller, Schedule
 from steer.recipes.recipe import Recipe, Step
-from steer.recipes.scope import Condition, Controller, Schedule, Scope
+from steer.recipes.scope import Scope
 from steer.runtime._applied import applied
 
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(2))
@@ -40,7 +42,7 @@ def test_every_scope_is_read_as_it_was_written_and_does_the_same(tmp_path):
         recipe = Recipe((step,), Recipe.of(model, []).model)
         recipe.save(tmp_path / str(i))
         again = Recipe.load(tmp_path / str(i))
-        ours, theirs = (r.steps[0].scope.words() for r in (recipe, again))
+        ours, theirs = (r.steps[0].scope.to_dict() for r in (recipe, again))
         assert ours[0] == theirs[0]
         assert ours[1].keys() == theirs[1].keys()
         assert all(torch.equal(ours[1][name], theirs[1][name]) for name in ours[1])

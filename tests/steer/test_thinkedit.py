@@ -1,5 +1,7 @@
 """ThinkEdit equals its formulas written out in loops, and finds what was planted."""
 
+from typing import get_args
+
 import pytest
 import torch
 from families import build
@@ -11,9 +13,8 @@ from probes.model.hooks import captured
 from probes.model.loading import delimiters_of
 from probes.model.sites import Site
 from probes.model.tokens import thinking_span
-from probes.thinking.spans import POSITIONS
 from steer.folding._fold import folded
-from steer.methods.thinkedit import PUBLISHED, LengthReading, LengthSplit
+from steer.methods.thinkedit import PUBLISHED, LengthReading, LengthSplit, Position
 from steer.runtime._applied import applied
 
 THINK, END, TURN = 3, 4, 5
@@ -164,7 +165,7 @@ def planted():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", get_args(Position))
 def test_a_planted_direction_and_its_head_are_found_and_removed(position):
     """Prompts with token 20 think briefly; thinking tokens are the same in both classes."""
     model, d = planted()

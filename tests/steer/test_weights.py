@@ -23,8 +23,8 @@ from tqdm.std import TqdmDefaultWriteLock
 
 from probes.generation.sampling import Sampling
 from probes.model.loading import folder_of, load, tokenizer_of
-from steer.checkpoints import stream as streaming
 from steer.checkpoints.checkpoint import Checkpoint
+from steer.checkpoints.stream import stream as streaming
 from steer.deltas._add import Plan, add
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled

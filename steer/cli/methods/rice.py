@@ -23,7 +23,8 @@ from steer.cli.options import (
     sampling_of,
 )
 from steer.decoding.named import control_named
-from steer.methods.rice import STRENGTHS, TOP, rice
+from steer.methods.cot_valve import STRENGTHS
+from steer.methods.rice import TOP, rice
 from steer.recipes.scope import Scope
 from steer.tasks.named import task_named
 

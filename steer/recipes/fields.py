@@ -1,0 +1,69 @@
+"""A frozen dataclass out of the words and the tensor that a recipe file has for it, read by the types of its fields."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from probes.directions.provenance import Provenance
+from probes.files import check_keys
+from probes.model.sites import Site
+
+T = TypeVar("T")
+
+_BESIDE = ("vector", "birth")  # kept elsewhere: the one in the safetensors file, the other once for all steps
+
+
+def fields_of(value: Any) -> dict[str, Any]:
+    """What is written of a dataclass: sites as text, and null for an infinite bound."""
+    return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in _BESIDE}
+
+
+def read(kind: type[T], values: Any, where: str, *, vector: Tensor | None = None, birth: Provenance | None = None) -> T:
+    """The `kind` that `fields_of` wrote.
+
+    Raises ValueError, naming `where`, for a key or a value that it cannot hold.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} is {values!r}, which is no mapping.")
+    own: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # every kind is a dataclass
+    check_keys(values, [name for name in own if name not in _BESIDE], where)
+    hints = get_type_hints(kind)
+    read_values = {name: _value(value, name, hints[name], own[name], where) for name, value in values.items()}
+    if vector is not None:
+        read_values["vector"] = vector
+    if "birth" in own:
+        read_values["birth"] = birth
+    return kind(**read_values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Site):
+        return str(value)
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
+def _value(value: Any, name: str, hint: Any, field: Field[Any], where: str) -> Any:
+    options = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    if value is None and NoneType in options:
+        return None
+    if value is None and isinstance(field.default, float) and math.isinf(field.default):
+        return field.default
+    if Site in options:
+        if not isinstance(value, str):
+            raise ValueError(f"{where} has {name} {value!r}, which is no text.")
+        return Site.parse(value)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} has {name} {value!r}. Known: {', '.join(get_args(hint))}.")
+        return value
+    if bool in options:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} has {name} {value!r}, which is neither true nor false.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where} has {name} {value!r}, which is no number.")
+    return float(value)
