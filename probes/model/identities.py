@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from probes.model.architectures import (
     GENERIC,
-    Architecture,
+    architecture_of,
     config_of,
     head_matrices,
     is_parallel,
@@ -56,7 +56,7 @@ def broken_identity(model: PreTrainedModel) -> str | None:
     bias are what `o_proj` puts out, and it reads `z`. The final norm of the last `resid_post` is `hidden_states[-1]`,
     and the streams before are the other `hidden_states`.
     """
-    row: Architecture = model._thinksteer_row  # type: ignore[assignment]
+    row = architecture_of(model)
     for path in (row.layers, row.final_norm):
         if _missing(model, path):
             return f"the model has no {path}"
