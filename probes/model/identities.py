@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from probes.model.architectures import (
     GENERIC,
+    Architecture,
     architecture_of,
     config_of,
     head_matrices,
