@@ -17,8 +17,8 @@ from functools import partial
 
 import numpy as np
 import torch
-from extraction import in_words, ratio, timed
 from rich.console import Console
+from timing import in_words, ratio, timed
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 

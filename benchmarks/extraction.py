@@ -22,7 +22,6 @@ import os
 import random
 import resource
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
@@ -33,7 +32,7 @@ from multiprocessing import get_context
 import numpy as np
 import torch
 from rich.console import Console
-from scipy.stats import bootstrap
+from timing import in_words, ratio, timed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,7 +50,6 @@ ALLOCATORS = {"as it comes": {}, "threshold held": {"MALLOC_MMAP_THRESHOLD_": "1
 MODELS = ("smollm2", "random")
 TARGET_THROUGHPUT, TARGET_GROWTH = 0.97, 20.0
 Read = Callable[[], Tensor | None]
-Seconds = dict[str, dict[str, np.ndarray]]
 
 
 def main() -> None:
@@ -87,35 +85,6 @@ def speed(name: str, rounds: int = ROUNDS) -> dict:
     title = f"{name}: {BATCH} x {POS} tokens, {rounds} rounds; absent: {facts['absent']}"
     Console(width=140).print(Table(columns, tuple(rows), title))
     return facts
-
-
-def timed(arms: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
-    """Seconds of each arm in each round, by the wall's clock and by the processor's, after one run that is not counted.
-
-    The order within a round is drawn anew, so that no arm always follows the same other.
-    """
-    for arm in arms.values():
-        arm()
-    clocks = {"wall": time.perf_counter, "cpu": time.process_time}
-    seconds: Seconds = {clock: {arm: np.empty(rounds) for arm in arms} for clock in clocks}
-    rng = random.Random(0)
-    for number in range(rounds):
-        for arm in rng.sample(list(arms), len(arms)):
-            before = {clock: now() for clock, now in clocks.items()}
-            arms[arm]()
-            for clock, now in clocks.items():
-                seconds[clock][arm][number] = now() - before[clock]
-    return seconds
-
-
-def ratio(per_round: np.ndarray) -> tuple[float, float, float]:
-    """The median of a ratio over rounds, with its 95 % bootstrap interval."""
-    found = bootstrap((per_round,), np.median, n_resamples=2_000, method="percentile", rng=np.random.default_rng(0))
-    return float(np.median(per_round)), float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def in_words(found: tuple[float, float, float]) -> str:
-    return "{:.3f} [{:.3f}, {:.3f}]".format(*found)
 
 
 def memory(name: str) -> dict:

@@ -15,9 +15,9 @@ import sys
 
 import numpy as np
 import torch
-from extraction import in_words, ratio, timed
 from jaxtyping import Float
 from rich.console import Console
+from timing import in_words, ratio, timed
 from torch import Tensor
 
 from probes.tables import Table

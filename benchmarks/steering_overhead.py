@@ -22,8 +22,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from extraction import in_words, ratio, timed
 from rich.console import Console
+from timing import in_words, ratio, timed
 from torch import Tensor
 from transformers import PreTrainedModel
 
