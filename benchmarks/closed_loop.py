@@ -20,15 +20,12 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from probes import Direction, Sampling, load
-from probes.directions.direction import difference_in_means, random_direction
-from probes.directions.length_probe import LengthProbe, fit_length
-from probes.model.paths import sites_in
+from probes import Direction, Sampling, difference_in_means, load
+from probes.directions import LengthProbe, fit_length, random_direction
+from probes.model import sites_in
 from probes.tables import Table
 from steer import Add, Controller, Recipe, Scope, applied, evaluate, task_named
-from steer.evaluation._evaluate import solve
-from steer.evaluation.outcomes import Outcomes
-from steer.evaluation.statistics import interval_of_mean
+from steer.evaluation import Outcomes, interval_of_mean, solve
 from steer.methods.thinkedit import LengthSplit
 
 SET_POINTS = (10, 13, 16)

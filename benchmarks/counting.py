@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from probes import load
-from probes.activations.experts import counting
-from probes.model.loading import tokenizer_of
+from probes.activations import counting
+from probes.model import tokenizer_of
 from probes.tables import Table
 from steer.methods.rice import signed_markers
 

@@ -17,11 +17,10 @@ from rich.console import Console
 
 from probes import Sampling, load
 from probes.tables import Table
-from steer import task_named
-from steer.decoding.budgets import Budget
-from steer.evaluation._evaluate import evaluate, solve
+from steer import evaluate, task_named
+from steer.decoding import Budget
+from steer.evaluation import interval_of_mean, solve
 from steer.evaluation.nulls import random_recipe
-from steer.evaluation.statistics import interval_of_mean
 from steer.methods.efficiency import correct_pairs, most_efficient, recipes
 
 STRENGTHS = (0.1, 0.2, 0.4, 0.8)

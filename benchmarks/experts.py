@@ -16,10 +16,9 @@ from rich.console import Console
 
 from probes import load
 from probes.tables import Table
-from steer import Recipe, Scope, task_named
-from steer.decoding.budgets import BudgetForcing, CloseBias
-from steer.evaluation._evaluate import evaluate
-from steer.evaluation.statistics import interval_of_mean
+from steer import Recipe, Scope, evaluate, task_named
+from steer.decoding import BudgetForcing, CloseBias
+from steer.evaluation import interval_of_mean
 from steer.methods.cot_valve import STRENGTHS
 from steer.methods.rice import RiceSetting, nulls, recipe, rice
 

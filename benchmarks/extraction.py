@@ -36,13 +36,10 @@ from timing import in_words, ratio, timed
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from probes import load
-from probes.activations._record import Recorded, record
-from probes.model.loading import tokenizer_of
-from probes.model.paths import sites_in
-from probes.model.sites import Site
+from probes import Site, Span, load, record
+from probes.activations import Recorded
+from probes.model import sites_in, tokenizer_of
 from probes.tables import Table
-from probes.thinking.spans import Span
 
 ROUNDS, BATCH, POS = 24, 4, 128
 MEMORY_BATCH, MEMORY_TOKENS = 16, (4_096, 32_768)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from steer import thinkedit
-from steer.training.organism import train
+from steer.training import train
 
 SEEDS = (0, 1, 2)
 

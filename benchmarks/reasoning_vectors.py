@@ -23,16 +23,13 @@ from rich.console import Console
 
 from probes import Sampling, load
 from probes.tables import Table
-from steer import task_named
-from steer.decoding.prompts import PromptStyle
-from steer.deltas._add import add
-from steer.deltas.delta import WeightDelta
-from steer.deltas.dial import dialled
-from steer.deltas.nulls import random_like, shuffled_layers
-from steer.deltas.stored import open_delta
-from steer.evaluation._evaluate import evaluate, solve
+from steer import evaluate, task_named
+from steer.decoding import PromptStyle
+from steer.deltas import WeightDelta, add, dialled, open_delta, random_like, shuffled_layers
+from steer.evaluation import solve
 from steer.methods.cot_valve import length_dial
-from steer.training.donors import KINDS, train_donor
+from steer.training import train_donor
+from steer.training.donors import KINDS
 
 STRENGTHS = (-1.0, 0.25, 0.5, 1.0)
 SETTINGS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)

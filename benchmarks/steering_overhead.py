@@ -27,13 +27,11 @@ from timing import in_words, ratio, timed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes import load
-from probes.model.hooks import attached
-from probes.model.loading import tokenizer_of
-from probes.model.paths import sites_in
+from probes import attached, load
+from probes.model import sites_in, tokenizer_of
 from probes.tables import Table
 from steer import Add, Recipe, applied
-from steer.runtime.firelog import FireLog
+from steer.runtime import FireLog
 
 ROUNDS, NEW_TOKENS, BATCHES = 20, 24, (1, 8)
 PROMPT = "Explain in a few sentences why the sky is blue."

@@ -15,12 +15,10 @@ import torch
 from rich.console import Console
 
 from probes import Direction, Sampling, Site, load
-from probes.model.architectures import n_layers
+from probes.model import n_layers
 from probes.tables import Table
 from steer import Add, Recipe, Scope, task_named
-from steer.evaluation._evaluate import solve
-from steer.evaluation._sweep import LabelledDirection, sweep
-from steer.evaluation.statistics import interval_of_mean
+from steer.evaluation import LabelledDirection, interval_of_mean, solve, sweep
 from steer.methods.thinkedit import LengthSplit
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)

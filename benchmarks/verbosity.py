@@ -19,16 +19,12 @@ import torch
 from rich.console import Console
 from scipy.stats import spearmanr
 
-from probes import Completion, Direction, Sampling, difference_in_means, generate, load
-from probes.directions.direction import random_direction
-from probes.model.architectures import n_layers
-from probes.model.loading import tokenizer_of
-from probes.model.sites import Site
-from probes.model.tokens import encode_prompt
+from probes import Completion, Direction, Sampling, Site, Span, difference_in_means, generate, load
+from probes.directions import random_direction
+from probes.model import encode_prompt, n_layers, tokenizer_of
 from probes.tables import Table
-from probes.thinking.spans import Span
 from steer import Add, Recipe, applied
-from steer.evaluation.outcomes import repetition
+from steer.evaluation import repetition
 
 STRENGTHS = (-0.2, -0.1, 0.0, 0.1, 0.2)
 BRIEF, LONG = "Answer briefly, in a few words.", "Answer at length, in great detail and with examples."

@@ -30,11 +30,10 @@ import torch
 from rich.console import Console
 
 from probes.tables import Table
-from steer.checkpoints.checkpoint import WHOLE, Checkpoint
+from steer.checkpoints import Checkpoint
+from steer.checkpoints.checkpoint import WHOLE
 from steer.checkpoints.stream import Piece, ShardPlan, header_of, stream
-from steer.deltas._add import add
-from steer.deltas.delta import WeightDelta
-from steer.deltas.mergekit_yaml import to_mergekit
+from steer.deltas import WeightDelta, add, to_mergekit
 
 WIDTH, MLP, VOCABULARY, SHARD = 2048, 5504, 32_000, 500_000_000
 TARGET_TIME, TARGET_SPARE = 1.2, 0.5e9
