@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import record
 from probes.directions.provenance import Provenance
+from probes.directions.vector import check_number, check_row
 from probes.files import check_keys, read_tensors, write_tensors
 from probes.model.architectures import final_norm_of
 from probes.model.loading import tokenizer_of
@@ -28,6 +29,12 @@ class Direction(Shown):
     vector: Float[Tensor, " d_model"]
     stream_norm: float
     provenance: Provenance
+
+    def __post_init__(self) -> None:
+        check_row(self.vector, f"the direction at {self.site}")
+        check_number(self.stream_norm, "stream_norm", f"The direction at {self.site}")
+        if self.stream_norm < 0:
+            raise ValueError(f"The direction at {self.site} has stream_norm {self.stream_norm}: a norm is 0 or more.")
 
     @property
     def norm(self) -> float:

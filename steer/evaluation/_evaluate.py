@@ -46,7 +46,8 @@ def evaluate(
 
     All arms draw with the same noise per problem and sample, so that they are compared in pairs. With `store`, a
     folder, completions are kept there, a file for each draw, and what it holds is not generated again. Raises
-    ValueError for an arm without draws, and for one with the baseline's name.
+    ValueError for an arm without draws, and for one with the baseline's name; and `NeverFired` for a recipe that
+    touched no token of what was generated with it.
     """
     if PLAIN in arms:
         raise ValueError(f"The arm {PLAIN!r} is the baseline: give it as baseline=..., not among the arms.")
@@ -58,7 +59,7 @@ def evaluate(
     def outcomes_of(name: str, draw: Draw) -> Outcomes:
         if draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle):
             subject = draw if isinstance(draw, PreTrainedModel) else model
-            with applied(model, draw, must_fire=False) if isinstance(draw, Recipe) else nullcontext():
+            with applied(model, draw, must_run=False) if isinstance(draw, Recipe) else nullcontext():
                 completions: Sequence[Completion] = solve(
                     subject,
                     problems,

@@ -1,6 +1,5 @@
 """What to do to an activation. A linear intervention has an `affine` form, and that form can be folded."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from probes.directions.direction import Direction
 from probes.directions.provenance import Provenance
+from probes.directions.vector import check_number, check_row
 from probes.model.architectures import tap_of, width_of
 from probes.model.sites import Site
 from probes.tables import Brief
@@ -259,10 +259,6 @@ def _unit(vector: Tensor) -> Tensor:
 
 def _check(kind: str, site: Site, vector: Tensor | None, strength: float, **numbers: float) -> None:
     for name, value in {"strength": strength, **numbers}.items():
-        if not math.isfinite(value):
-            raise ValueError(f"The {kind} at {site} has {name} {value}. Give a finite number.")
-    if vector is not None and not vector.isfinite().all():
-        raise ValueError(
-            f"The vector for {site} holds NaN or infinite entries. Derive it again: was a class empty, or did the "
-            "model's dtype overflow?"
-        )
+        check_number(value, name, f"The {kind} at {site}")
+    if vector is not None:
+        check_row(vector, str(site))

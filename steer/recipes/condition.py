@@ -7,6 +7,7 @@ from torch import Tensor
 
 from probes.directions.direction import Direction
 from probes.directions.provenance import Provenance
+from probes.directions.vector import check_number, check_row
 from probes.model.sites import Site
 from probes.tables import Brief
 
@@ -24,6 +25,10 @@ class Condition(Brief):
     threshold: float
     above: bool = True
     birth: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        check_row(self.vector, f"the condition at {self.site}")
+        check_number(self.threshold, "threshold", f"The condition at {self.site}")
 
     @classmethod
     def of(cls, direction: Direction, threshold: float, *, above: bool = True) -> "Condition":

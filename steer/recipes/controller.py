@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.directions.length_probe import LengthProbe
+from probes.directions.vector import check_number, check_row
 from probes.model.sites import Site
 from probes.tables import Brief
 
@@ -30,6 +31,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if not self.over > 0:
             raise ValueError(f"A schedule runs over a number of tokens above 0, but got over={self.over}.")
+        for name in ("start", "end", "over"):
+            check_number(getattr(self, name), name, "The schedule")
 
     def at(self, thought: Tensor) -> Float[Tensor, "*batch"]:
         u = (thought.float() / self.over).clamp(0, 1)
@@ -67,6 +70,10 @@ class Controller(Brief):
             raise ValueError(f"A controller needs a set-point above 0 thinking tokens, but got {self.set_point}.")
         if (self.site is None) != (self.vector is None):
             raise ValueError("A controller that predicts needs both a site and a vector; one that counts, neither.")
+        for name in ("set_point", "gain", "offset"):
+            check_number(getattr(self, name), name, "The controller")
+        if self.vector is not None:
+            check_row(self.vector, f"the controller at {self.site}")
 
     def at(self, length: Tensor) -> Float[Tensor, "*batch"]:
         return (self.gain * (1 - length.float() / self.set_point)).clamp(-1, 1)

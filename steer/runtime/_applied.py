@@ -26,12 +26,15 @@ class NeverFired(ValueError):
 
 
 @contextmanager
-def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -> Iterator[FireLog]:
+def applied(
+    model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True, must_run: bool = True
+) -> Iterator[FireLog]:
     """While open, the model runs with the recipe; `model.generate` needs to know nothing of it.
 
     Gives the log of what is touched. Raises ValueError where the recipe was made on another model, or reads a site that
     is computed only after the edit it decides on; and, at the end of the block, `NeverFired` where no step touched
-    a token, unless `must_fire` is false.
+    a token, unless `must_fire` is false. With `must_run` false it is no error that the model did not run at all, as
+    where a store had everything.
     """
     recipe.check(model)
     steps = recipe.steps
@@ -71,7 +74,7 @@ def applied(model: PreTrainedModel, recipe: Recipe, *, must_fire: bool = True) -
             stack.enter_context(attached(model, site, partial(_apply, edits=here)))
         yield log
         log.end_pass()
-    if must_fire and steps and not log.tokens:
+    if must_fire and steps and not log.tokens and (must_run or log.ran):
         raise NeverFired(
             f"The recipe was applied, but touched no token: {'; '.join(dict.fromkeys(map(_said, words)))}. Did the "
             "model run, and did it get to where the scope begins? With must_fire=False this is no error."

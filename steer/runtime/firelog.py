@@ -117,6 +117,11 @@ class FireLog(Shown):
         return torch.stack(rows).flatten(1)
 
     @property
+    def ran(self) -> bool:
+        """Did the model run at all, while the recipe was applied?"""
+        return self._phases is not None
+
+    @property
     def tokens(self) -> int:
         """How many tokens were touched, over all steps."""
         return 0 if self._sums is None else int(self._sums.tokens.sum())
