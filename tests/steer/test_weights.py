@@ -21,10 +21,10 @@ from families import build, build_tokenizer
 from safetensors.torch import load_file, save_file
 from tqdm.std import TqdmDefaultWriteLock
 
+import steer.checkpoints.stream as streaming
 from probes.generation.sampling import Sampling
 from probes.model.loading import folder_of, load, tokenizer_of
 from steer.checkpoints.checkpoint import Checkpoint
-from steer.checkpoints.stream import stream as streaming
 from steer.deltas._add import Plan, add
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
