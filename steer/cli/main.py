@@ -48,7 +48,7 @@ from steer.evaluation._evaluate import solve
 from steer.methods.thinkedit import Kind
 from steer.methods.thinkedit_run import HEAD_SHARES, KINDS, ThinkEditRun, grid, thinkedit
 from steer.recipes.recipe import Recipe
-from steer.report.record import record
+from steer.report.record import RunRecord, save
 from steer.report.thinkedit import write_report
 from steer.tasks.named import task_named
 from steer.training.organism import train
@@ -236,7 +236,7 @@ def main() -> None:
 
 def _finish_thinkedit(run: ThinkEditRun, folder: Path, sweep: int, batch_size: int, as_json: bool) -> None:
     command = shlex.join(["steer", *sys.argv[1:]])
-    changes = run.export(folder, found=record(run, n=sweep, batch_size=batch_size, command=command))
+    changes = save(run, folder, RunRecord.of(run, n=sweep, batch_size=batch_size, command=command))
     write_report(folder, folder / "report.html")
     console.print(run.recipe.table())
     console.print(changes.table())

@@ -1,13 +1,12 @@
 """The main job: probe a model, derive edits, choose one, and report it beside its controls, on three splits."""
 
-import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -28,15 +27,12 @@ from steer.folding._fold import check_folds, fold_error, folded
 from steer.folding.draft import NotFoldable
 from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, ThinkEditSetting
 from steer.recipes.recipe import Recipe
-from steer.report.record import record
 from steer.tasks.named import task_named
 from steer.tasks.task import Task
 
-KINDS: tuple[Kind, ...] = ("project", "replace", "one_sided")
-POSITIONS: tuple[Position, ...] = ("thinking", "first")
-RANKINGS: tuple[Ranking, ...] = ("raw", "centred")
-
-
+KINDS: tuple[Kind, ...] = get_args(Kind)
+POSITIONS: tuple[Position, ...] = get_args(Position)
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 HEAD_SHARES = (0.03, 0.06, 0.125)
 
 
@@ -68,10 +64,10 @@ class ThinkEditRun(Shown):
         """The length direction in the layer of the head that scores highest."""
         return self.readings[self.selected.position].directions[self.heads[0][0]]
 
-    def export(self, folder: str | Path, *, found: Mapping[str, Any] | None = None) -> Difference:
+    def export(self, folder: str | Path, *, extras: Mapping[str, str] | None = None) -> Difference:
         """Write the chosen edit as an ordinary checkpoint, whose card holds the tables. See `steer.folding.export`.
 
-        `found` is this run's `steer.report.record.record`, kept as `run.json`; if left out, one without sweeps is made.
+        `extras` are further text files, by name; `steer.report.save` hands in the record that a report is made of.
         """
         d, p = self.direction, self.direction.provenance
         birth = (
@@ -89,8 +85,7 @@ class ThinkEditRun(Shown):
             Section("Provenance", birth),
             Section("Selection", "All settings, on the selection split.", self.selection.table()),
         ]
-        words = json.dumps(found or record(self, n=0), allow_nan=False)
-        return export(self.model, self.recipe, folder, sections=sections, extras={"run.json": words + "\n"})
+        return export(self.model, self.recipe, folder, sections=sections, extras=extras)
 
     def fold_error(self) -> float:
         """The largest difference of a logit between the folded and the steered model, over 64 completions."""

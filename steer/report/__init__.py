@@ -2,4 +2,4 @@
 
 from probes.exports import exports
 
-__getattr__, __dir__, __all__ = exports(__name__, __file__)
+__getattr__, __dir__, __all__ = exports(__name__, __file__, {"check_record": "RunRecord"})

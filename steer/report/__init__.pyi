@@ -1,3 +1,4 @@
-from .record import check_record as check_record
+from .record import RunRecord as RunRecord
+from .record import save as save
 from .thinkedit import render as render
 from .thinkedit import write_report as write_report

@@ -1,7 +1,7 @@
 """Completions of the plain and of the edited model side by side, with each token's projection on the direction."""
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,13 +15,11 @@ from probes.model.tokens import decode
 from probes.thinking.spans import POSITIONS
 from steer.evaluation._evaluate import solve
 from steer.evaluation.evaluation import Evaluation
+from steer.methods.thinkedit_run import ThinkEditRun
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
 from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem
-
-if TYPE_CHECKING:
-    import steer.methods.thinkedit_run
 
 SHOWN = 600  # tokens of a completion: more are counted, not kept
 KINDS = (
@@ -35,7 +33,7 @@ RULE = (
 )
 
 
-def side_by_side(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
+def side_by_side(run: ThinkEditRun) -> dict[str, Any]:
     """One problem of each kind, solved again by the plain and by the edited model: the noise is the problem's own."""
     direction, split = run.direction, run.readings[run.selected.position].split
     short, long = split.spans(run.selected.position)
@@ -76,7 +74,7 @@ def _examples(report: Evaluation) -> dict[str, Problem]:
 
 @torch.no_grad()
 def _side(
-    run: "steer.methods.thinkedit_run.ThinkEditRun",
+    run: ThinkEditRun,
     problem: Problem,
     recipe: Recipe | None,
     direction: Direction,

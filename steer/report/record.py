@@ -1,24 +1,26 @@
 """The record of a run: every number that a report shows, with where it came from, as plain JSON."""
 
+import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from probes.evidence.separation import evidence_for
 from probes.files import check_keys
 from probes.model.loading import identity_of
+from probes.tables import Brief
+from steer.checkpoints._diff import Difference
 from steer.evaluation._evaluate import Arm, evaluate
 from steer.evaluation.evaluation import Score
 from steer.evaluation.outcomes import Outcomes
 from steer.evaluation.statistics import interval_of_mean
 from steer.methods.thinkedit import LengthReading
+from steer.methods.thinkedit_run import ThinkEditRun
 from steer.report.examples import side_by_side
 from steer.tasks.task import Problem
-
-if TYPE_CHECKING:
-    import steer.methods.thinkedit_run
 
 FORMAT = "thinksteer run 1"
 # The paper's range for all layers, ±0.08; in one layer it goes to ±1.
@@ -41,48 +43,79 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
-def record(
-    run: "steer.methods.thinkedit_run.ThinkEditRun",
-    *,
-    n: int = 200,
-    draws: int = 2,
-    strengths: Sequence[float] = ALL_LAYERS,
-    layer_strengths: Sequence[float] = ONE_LAYER,
-    batch_size: int = 64,
-    command: str = "",
-) -> dict[str, Any]:
-    """Everything a report shows of a run, ready for JSON; numbers that are not known are None.
+@dataclass(frozen=True, repr=False)
+class RunRecord(Brief):
+    """Everything a report shows of a ThinkEdit run, as JSON holds it; numbers that are not known are None."""
 
-    Args:
-        n: problems of the selection split for the sweeps of strength; 0 leaves the sweeps out.
-        draws: random directions beside each sweep.
-        strengths, layer_strengths: of the sweep in all layers, and of the one in the middle layer.
+    edit: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    heads: Mapping[str, Any]
+    sweeps: Sequence[Mapping[str, Any]]
+    arms: Mapping[str, Any]
+    completions: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        run: ThinkEditRun,
+        *,
+        n: int = 200,
+        draws: int = 2,
+        strengths: Sequence[float] = ALL_LAYERS,
+        layer_strengths: Sequence[float] = ONE_LAYER,
+        batch_size: int = 64,
+        command: str = "",
+    ) -> "RunRecord":
+        """The record of a run.
+
+        Args:
+            n: problems of the selection split for the sweeps of strength; 0 leaves the sweeps out.
+            draws: random directions beside each sweep.
+            strengths, layer_strengths: of the sweep in all layers, and of the one in the middle layer.
+        """
+        reading = run.readings["thinking"]
+        middle = len(reading.directions) // 2
+        problems = run.selection.problems[:n]
+        sweeps = [(None, strengths), (middle, layer_strengths)] if n else []
+        parts = {
+            "edit": _edit(run),
+            "evidence": _evidence(run),
+            "heads": _heads(run),
+            "sweeps": [_sweep(run, reading, problems, layer, doses, draws, batch_size) for layer, doses in sweeps],
+            "arms": {
+                "subgroup": next((group for group in run.report.groups() if group), None),
+                "problems": len(run.report.problems),
+                "samples": run.report.score("plain").samples,
+                "report": run.report.to_dict(),
+                "selection": run.selection.to_dict(),
+            },
+            "completions": side_by_side(run),
+            "provenance": _provenance(run, draws, command),
+        }
+        return cls(**_plain(parts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `run.json` has it."""
+        return {"format": FORMAT, **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+    @classmethod
+    def from_dict(cls, words: Mapping[str, Any]) -> "RunRecord":
+        """Refuse a record of another format, and keys that are unknown or missing, by name."""
+        _check_record(words)
+        return cls(**{name: value for name, value in words.items() if name != "format"})
+
+
+def save(run: ThinkEditRun, folder: str | Path, record: RunRecord | None = None) -> Difference:
+    """Export a run (`ThinkEditRun.export`) with its record beside it, as `run.json`: what a report is made of.
+
+    Without `record`, one without sweeps is made. Raises as the export does.
     """
-    reading = run.readings["thinking"]
-    middle = len(reading.directions) // 2
-    problems = run.selection.problems[:n]
-    sweeps = [(None, strengths), (middle, layer_strengths)] if n else []
-    found = {
-        "format": FORMAT,
-        "edit": _edit(run),
-        "evidence": _evidence(run),
-        "heads": _heads(run),
-        "sweeps": [_sweep(run, reading, problems, layer, doses, draws, batch_size) for layer, doses in sweeps],
-        "arms": {
-            "subgroup": next((group for group in run.report.groups() if group), None),
-            "problems": len(run.report.problems),
-            "samples": run.report.score("plain").samples,
-            "report": run.report.to_dict(),
-            "selection": run.selection.to_dict(),
-        },
-        "completions": side_by_side(run),
-        "provenance": _provenance(run, draws, command),
-    }
-    return _plain(found)
+    text = json.dumps((record or RunRecord.of(run, n=0)).to_dict(), allow_nan=False)
+    return run.export(folder, extras={"run.json": text + "\n"})
 
 
-def check_record(words: Mapping[str, Any]) -> None:
-    """Refuse a record of another format, and keys that are unknown or missing, by name."""
+def _check_record(words: Mapping[str, Any]) -> None:
     _check(words, _KEYS["record"], "The record")
     if words["format"] != FORMAT:
         raise ValueError(f"The record has format {words['format']!r}, and this version reads {FORMAT!r}.")
@@ -131,7 +164,7 @@ def _rows(value: Any, where: str) -> Sequence[Any]:
     return value
 
 
-def _edit(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
+def _edit(run: ThinkEditRun) -> dict[str, Any]:
     return {
         "method": run.recipe.method,
         "setting": str(run.selected),
@@ -144,7 +177,7 @@ def _edit(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
     }
 
 
-def _evidence(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
+def _evidence(run: ThinkEditRun) -> dict[str, Any]:
     position = run.selected.position
     short, long = run.readings[position].split.spans(position)
     found = evidence_for(run.model, long, short, site=run.direction.site.name)
@@ -168,7 +201,7 @@ def _evidence(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]
     }
 
 
-def _heads(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
+def _heads(run: ThinkEditRun) -> dict[str, Any]:
     reading = run.readings[run.selected.position]
     return {
         "position": run.selected.position,
@@ -179,7 +212,7 @@ def _heads(run: "steer.methods.thinkedit_run.ThinkEditRun") -> dict[str, Any]:
 
 
 def _sweep(
-    run: "steer.methods.thinkedit_run.ThinkEditRun",
+    run: ThinkEditRun,
     reading: LengthReading,
     problems: Sequence[Problem],
     layer: int | None,
@@ -221,7 +254,7 @@ def _dose(strength: float, outcomes: Outcomes) -> dict[str, Any]:
     }
 
 
-def _provenance(run: "steer.methods.thinkedit_run.ThinkEditRun", draws: int, command: str) -> dict[str, Any]:
+def _provenance(run: ThinkEditRun, draws: int, command: str) -> dict[str, Any]:
     split, birth = run.readings[run.selected.position].split, run.direction.provenance
     select, report = len(run.selection.problems), len(run.report.problems)
     return {

@@ -8,6 +8,7 @@ from typing import Any
 
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
 from probes.files import staged_file
+from probes.thinking.spans import POSITIONS
 from steer.report.html import (
     folded_away,
     interval,
@@ -21,7 +22,7 @@ from steer.report.html import (
     table,
     token_span,
 )
-from steer.report.record import check_record
+from steer.report.record import RunRecord
 
 Record = Mapping[str, Any]
 
@@ -64,7 +65,7 @@ def write_report(run_folder: str | Path, output: str | Path) -> Path:
 
 def render(record: Record) -> str:
     """One HTML page: figures, tables and completions of a record. All text in it is escaped."""
-    check_record(record)
+    RunRecord.from_dict(record)
     try:
         bodies = {
             "done": _done(record),
@@ -290,4 +291,4 @@ def _of(score: Record, group: str | None) -> Record:
 
 
 def _position(position: str) -> str:
-    return {"first": "at the first thought", "thinking": "mean over the thinking"}.get(position, position)
+    return POSITIONS[position].words if position in POSITIONS else position

@@ -18,7 +18,7 @@ from probes.thinking.spans import Span
 from steer.methods.thinkedit import ThinkEditSetting
 from steer.methods.thinkedit_run import thinkedit
 from steer.report.html import shade, token_span
-from steer.report.record import record
+from steer.report.record import RunRecord
 from steer.report.thinkedit import render, write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -43,7 +43,9 @@ def words(run):
     """The record, as it comes back from its file."""
     short = {"strengths": (-0.08, 0.08), "layer_strengths": (-0.1, 0.1)}
     return json.loads(
-        json.dumps(record(run, n=60, draws=1, batch_size=256, command="steer demo", **short), allow_nan=False)
+        json.dumps(
+            RunRecord.of(run, n=60, draws=1, batch_size=256, command="steer demo", **short).to_dict(), allow_nan=False
+        )
     )
 
 
