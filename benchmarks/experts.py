@@ -19,8 +19,7 @@ from probes.tables import Table
 from steer import Recipe, Scope, evaluate, task_named
 from steer.decoding import BudgetForcing, CloseBias
 from steer.evaluation import interval_of_mean
-from steer.methods.cot_valve import STRENGTHS
-from steer.methods.rice import RiceSetting, nulls, recipe, rice
+from steer.methods.rice import STRENGTHS, RiceSetting, nulls, recipe, rice
 
 TOP, DRAWS = 2, 5
 N_PROBE, N_SELECT, N_REPORT, BATCH = 1000, 400, 1000, 256

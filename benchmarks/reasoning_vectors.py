@@ -28,8 +28,7 @@ from steer.decoding import PromptStyle
 from steer.deltas import WeightDelta, add, dialled, open_delta, random_like, shuffled_layers
 from steer.evaluation import solve
 from steer.methods.cot_valve import length_dial
-from steer.training import train_donor
-from steer.training.donors import KINDS
+from steer.training import DONORS, train_donor
 
 STRENGTHS = (-1.0, 0.25, 0.5, 1.0)
 SETTINGS = (-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
@@ -45,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     console, facts = Console(width=150), []
     for seed, organism in enumerate(options.organisms):
-        places = {kind: options.donors / Path(organism).name / kind for kind in KINDS}
+        places = {kind: options.donors / Path(organism).name / kind for kind in DONORS}
         for kind, place in places.items():
             if not place.exists():
                 train_donor(kind, place, start=organism, seed=seed)

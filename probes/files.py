@@ -1,7 +1,6 @@
 """Outputs that appear under their name whole or not at all, and readers that trust no file."""
 
 import glob
-import json
 import os
 import shutil
 import tempfile
@@ -11,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 try:
     import fcntl
@@ -93,29 +89,6 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield got
     finally:
         os.close(handle)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any] | None = None) -> None:
-    """A safetensors file; `words` travel in its header as JSON under the key `thinksteer`."""
-    metadata = None if words is None else {"thinksteer": json.dumps(words)}
-    with staged_file(path) as stage:
-        save_file(
-            {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()},
-            stage,
-            metadata,
-        )
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file, and its words. Raises ValueError where it is no whole file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            words = json.loads((file.metadata() or {}).get("thinksteer", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, words  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). It may be truncated: make it again."
-        ) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -20,3 +20,5 @@ from .recipes.scope import Scope as Scope
 from .runtime._applied import NeverFired as NeverFired
 from .runtime._applied import applied as applied
 from .tasks.named import task_named as task_named
+
+__version__: str

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 from probes.activations._record import record
 from probes.directions.provenance import Provenance
 from probes.directions.vector import check_number, check_row
-from probes.files import check_keys, read_tensors, write_tensors
+from probes.files import check_keys
 from probes.model.architectures import final_norm_of
 from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import decode
 from probes.tables import Shown, Table
+from probes.tensors import read_tensors, write_tensors
 from probes.thinking.spans import Span, text_span
 
 

@@ -1,10 +1,10 @@
+from ._separation import Evidence as Evidence
+from ._separation import LayerEvidence as LayerEvidence
+from ._separation import auroc as auroc
+from ._separation import evidence_for as evidence_for
+from ._separation import separation as separation
 from .association import Association as Association
 from .association import associate as associate
 from .association import mutual_information as mutual_information
 from .association import npmi as npmi
 from .association import risk_difference as risk_difference
-from .separation import Evidence as Evidence
-from .separation import LayerEvidence as LayerEvidence
-from .separation import auroc as auroc
-from .separation import evidence_for as evidence_for
-from .separation import separation as separation

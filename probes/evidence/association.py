@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Real
-from scipy.special import xlogy
-from scipy.stats import false_discovery_control, norm
 
 from probes.activations.experts import ExpertReading
+from probes.late import special, stats
 from probes.model.routers import Expert
 from probes.tables import Shown, Table
 
@@ -57,7 +56,7 @@ def mutual_information(k: Counts, routed: Counts, markers: Counts, tokens: Count
     for count, is_marker, is_chosen in cells:
         p = count / tokens
         alone = (markers if is_marker else tokens - markers) * (routed if is_chosen else tokens - routed) / tokens**2
-        total = total + xlogy(p, np.where(p > 0, p / np.where(alone > 0, alone, 1), 1))
+        total = total + special.xlogy(p, np.where(p > 0, p / np.where(alone > 0, alone, 1), 1))
     return total / np.log(2)
 
 
@@ -168,7 +167,7 @@ def associate(
     score = np.tensordot(weights, each, 1)
     drawn = _resampled(counts, tokens, weights, draws, seed)
     q = np.full(score.shape, np.nan)
-    q[kept] = false_discovery_control(_p_of_none(counts, tokens, weights)[kept])
+    q[kept] = stats.false_discovery_control(_p_of_none(counts, tokens, weights)[kept])
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     hidden = np.where(kept, 0.0, np.nan)
     return Association(
@@ -194,7 +193,7 @@ def _p_of_none(counts: np.ndarray, tokens: np.ndarray, signs: np.ndarray) -> Flo
     excess = (counts[:, 1:] - markers * routed / total).sum(0)
     spread = markers * (total - markers) * routed * (total - routed) / (total**2 * np.maximum(total - 1, 1))
     z = excess / np.sqrt(np.maximum(spread.sum(0), np.finfo(float).tiny))
-    return 2 * norm.sf(np.abs(np.tensordot(np.sign(signs), z, 1)) / np.sqrt(len(signs)))
+    return 2 * stats.norm.sf(np.abs(np.tensordot(np.sign(signs), z, 1)) / np.sqrt(len(signs)))
 
 
 def _npmi_of(

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from jaxtyping import Float
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from probes.figures.plots import Dose
@@ -25,6 +23,7 @@ from probes.figures.style import (
     escaped,
     see_through,
 )
+from probes.late import go, subplots
 from probes.model.routers import Expert
 
 Grid = Sequence[Sequence[Number]] | Float[np.ndarray, "rows columns"] | Float[Tensor, "rows columns"]
@@ -33,7 +32,7 @@ _LOAD = [[0, see_through(BLUE, 0.06)], [1, BLUE]]
 
 def scores_figure(
     scores: Mapping[str, Grid], layers: Sequence[int], *, outlined: Sequence[Expert] = (), title: str = ""
-) -> go.Figure:
+) -> "go.Figure":
     """Grids of one number for each expert, layers downwards, one grid above the other: nPMI by marker, or a score.
 
     Orange is positive, blue negative, on one scale; `outlined` experts are outlined. NaN leaves a cell empty.
@@ -44,7 +43,7 @@ def scores_figure(
 
 def loads_figure(
     loads: Mapping[str, Grid], layers: Sequence[int], *, outlined: Sequence[Expert] = (), title: str = ""
-) -> go.Figure:
+) -> "go.Figure":
     """Grids of the share of tokens that choose each expert, layers downwards: one for each phase, on one scale."""
     largest = max((float(np.nanmax(_array(grid))) for grid in loads.values()), default=1.0)
     return _grids(loads, layers, _LOAD, (0.0, largest), outlined, title)
@@ -52,7 +51,7 @@ def loads_figure(
 
 def usage_figure(
     weights: Grid, experts: Sequence[str], tokens: Sequence[str], *, marked: Sequence[int] = (), title: str = ""
-) -> go.Figure:
+) -> "go.Figure":
     """The routing weight of some experts (rows) at each token of one chain (columns); lines stand at `marked` places,
     such as the delimiters of the thinking."""
     figure = blank("token", "expert", title=title)
@@ -77,12 +76,12 @@ def usage_figure(
     return figure
 
 
-def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = None, title: str = "") -> go.Figure:
+def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = None, title: str = "") -> "go.Figure":
     """Thinking tokens and accuracy against strength, which doubles from tick to tick; one line for each name.
 
     `plain` is the model with nothing done, drawn across.
     """
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    figure = subplots.make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     dress(figure, title)
     for i, (name, doses) in enumerate(series.items()):
         found = sorted(doses, key=lambda dose: dose.strength)
@@ -118,8 +117,8 @@ def _grids(
     limits: tuple[float, float],
     outlined: Sequence[Expert],
     title: str,
-) -> go.Figure:
-    figure = make_subplots(
+) -> "go.Figure":
+    figure = subplots.make_subplots(
         rows=len(grids), cols=1, shared_xaxes=True, vertical_spacing=0.3 / (len(grids) + 1),
         subplot_titles=[escaped(name) for name in grids],
     )  # fmt: skip

@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
 from probes.figures.style import (
     BLUE,
     CYCLE,
@@ -24,6 +21,7 @@ from probes.figures.style import (
     escaped,
     see_through,
 )
+from probes.late import go, subplots
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def evidence_figure(
     null: Sequence[Range] = (),
     random: Sequence[Range] = (),
     confounds: Mapping[str, Sequence[Number]] | None = None,
-) -> go.Figure:
+) -> "go.Figure":
     """Held-out AUROC layer by layer, over what shuffled labels and random directions reach, beside the confounds."""
     figure = blank("layer", "held-out AUROC")
     for band, name, colour in ((null, "shuffled labels", PINK), (random, "random directions", GREY)):
@@ -74,7 +72,7 @@ def evidence_figure(
 
 def heads_figure(
     scores: Sequence[Sequence[Number]], *, edited: Sequence[Sequence[int]] = (), title: str = ""
-) -> go.Figure:
+) -> "go.Figure":
     """One cell a head, layers downwards; orange is positive, blue negative, and the edited heads are outlined."""
     largest = max((abs(score) for row in scores for score in row if score is not None), default=0.0) or 1.0
     figure = blank("head", "layer", title=title)
@@ -98,7 +96,7 @@ def heads_figure(
     return figure
 
 
-def arms_figure(points: Sequence[Point]) -> go.Figure:
+def arms_figure(points: Sequence[Point]) -> "go.Figure":
     """Accuracy against thinking length, with the accuracy's interval: a colour an arm, filled for the first group.
 
     A line joins the first group's Pareto front: the arms that no other beats in both.
@@ -143,9 +141,9 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 def grids_figure(
     grids: Mapping[str, Sequence[Sequence[Number]]], *, down: Sequence[str], across: Sequence[str]
-) -> go.Figure:
+) -> "go.Figure":
     """Heatmaps side by side, with the same rows and columns. The first holds sizes, the others cosines."""
-    figure = make_subplots(
+    figure = subplots.make_subplots(
         rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=[escaped(g) for g in grids]
     )
     dress(figure, "")
@@ -174,9 +172,9 @@ def grids_figure(
 
 def sweep_figure(
     direction: Sequence[Dose], random: Sequence[Dose], *, name: str = "length direction", title: str = ""
-) -> go.Figure:
+) -> "go.Figure":
     """Thinking tokens and accuracy against strength: along the direction, and along random ones of its norm."""
-    figure = make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
+    figure = subplots.make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     dress(figure, title)
     series = ((random, "random directions, same norm", GREY, "dash"), (direction, name, BLUE, "solid"))
     for doses, name, colour, dash in series if random else series[1:]:
@@ -201,7 +199,7 @@ def sweep_figure(
     return figure
 
 
-def _add_band(figure: go.Figure, x: Sequence[int], band: Sequence[Range], name: str, colour: str) -> None:
+def _add_band(figure: "go.Figure", x: Sequence[int], band: Sequence[Range], name: str, colour: str) -> None:
     """A filled outline: up along the upper bounds, back along the lower ones."""
     around = [*x, *reversed(x)]
     outline = [*(high for _, high in band), *(low for low, _ in reversed(band))]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import plotly.graph_objects as go
+from probes.late import go
 
 Number = float | int | None
 Range = Sequence[Number]
@@ -17,7 +17,7 @@ DASHES = ("dot", "dash", "dashdot", "longdash", "longdashdot")
 GRID = "rgba(134,134,134,0.28)"
 
 
-def blank(x: str, y: str, *, title: str = "") -> go.Figure:
+def blank(x: str, y: str, *, title: str = "") -> "go.Figure":
     figure = go.Figure()
     dress(figure, title)
     for axes, name in ((figure.update_xaxes, x), (figure.update_yaxes, y)):
@@ -25,7 +25,7 @@ def blank(x: str, y: str, *, title: str = "") -> go.Figure:
     return figure
 
 
-def dress(figure: go.Figure, title: str) -> None:
+def dress(figure: "go.Figure", title: str) -> None:
     """No paper and no template: mid-grey words, which read on white and on black."""
     figure.update_layout(
         template="none",

@@ -5,15 +5,17 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from transformers import PreTrainedModel
 
-from probes.generation.sampling import Sampling
+import probes.generation
+import steer.tasks
 from probes.tables import Table
-from steer.tasks.task import SPLITS, Split, Task
+
+if TYPE_CHECKING:
+    import transformers
 
 console = Console(width=None if sys.stdout.isatty() else 180)
 
@@ -44,14 +46,19 @@ def end(table: Table, facts: Mapping[str, Any], as_json: bool) -> None:
 
 
 def sampling_of(
-    model: PreTrainedModel, task: Task, *, max_new_tokens: int | None, temperature: float | None, seed: int
-) -> Sampling:
+    model: "transformers.PreTrainedModel",
+    task: "steer.tasks.Task",
+    *,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    seed: int,
+) -> "probes.generation.Sampling":
     """The model's own sampling, but for what was asked for."""
-    sampling = Sampling.of(model, max_new_tokens=max_new_tokens or task.max_new_tokens, seed=seed)
+    sampling = probes.generation.Sampling.of(model, max_new_tokens=max_new_tokens or task.max_new_tokens, seed=seed)
     return sampling if temperature is None else replace(sampling, temperature=temperature)
 
 
-def split_named(name: str) -> Split:
-    if name not in SPLITS:
-        raise ValueError(f"{name!r} is not a split. Known: {', '.join(SPLITS)}.")
+def split_named(name: str) -> "steer.tasks.Split":
+    if name not in steer.tasks.SPLITS:
+        raise ValueError(f"{name!r} is not a split. Known: {', '.join(steer.tasks.SPLITS)}.")
     return name

@@ -17,5 +17,6 @@ from .recipe import RecipeDelta as RecipeDelta
 from .recipe import recipe_delta as recipe_delta
 from .stored import SHIPPED as SHIPPED
 from .stored import Stored as Stored
+from .stored import dtype_named as dtype_named
 from .stored import open_delta as open_delta
 from .stored import save as save

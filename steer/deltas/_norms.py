@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from plotly.graph_objects import Figure
 from torch import Tensor
 
 from probes.figures.plots import grids_figure
+from probes.late import go
 from probes.tables import Table
 from steer.checkpoints.checkpoint import blocks
 from steer.deltas.delta import WeightDelta
@@ -42,7 +42,7 @@ def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -
     return Table(("layer", "module", "tensors", "norm", *(f"cosine to {name}" for name in others)), tuple(rows))
 
 
-def figure_of(table: Table) -> Figure:
+def figure_of(table: Table) -> "go.Figure":
     """The table of `norms` as a picture: ‖Δ‖ by kind of module and layer, and beside it each cosine."""
     cells = {row[:2]: row[3:] for row in table.rows[:-1]}
     layers, kinds = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))

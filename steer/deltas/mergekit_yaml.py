@@ -1,14 +1,13 @@
 """A sum of checkpoints in mergekit's words, for the methods that are mergekit's own: TIES, DARE, SLERP."""
 
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from steer.checkpoints.checkpoint import Checkpoint
 from steer.deltas.delta import WeightDelta
 
-Method = Literal["linear", "task_arithmetic", "ties", "dare_ties", "dare_linear", "slerp"]
-METHODS: tuple[Method, ...] = ("linear", "task_arithmetic", "ties", "dare_ties", "dare_linear", "slerp")
+METHODS = ("linear", "task_arithmetic", "ties", "dare_ties", "dare_linear", "slerp")
 
 
 def to_mergekit(
@@ -16,7 +15,7 @@ def to_mergekit(
     delta: WeightDelta,
     *,
     strength: float = 1.0,
-    method: Method = "linear",
+    method: str = "linear",
     density: float | None = None,
     dtype: str = "bfloat16",
 ) -> str:

@@ -115,6 +115,14 @@ def save(
     return open_delta(folder)
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """A dtype that a delta is stored in, by its name. Raises ValueError for another."""
+    for known in WHOLE.values():
+        if str(known) == f"torch.{name}":
+            return known
+    raise ValueError(f"{name!r} is no dtype that a delta is stored in: float32, bfloat16 or float16.")
+
+
 def open_delta(folder: str | Path) -> WeightDelta:
     """A delta of ours, a PEFT LoRA adapter, or one of `SHIPPED` by name (see `steer.training.donors`).
 

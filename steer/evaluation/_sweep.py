@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import plotly.graph_objects as go
 import torch
 from transformers import PreTrainedModel
 
 from probes.directions.direction import Direction, difference_in_means, random_direction
 from probes.figures.plots import Point, arms_figure
 from probes.generation.sampling import Sampling
+from probes.late import go
 from probes.model.sites import Site
 from probes.tables import Brief, Shown, Table
 from probes.thinking.spans import Span
@@ -65,7 +65,7 @@ class Sweep(Shown):
         found = self.report.table()
         return replace(found, title=f"{found.title}: strength {self.selected:g} chosen on the selection split")
 
-    def figure(self) -> go.Figure:
+    def figure(self) -> "go.Figure":
         """Accuracy against thinking length of every arm on the report split, with the Pareto front."""
         scores = {name: self.report.score(name) for name in self.report.arms}
         return arms_figure([Point(name, s.length, s.accuracy, s.interval) for name, s in scores.items()])

@@ -5,18 +5,19 @@ from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import binomtest, bootstrap, false_discovery_control, ttest_1samp, wilcoxon
+
+from probes.late import stats
 
 
 def interval_of_mean(per_problem: Float[np.ndarray, " problems"]) -> tuple[float, float]:
-    """95 % percentile bootstrap over problems (Efron 1979), 2,000 resamples, seed 0.
+    """95 % percentile stats.bootstrap over problems (Efron 1979), 2,000 resamples, seed 0.
 
-    Of differences of two arms, problem by problem, it is the paired bootstrap. NaN for fewer than two problems.
+    Of differences of two arms, problem by problem, it is the paired stats.bootstrap. NaN for fewer than two problems.
     """
     if len(per_problem) < 2:
         return float("nan"), float("nan")
     rng = np.random.default_rng(0)
-    result = bootstrap((per_problem,), np.mean, n_resamples=2_000, method="percentile", rng=rng)
+    result = stats.bootstrap((per_problem,), np.mean, n_resamples=2_000, method="percentile", rng=rng)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -33,8 +34,8 @@ def paired_p(own: Bool[np.ndarray, "problems samples"], other: Bool[np.ndarray, 
     if not differences.any():
         return 1.0
     if own.shape[1] == other.shape[1]:
-        return float(wilcoxon(differences).pvalue)
-    return float(ttest_1samp(differences, 0.0).pvalue)
+        return float(stats.wilcoxon(differences).pvalue)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def mcnemar(own: Bool[np.ndarray, " problems"], other: Bool[np.ndarray, " problems"]) -> float:
@@ -45,7 +46,7 @@ def mcnemar(own: Bool[np.ndarray, " problems"], other: Bool[np.ndarray, " proble
 
 @lru_cache(maxsize=4096)  # a table of many arms asks for the same few
 def _half(gained: int, differing: int) -> float:
-    return float(binomtest(gained, differing).pvalue)
+    return float(stats.binomtest(gained, differing).pvalue)
 
 
 def adjusted(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -55,4 +56,4 @@ def adjusted(p_values: Mapping[str, float]) -> dict[str, float]:
     """
     if not p_values:
         return {}
-    return dict(zip(p_values, false_discovery_control(list(p_values.values())).tolist(), strict=True))
+    return dict(zip(p_values, stats.false_discovery_control(list(p_values.values())).tolist(), strict=True))

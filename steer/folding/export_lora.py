@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.files import staged_folder, write_tensors
+from probes.files import staged_folder
 from probes.model.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first
 from probes.model.loading import origin_of
 from probes.model.paths import path_of
 from probes.model.sites import Site
 from probes.tables import Brief
+from probes.tensors import write_tensors
 from steer.checkpoints._diff import Difference, TensorDifference
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push

@@ -1,36 +1,16 @@
 """Files for the neighbours: a recipe as other tools steer with it, and back."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
 
 from transformers import PreTrainedModel
 
-from steer.interop import easysteer, lm_eval, vllm_lens
-from steer.interop import gguf_vectors as gguf
 from steer.interop.contents import read_json
+from steer.interop.table import FORMATS, Format
 from steer.recipes.recipe import Recipe
-
-__all__ = ["FORMATS", "Format", "export_recipe", "import_recipe"]
-
-
-@dataclass(frozen=True)
-class Format:
-    """Who reads it, what its files are called, how it is written and read, and the key that tells its JSON."""
-
-    readers: str
-    suffixes: tuple[str, ...]
-    write: Callable[..., None]
-    read: Callable[..., Recipe]
-    key: str = ""
-
-
-FORMATS: dict[str, Format] = {
-    gguf.NAME: Format("llama.cpp, repeng, EasySteer", (".gguf",), gguf.write, gguf.read),
-    easysteer.NAME: Format("EasySteer", (".json",), easysteer.write, easysteer.read, "vectors"),
-    vllm_lens.NAME: Format("vllm-lens", (".json",), vllm_lens.write, vllm_lens.read, "activations"),
-    lm_eval.NAME: Format("lm-eval, model type `steered`", (".pt", ".pth"), lm_eval.write, lm_eval.read),
-}
 
 
 def export_recipe(recipe: Recipe, path: str | Path, format: str, *, model: PreTrainedModel | None = None) -> None:
@@ -47,10 +27,11 @@ def export_recipe(recipe: Recipe, path: str | Path, format: str, *, model: PreTr
         raise FileExistsError(f"{path} exists. Name another output, or remove it first.")
     if model is not None:
         recipe.check(model)
-    if format == lm_eval.NAME:
-        lm_eval.write(recipe, path, model=model)
+    write = _module(known).write
+    if "model" in signature(write).parameters:
+        write(recipe, path, model=model)
     else:
-        known.write(recipe, path)
+        write(recipe, path)
 
 
 def import_recipe(path: str | Path, model: PreTrainedModel, format: str | None = None, *, shift: int = 0) -> Recipe:
@@ -63,12 +44,16 @@ def import_recipe(path: str | Path, model: PreTrainedModel, format: str | None =
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
     format = _told(path) if format is None else format
-    read = _format(format).read
-    if format == gguf.NAME:
+    read: Callable[..., Recipe] = _module(_format(format)).read
+    if "shift" in signature(read).parameters:
         return read(path, model, shift=shift)
     if shift:
         raise ValueError(f"shift is for GGUF files: the layers of {format} are counted from 0.")
     return read(path, model)
+
+
+def _module(format: Format) -> ModuleType:
+    return import_module(f"steer.interop.{format.module}")
 
 
 def _format(name: str) -> Format:

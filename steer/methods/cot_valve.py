@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Shaped
-from plotly.graph_objects import Figure
 from transformers import PreTrainedModel
 
 from probes.figures.plots import Dose, sweep_figure
 from probes.files import staged_file
 from probes.generation.completions import Completion, by_problem
 from probes.generation.sampling import Sampling
+from probes.late import go
 from probes.tables import Shown, Table
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
@@ -68,7 +68,7 @@ class LengthDial(Shown):
         title = f"n={len(self.problems)}; a larger strength thinks {self.polarity}"
         return Table(("strength", "accuracy [95 %]", "thinking tokens [95 %]", "truncated"), tuple(rows), title)
 
-    def figure(self) -> Figure:
+    def figure(self) -> "go.Figure":
         """Length and accuracy against strength."""
         doses = [
             Dose(

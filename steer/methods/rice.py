@@ -15,7 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 from transformers import PreTrainedModel
 
 from probes.activations.experts import ExpertCounts, read_experts
@@ -23,6 +22,7 @@ from probes.evidence.association import Association, associate
 from probes.figures.experts import doses_figure
 from probes.figures.plots import Dose
 from probes.generation.sampling import Sampling
+from probes.late import go
 from probes.model.loading import delimiters_of, load, tokenizer_of
 from probes.model.routers import Expert
 from probes.model.tokens import decode
@@ -115,7 +115,7 @@ class RiceRun(Shown):
             self.model, self.recipe, folder, sections=sections, extras={"rice.json": json.dumps(self.to_dict()) + "\n"}
         )
 
-    def figure(self) -> go.Figure:
+    def figure(self) -> "go.Figure":
         """Thinking tokens and accuracy on the report split against the strength, beside the controls of the chosen."""
         strength, top = self.selected.strength, f"top {self.selected.top} × "
         doses = [arm for arm in self.report.arms if arm.startswith(top) and "," not in arm]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from probes.activations.heads import Head
 from probes.directions.direction import Direction
-from probes.evidence.separation import separation
+from probes.evidence._separation import separation
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.loading import load

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from probes.directions.direction import Direction
-from probes.evidence.separation import project
+from probes.evidence._separation import project
 from probes.generation.completions import Completion
 from probes.model.hooks import captured, forward_through
 from probes.model.loading import tokenizer_of

@@ -8,8 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from probes.late import go, offline
 
 _WATCH = """document.documentElement.dataset.errors = 0;
 for (const kind of ["error", "unhandledrejection", "securitypolicyviolation"])
@@ -28,7 +27,7 @@ def page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_style()}</style><script>{_WATCH}</script><script>{get_plotlyjs()}</script></head><body>"
+        f"<style>{_style()}</style><script>{_WATCH}</script><script>{offline.get_plotlyjs()}</script></head><body>"
         f"<header><h1>{escape(title)}</h1></header><nav>{links}</nav><main>{bodies}</main>"
         "<footer>Made with ThinkSteer. The figures need JavaScript; the tables do not.</footer>"
         f"<script>{_DRAW}</script></body></html>\n"
@@ -54,7 +53,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, prose: bool 
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def plot(figure: go.Figure) -> str:
+def plot(figure: "go.Figure") -> str:
     """A figure's data, beside the place it is drawn at. Plotly leaves no `<` in it that could close the script."""
     height = int(figure.layout.height)
     data = f'<script type="application/json">{figure.to_json()}</script>'
@@ -98,6 +97,6 @@ def _style() -> str:
 @cache
 def _policy() -> str:
     """Nothing may be fetched, and no script may run but the page's own three, known by their checksums."""
-    digests = (sha256(script.encode()).digest() for script in (_WATCH, get_plotlyjs(), _DRAW))
+    digests = (sha256(script.encode()).digest() for script in (_WATCH, offline.get_plotlyjs(), _DRAW))
     own = " ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests)
     return f"default-src 'none'; script-src {own}; style-src 'unsafe-inline'; img-src data: blob:"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from probes.evidence.separation import evidence_for
+from probes.evidence._separation import evidence_for
 from probes.files import check_keys
 from probes.model.loading import identity_of
 from probes.tables import Brief

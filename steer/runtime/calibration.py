@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from scipy.optimize import brentq
 from transformers import PreTrainedModel
 
+from probes.late import optimize
 from probes.thinking.spans import Span
 from steer.interventions.activation import Add
 from steer.interventions.routing import Forbid, Force
@@ -57,7 +57,7 @@ def calibrated(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], kl
                 f"No strength up to {LARGEST_FACTOR:g} times the recipe's moves the next token by {kl} nats on these "
                 "prompts. Does its scope reach the positions that are read?"
             )
-    found = scaled(recipe, math.exp(brentq(excess, low, high, xtol=1e-3)))
+    found = scaled(recipe, math.exp(optimize.brentq(excess, low, high, xtol=1e-3)))
     reached = divergence(model, found, spans)
     if not 0.9 < reached / kl < 1.1:
         raise ValueError(

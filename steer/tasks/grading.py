@@ -2,6 +2,7 @@
 
 from probes.generation.completions import Completion
 from steer.tasks.answers import last_boxed, letter_of, number_of, stated
+from steer.tasks.gym import scores_fully
 from steer.tasks.task import Grader, Problem
 
 
@@ -23,8 +24,6 @@ def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool
         case "choice":
             return letter_of(answer) == problem.answer
         case "gym":
-            from steer.tasks.gym import scores_fully
-
             return scores_fully(answer, problem)
         case "math":
             return _equal_as_mathematics(problem.answer, answer)

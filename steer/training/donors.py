@@ -22,7 +22,7 @@ from steer.training._fit import fit, training_batches
 from steer.training.grpo import train_grpo
 from steer.training.organism import STYLES, draw_opener, written
 
-KINDS = ("rl", "sft", "target")
+DONORS = ("rl", "sft", "target")
 P_STYLE = (0.25, 0.05, 0.70)  # long, check, short
 STEPS = {"sft": 300, "target": 600}
 RATE = 3e-4  # as of reinforcement; at 1e-3 the differences are larger, and add up worse
@@ -40,8 +40,8 @@ def train_donor(kind: str, folder: str | Path, *, start: str | Path = "organism"
     Beside it lies `donor.json`: what it is, and how its reward went. Raises ValueError for an unknown kind,
     FileExistsError where the folder exists.
     """
-    if kind not in KINDS:
-        raise ValueError(f"{kind!r} is no donor. Known: {', '.join(KINDS)}.")
+    if kind not in DONORS:
+        raise ValueError(f"{kind!r} is no donor. Known: {', '.join(DONORS)}.")
     if Path(folder).exists():
         raise FileExistsError(f"{folder} exists. Name another output folder, or remove it first.")
     model = load(start)

@@ -14,14 +14,14 @@ from probes.activations.moments import Moments
 from probes.directions.components import on_manifold, principal_components
 from probes.directions.direction import Direction, direction_between, random_direction
 from probes.directions.length_probe import fit_length
-from probes.evidence.separation import auroc
-from probes.files import read_tensors, write_tensors
+from probes.evidence._separation import auroc
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.loading import identity_of, tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import ThinkingSpan
 from probes.tables import Table
+from probes.tensors import read_tensors, write_tensors
 from probes.thinking.spans import Span, text_span
 
 A = ["w7 w8 w9 w10 w11 w12", "w20", "w13 w14"]

@@ -5,7 +5,7 @@ import torch
 from families import build
 from scipy.stats import binom
 
-from probes.evidence.separation import auroc, evidence_for, evidence_of, halves_of
+from probes.evidence._separation import auroc, evidence_for, evidence_of, halves_of
 from probes.model.sites import Site
 from probes.thinking.spans import Span
 

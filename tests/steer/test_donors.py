@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
 from probes.model.loading import load, tokenizer_of
-from steer.cli.methods.donors import donors_
+from steer.cli.methods.organism import donors_
 from steer.deltas._norms import norms
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
@@ -105,8 +105,8 @@ def test_the_command_trains_what_is_not_there_and_each_is_a_checkpoint_of_its_ow
     for _ in range(2):
         result = CliRunner().invoke(app, ["-o", str(tmp_path), "--seed", "4"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-    facts = {kind: json.loads((tmp_path / kind / "donor.json").read_text()) for kind in donors.KINDS}
-    assert [(f["kind"], f["start"], f["seed"]) for f in facts.values()] == [(k, "organism", 4) for k in donors.KINDS]
+    facts = {kind: json.loads((tmp_path / kind / "donor.json").read_text()) for kind in donors.DONORS}
+    assert [(f["kind"], f["start"], f["seed"]) for f in facts.values()] == [(k, "organism", 4) for k in donors.DONORS]
     assert len(facts["rl"]["reward"]) == 1
     for one, other in (("sft", "organism"), ("target", "organism"), ("sft", "target")):
         two = (place if place == "organism" else tmp_path / place for place in (one, other))

@@ -7,10 +7,10 @@ import torch
 import yaml
 from families import build
 
-from probes.files import read_tensors, write_tensors
 from probes.model.hooks import attached, captured
 from probes.model.loading import identity_of
 from probes.model.sites import Site
+from probes.tensors import read_tensors, write_tensors
 from steer.interventions.activation import Ablate, Add, Clamp
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from probes.evidence.separation import project
+from probes.evidence._separation import project
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
 from probes.model.loading import tokenizer_of
 from probes.thinking.spans import Span

@@ -8,9 +8,9 @@ import yaml
 from families import SPECIAL, build, build_tokenizer
 
 from probes.directions.direction import direction_between
-from probes.files import read_tensors, write_tensors
 from probes.model.loading import load, tokenizer_of
 from probes.model.sites import Site
+from probes.tensors import read_tensors, write_tensors
 from steer.interventions.activation import Add, Rotate, Scale
 from steer.recipes.condition import Condition
 from steer.recipes.controller import Controller, Schedule

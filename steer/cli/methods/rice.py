@@ -5,8 +5,12 @@ from typing import Annotated
 
 import typer
 
-from probes.files import staged_folder
-from probes.model.loading import load
+import probes.files
+import probes.model
+import steer.decoding
+import steer.methods
+import steer.recipes
+import steer.tasks
 from steer.cli.options import (
     BatchSize,
     Delimit,
@@ -22,11 +26,6 @@ from steer.cli.options import (
     end,
     sampling_of,
 )
-from steer.decoding.named import control_named
-from steer.methods.cot_valve import STRENGTHS
-from steer.methods.rice import TOP, rice
-from steer.recipes.scope import Scope
-from steer.tasks.named import task_named
 
 
 def rice_(
@@ -72,17 +71,20 @@ def rice_(
     if output.exists():
         raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
     signs = None if marker is None else dict(map(signed, marker))
-    controls = {words: control_named(words) for words in control or ("wait:1", "close:-2")}
-    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
+    controls = {words: steer.decoding.control_named(words) for words in control or ("wait:1", "close:-2")}
+    loaded, source = (
+        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
+        steer.tasks.task_named(task),
+    )
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     kept = output.with_name(f"{output.name}.completions")
-    run = rice(
+    run = steer.methods.rice.rice(
         loaded,
         source,
         signs=signs,
-        top=top or TOP,
-        strengths=strength or STRENGTHS,
-        scope=Scope.of(scope),
+        top=top or steer.methods.rice.TOP,
+        strengths=strength or steer.methods.rice.STRENGTHS,
+        scope=steer.recipes.Scope.of(scope),
         controls=controls,
         n_probe=n_probe,
         n_select=n_select,
@@ -96,7 +98,7 @@ def rice_(
         seed=seed,
     )
     facts = run.to_dict()
-    with staged_folder(output) as stage:
+    with probes.files.staged_folder(output) as stage:
         run.recipe.write(stage)
         (stage / "rice.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
     console.print(run.association.table())

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from probes.generation.sampling import Sampling
-from probes.model.loading import load
+import probes.generation
+import probes.model
+import steer.evaluation
+import steer.recipes
 from steer.cli.options import Delimit, DeviceMap, Dtype, Json, Model, console, end
-from steer.evaluation._compare import compare
-from steer.recipes.recipe import Recipe
 
 
 def compare_(
@@ -26,10 +26,10 @@ def compare_(
     as_json: Json = False,
 ) -> None:
     """Plain and steered completions side by side, and what the recipe touched."""
-    loaded = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
-    sampling = Sampling.of(loaded, max_new_tokens=max_new_tokens, seed=seed)
+    loaded = probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
+    sampling = probes.generation.Sampling.of(loaded, max_new_tokens=max_new_tokens, seed=seed)
     sampling = sampling if temperature is None else replace(sampling, temperature=temperature)
-    found = compare(loaded, Recipe.load(recipe), prompt, sampling=sampling)
+    found = steer.evaluation.compare(loaded, steer.recipes.Recipe.load(recipe), prompt, sampling=sampling)
     console.print(found.table())
     fired = found.fired.table()
     facts = {

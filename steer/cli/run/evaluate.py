@@ -5,7 +5,11 @@ from typing import Annotated
 
 import typer
 
-from probes.model.loading import load
+import probes.model
+import steer.decoding
+import steer.evaluation
+import steer.recipes
+import steer.tasks
 from steer.cli.options import (
     BatchSize,
     Count,
@@ -24,11 +28,6 @@ from steer.cli.options import (
     sampling_of,
     split_named,
 )
-from steer.decoding.named import control_named, prompt_named
-from steer.evaluation._evaluate import Arm, evaluate
-from steer.evaluation.nulls import N_JUDGED, plain_spans, random_arms
-from steer.recipes.recipe import Recipe
-from steer.tasks.named import task_named
 
 
 def evaluate_(
@@ -59,25 +58,31 @@ def evaluate_(
 ) -> None:
     """Accuracy, thinking length and truncation of a model, of recipes on it beside random directions of the same norm
     and of the same effect on the next token, of decoding controls, of prompts, and of other checkpoints, in pairs."""
-    arms: dict[str, Arm] = {words: control_named(words) for words in control or []}
-    arms |= {words: prompt_named(words) for words in prompt or []}
-    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
-    recipes = {str(path): Recipe.load(path) for path in recipe or []}
+    arms: dict[str, steer.evaluation.Arm] = {words: steer.decoding.control_named(words) for words in control or []}
+    arms |= {words: steer.decoding.prompt_named(words) for words in prompt or []}
+    loaded, source = (
+        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
+        steer.tasks.task_named(task),
+    )
+    recipes = {str(path): steer.recipes.Recipe.load(path) for path in recipe or []}
     for own in recipes.values():
         own.check(loaded)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    nulls: dict[str, list[Recipe]] = {}
+    nulls: dict[str, list[steer.recipes.Recipe]] = {}
     if recipes and draws:
-        judged = plain_spans(loaded, source.sample(N_JUDGED, "select", seed=seed), sampling, batch_size)
+        judged = steer.evaluation.nulls.plain_spans(
+            loaded, source.sample(steer.evaluation.nulls.N_JUDGED, "select", seed=seed), sampling, batch_size
+        )
         for name, own in recipes.items():
-            found, notes = random_arms(loaded, name, own, draws, judged)
+            found, notes = steer.evaluation.nulls.random_arms(loaded, name, own, draws, judged)
             nulls |= found
             for note in notes:
                 console.print(note)
     others = {
-        str(path): load(path, dtype=dtype, device_map=device_map, delimiters=delimiters) for path in checkpoint or []
+        str(path): probes.model.load(path, dtype=dtype, device_map=device_map, delimiters=delimiters)
+        for path in checkpoint or []
     }
-    result = evaluate(
+    result = steer.evaluation.evaluate(
         loaded,
         source,
         source.sample(n, split_named(split), seed=seed),

@@ -6,11 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from probes.directions.direction import Direction
-from probes.files import staged_folder
-from probes.model.loading import load
-from probes.model.sites import Site
-from probes.thinking.spans import text_spans
+import probes.directions
+import probes.files
+import probes.model
+import probes.thinking
+import steer.evaluation
+import steer.interventions
+import steer.recipes
+import steer.tasks
 from steer.cli.options import (
     BatchSize,
     Delimit,
@@ -26,11 +29,6 @@ from steer.cli.options import (
     end,
     sampling_of,
 )
-from steer.evaluation._sweep import LabelledDirection, sweep
-from steer.interventions.activation import Add
-from steer.recipes.recipe import Recipe
-from steer.recipes.scope import Scope
-from steer.tasks.named import task_named
 
 
 def sweep_(
@@ -61,18 +59,26 @@ def sweep_(
     """
     if output.exists():
         raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
-    loaded, source = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters), task_named(task)
+    loaded, source = (
+        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
+        steer.tasks.task_named(task),
+    )
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     kept = output.with_name(f"{output.name}.completions")
-    contrast = LabelledDirection.of(
-        loaded, text_spans(loaded, positive), text_spans(loaded, negative), Site.parse(site)
+    contrast = steer.evaluation.LabelledDirection.of(
+        loaded,
+        probes.thinking.text_spans(loaded, positive),
+        probes.thinking.text_spans(loaded, negative),
+        probes.model.Site.parse(site),
     )
-    touched = Scope.of(scope)
+    touched = steer.recipes.Scope.of(scope)
 
-    def make(direction: Direction, size: float) -> Recipe:
-        return Recipe.of(loaded, [Add.of(direction, size)], scope=touched, method="strength sweep")
+    def make(direction: "probes.directions.Direction", size: float) -> "steer.recipes.Recipe":
+        return steer.recipes.Recipe.of(
+            loaded, [steer.interventions.Add.of(direction, size)], scope=touched, method="strength sweep"
+        )
 
-    found = sweep(
+    found = steer.evaluation.sweep(
         loaded,
         source,
         contrast,
@@ -94,7 +100,7 @@ def sweep_(
         "selection": found.selection.to_dict(),
         "report": found.report.to_dict(),
     }
-    with staged_folder(output) as stage:
+    with probes.files.staged_folder(output) as stage:
         make(contrast.direction, found.selected).write(stage)
         (stage / "sweep.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
     console.print(f"Chosen on the selection split: {found.selected:g}. Its recipe: {output}; completions: {kept}")

@@ -5,20 +5,19 @@ from typing import Annotated
 
 import typer
 
-from probes.model.loading import load
+import probes.model
+import steer.folding
+import steer.interop
+import steer.recipes
 from probes.tables import Table
 from steer.cli.options import Delimit, DeviceMap, Dtype, Json, Model, Output, end
-from steer.folding._export import export
-from steer.folding.export_lora import export_adapter
-from steer.interop.formats import FORMATS, export_recipe, import_recipe
-from steer.recipes.recipe import Recipe
 
-WEIGHTS = {"checkpoint": export, "adapter": export_adapter}
+WEIGHTS = ("checkpoint", "adapter")
 
 
 def export_(
     recipe: Annotated[Path, typer.Argument(help="A recipe folder.")],
-    to: Annotated[str, typer.Option(help=f"{', '.join((*FORMATS, *WEIGHTS))}.")],
+    to: Annotated[str, typer.Option(help=f"{', '.join((*steer.interop.FORMATS, *WEIGHTS))}.")],
     output: Output,
     model: Annotated[
         str | None, typer.Option(help="Needed to change weights; else the recipe is checked on it.")
@@ -31,19 +30,22 @@ def export_(
     as_json: Json = False,
 ) -> None:
     """A recipe as weights, or as the file that another tool steers with."""
-    if to not in (*FORMATS, *WEIGHTS):
-        raise ValueError(f"{to!r} is nothing to export to. Known: {', '.join((*FORMATS, *WEIGHTS))}.")
-    if to in FORMATS and (push_to is not None or public):
+    if to not in (*steer.interop.FORMATS, *WEIGHTS):
+        raise ValueError(f"{to!r} is nothing to export to. Known: {', '.join((*steer.interop.FORMATS, *WEIGHTS))}.")
+    if to in steer.interop.FORMATS and (push_to is not None or public):
         raise ValueError(f"--push-to and --public are for {' and '.join(WEIGHTS)}: {to} is one file.")
     if to in WEIGHTS and model is None:
         raise ValueError(f"--to {to} changes weights: name the model, --model NAME.")
-    whole = Recipe.load(recipe)
-    loaded = None if model is None else load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
-    if to in FORMATS:
-        export_recipe(whole, output, to, model=loaded)
+    whole = steer.recipes.Recipe.load(recipe)
+    loaded = (
+        None if model is None else probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
+    )
+    if to in steer.interop.FORMATS:
+        steer.interop.export_recipe(whole, output, to, model=loaded)
     else:
         assert loaded is not None
-        WEIGHTS[to](loaded, whole, output, push_to=push_to, private=not public)
+        write = steer.folding.export if to == "checkpoint" else steer.folding.export_adapter
+        write(loaded, whole, output, push_to=push_to, private=not public)
     rows = (("steps", len(whole.steps)), ("format", to), ("output", str(output)))
     end(Table(("Exported", str(recipe)), rows), dict(rows), as_json)
 
@@ -52,7 +54,9 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A neighbour's file.")],
     model: Model,
     output: Output,
-    format: Annotated[str | None, typer.Option(help=f"{', '.join(FORMATS)}; else told by the file.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help=f"{', '.join(steer.interop.FORMATS)}; else told by the file.")
+    ] = None,
     shift: Annotated[int, typer.Option(help="-1 for a GGUF file of llama.cpp's own generator.")] = 0,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
@@ -60,7 +64,7 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """A neighbour's file as a recipe for a model."""
-    loaded = load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
-    found = import_recipe(file, loaded, format, shift=shift)
+    loaded = probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
+    found = steer.interop.import_recipe(file, loaded, format, shift=shift)
     found.save(output)
     end(found.table(), {"steps": len(found.steps), "recipe": str(output)}, as_json)

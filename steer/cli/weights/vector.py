@@ -5,20 +5,15 @@ from typing import Annotated
 
 import typer
 
-from probes.files import staged_file
-from probes.model.loading import load
+import probes.files
+import probes.model
+import steer.checkpoints
+import steer.deltas
+import steer.recipes
 from probes.tables import Table
-from steer.checkpoints.checkpoint import WHOLE, Checkpoint
 from steer.cli.options import Json, Output, console, end
-from steer.deltas._add import Plan, add
-from steer.deltas._norms import figure_of, norms
-from steer.deltas.delta import WeightDelta
-from steer.deltas.mergekit_yaml import METHODS, Method, to_mergekit
-from steer.deltas.recipe import recipe_delta
-from steer.deltas.stored import Stored, open_delta, save
-from steer.recipes.recipe import Recipe
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
 Checkpoint_ = Annotated[str, typer.Argument(help="A checkpoint: a folder, or a hub id.")]
 Delta = Annotated[
@@ -44,17 +39,15 @@ def make(
     as_json: Json = False,
 ) -> None:
     """AFTER - BEFORE as a folder: its numbers, or of low rank, or as the names of the two."""
-    stored = next((known for known in WHOLE.values() if str(known) == f"torch.{dtype}"), None)
-    if stored is None:
-        raise ValueError(f"{dtype!r} is no dtype that a delta is stored in: float32, bfloat16 or float16.")
+    stored = steer.deltas.dtype_named(dtype)
     if before is not None and (Path(after) / "recipe.yaml").is_file():
-        delta = recipe_delta(load(before), Recipe.load(Path(after)))
+        delta = steer.deltas.recipe_delta(probes.model.load(before), steer.recipes.Recipe.load(Path(after)))
     else:
-        delta = open_delta(after) if before is None else WeightDelta.between(after, before)
+        delta = steer.deltas.open_delta(after) if before is None else steer.deltas.WeightDelta.between(after, before)
     if only or skip:
         delta = delta.selected(only or (), skip or ())
-    made = save(delta, output, rank=rank, dtype=stored, linked=linked)
-    kept = [term.source.kept_energy() for term in made.terms if isinstance(term.source, Stored)]
+    made = steer.deltas.save(delta, output, rank=rank, dtype=stored, linked=linked)
+    kept = [term.source.kept_energy() for term in made.terms if isinstance(term.source, steer.deltas.Stored)]
     facts = {"tensors": len(made.names), "kept energy": kept[0] if kept else 1.0}
     rows = (*facts.items(), *(("note", note) for note in made.notes))
     end(Table(("Delta", str(output)), rows), {**facts, "notes": list(made.notes)}, as_json)
@@ -73,12 +66,14 @@ def add_(
     as_json: Json = False,
 ) -> None:
     """TARGET + strength x DELTA as a checkpoint. Interrupted, the same command goes on at the last whole shard."""
-    found = open_delta(delta)
+    found = steer.deltas.open_delta(delta)
     if dry_run:
-        plan = Plan.of(target, found, strength=strength, only=only or (), skip=skip or ())
+        plan = steer.deltas.Plan.of(target, found, strength=strength, only=only or (), skip=skip or ())
         console.print(plan.needs())
     else:
-        plan = add(target, found, output, strength=strength, only=only or (), skip=skip or (), push_to=push_to)
+        plan = steer.deltas.add(
+            target, found, output, strength=strength, only=only or (), skip=skip or (), push_to=push_to
+        )
     facts = {"touched": len(plan.names), "tensors": sorted(plan.names), "bytes": plan.bytes, "notes": list(plan.notes)}
     end(plan.table(), facts, as_json)
 
@@ -91,10 +86,12 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Norms per layer and module, and cosines to other deltas."""
-    table = norms(open_delta(delta), {str(path): open_delta(path) for path in against or []})
+    table = steer.deltas.norms(
+        steer.deltas.open_delta(delta), {str(path): steer.deltas.open_delta(path) for path in against or []}
+    )
     if figure is not None:
-        with staged_file(figure) as stage:
-            figure_of(table).write_html(stage, include_plotlyjs=True)
+        with probes.files.staged_file(figure) as stage:
+            steer.deltas.figure_of(table).write_html(stage, include_plotlyjs=True)
     end(table, {"rows": [dict(zip(table.columns, row, strict=True)) for row in table.rows]}, as_json)
 
 
@@ -104,16 +101,18 @@ def to_mergekit_(
     delta: Annotated[Path, typer.Argument(help="A delta made with --linked.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="A YAML file; printed, if left out.")] = None,
     strength: Strength = 1.0,
-    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "linear",
+    method: Annotated[str, typer.Option(help="A method of mergekit: linear, ties, slerp and the like.")] = "linear",
     density: Annotated[float | None, typer.Option(help="Share of each difference that ties and dare keep.")] = None,
     dtype: str = "bfloat16",
 ) -> None:
     """The YAML for `mergekit-yaml`: TIES, DARE, SLERP and the like are mergekit's."""
-    found: Method | None = next((known for known in METHODS if known == method), None)
-    if found is None:
-        raise ValueError(f"{method!r} is no method known here. Known: {', '.join(METHODS)}.")
-    text = to_mergekit(
-        Checkpoint.open(target), open_delta(delta), strength=strength, method=found, density=density, dtype=dtype
+    text = steer.deltas.to_mergekit(
+        steer.checkpoints.Checkpoint.open(target),
+        steer.deltas.open_delta(delta),
+        strength=strength,
+        method=method,
+        density=density,
+        dtype=dtype,
     )
     if output is None:
         console.file.write(text)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.stats import mannwhitneyu, rankdata
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations._record import span_means
 from probes.directions.direction import Direction
+from probes.late import stats
 from probes.model.paths import sites_in
 from probes.model.sites import Site, SiteName
 from probes.tables import Shown, Table
@@ -198,7 +198,7 @@ def project(
 
 def auroc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
     """The chance that a positive value is above a negative one; ties count half."""
-    u = mannwhitneyu(np.asarray(positive), np.asarray(negative)).statistic
+    u = stats.mannwhitneyu(np.asarray(positive), np.asarray(negative)).statistic
     return float(u) / (len(positive) * len(negative))
 
 
@@ -220,7 +220,7 @@ def _contrast(labels: Bool[Tensor, "m n"]) -> Float[Tensor, "m n"]:
 
 def _aurocs(values: Float[Tensor, "m n"], labels: Bool[Tensor, "m n"]) -> Float[Tensor, " m"]:
     """AUROC of each row, from ranks; ties count half."""
-    ranks = torch.from_numpy(rankdata(values.numpy(), axis=1)).double()
+    ranks = torch.from_numpy(stats.rankdata(values.numpy(), axis=1)).double()
     above, below = labels.sum(1).double(), (~labels).sum(1).double()
     return ((ranks * labels).sum(1) - above * (above + 1) / 2) / (above * below)
 

@@ -1,0 +1,5 @@
+"""`python -m steer`."""
+
+from steer.cli.main import main
+
+main()
