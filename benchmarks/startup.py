@@ -1,8 +1,9 @@
 """What starting costs: processor time of new Pythons, which import or ask for help.
 
 `import steer` is to cost at most 1 s beyond `import torch`, and `--help`, of `steer` and of each command, at most 1 s
-in all. Beside them, what it costs to touch every public name of `steer` and `probes` once, most of which is transformers'
-own model code. Median of 7 processes each, by the processor's clock, user and system; the first is not counted.
+in all. Beside them, what it costs to touch every public name of `steer` and `probes` once, most of which is
+transformers' own model code. Median of 7 processes each, by the processor's clock, user and system; the first is not
+counted.
 
     python benchmarks/startup.py
 """

@@ -1,7 +1,12 @@
 """What the tests of neighbours' files share: recipes that a format holds, and control vectors as others write them."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 import gguf
 import torch
+from transformers import PreTrainedModel
 
 from probes.model.sites import Site
 from steer.interventions.activation import Ablate, Add, Rotate
@@ -14,17 +19,18 @@ NAMES = {"gguf": "v.gguf", "easysteer": "v.json", "vllm-lens": "v.json", "lm-eva
 TOKENS = torch.tensor([[1, 7, 5, 3, 8, 9, 4, 10], [1, 12, 13, 5, 3, 14, 15, 16]])
 
 
-def vector(seed=2, width=32):
+def vector(seed: int = 2, width: int = 32) -> torch.Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def logits(model, recipe=None):
+def logits(model: PreTrainedModel, recipe: Recipe | None = None) -> torch.Tensor:
     with applied(model, recipe or Recipe.of(model, [])):
-        return model(TOKENS).logits
+        out: torch.Tensor = model(TOKENS).logits
+    return out
 
 
-def recipe_for(model, name):
+def recipe_for(model: PreTrainedModel, name: str) -> Recipe:
     """All that a format holds."""
     steps = [Step(Add(POST[1], vector(3), -0.4)), Step(Add(POST[2], vector(4)))]
     if name != "gguf":
@@ -38,7 +44,13 @@ def recipe_for(model, name):
     return Recipe(tuple(steps), Recipe.of(model, []).model, "by hand")
 
 
-def control_vector(path, directions, *, arch="controlvector", more=()):
+def control_vector(
+    path: Path,
+    directions: Mapping[str, Any],
+    *,
+    arch: str = "controlvector",
+    more: Sequence[tuple[str, str, Any]] = (),
+) -> None:
     """A GGUF file as others may write it."""
     writer = gguf.GGUFWriter(path, arch)
     for method, key, value in more:

@@ -1,5 +1,7 @@
 """Tiny random models, one for each family, with a tokenizer that thinks. No downloads; built in milliseconds."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -72,7 +74,8 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?")
 def build(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A loaded tiny model of the family, `+bias` for its biased variant."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family.split("+")[0], **BASE | (FAMILIES | UNLISTED_MOE)[family])
+    own: Any = {**FAMILIES, **UNLISTED_MOE}[family]
+    config = AutoConfig.for_model(family.split("+")[0], **{**BASE, **own})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():  # zero biases and unit norms would hide mistakes
         if name.endswith("bias") or "norm" in name:
@@ -84,7 +87,7 @@ def build_sparse(family: str, *, seed: int = 0) -> PreTrainedModel:
     """A model whose routers choose by what they read, and not by their biases alone."""
     model = build(family, seed=seed)
     for layer in moe_layers(model):
-        block_at(model, layer).router.weight.data *= 12
+        block_at(model, layer).router.get_parameter("weight").data *= 12
     return model
 
 

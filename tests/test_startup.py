@@ -44,12 +44,11 @@ def test_a_package_is_imported_without_a_heavy_library(package):
 
 def test_late_libraries_are_loaded_with_the_names_that_use_them_and_not_before():
     """All of `steer` and `probes` is in reach, and neither plotly nor pandas, peft nor datasets was needed for it."""
-    script = (
-        "import sys, steer, probes; [getattr(m, n) for m in (steer, probes) for n in m.__all__]; print(*sys.modules)"
-    )
-    loaded = python("-c", script).split()
+    touch = "[getattr(m, n) for m in (steer, probes) for n in m.__all__]"
+    loaded = python("-c", f"import sys, steer, probes; {touch}; print(*sys.modules)").split()
     assert "torch" in loaded
-    assert sorted({"plotly.graph_objects", "pandas", "peft", "datasets", "scipy.stats"} & set(loaded)) == []
+    within = {"plotly.basedatatypes", "scipy.stats._stats_py", "pandas", "peft", "datasets"}  # loaded where these are
+    assert sorted(within & set(loaded)) == []
 
 
 def test_the_version_is_told_three_ways():

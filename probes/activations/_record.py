@@ -1,6 +1,6 @@
 """Read activations and reduce them as they are read: per sequence, the mean over a span of positions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -75,7 +75,9 @@ def record(
     return total
 
 
-def _reducer(site: Site, weights: Tensor, means: dict[Site, Tensor], norms: dict[Site, Tensor]):
+def _reducer(
+    site: Site, weights: Tensor, means: dict[Site, Tensor], norms: dict[Site, Tensor]
+) -> Callable[[Tensor], None]:
     def reduce_spans(x: Tensor) -> None:
         wide, w = x.float(), weights.to(x.device)
         means[site] = torch.einsum("bp,bpw->bw", w, wide)

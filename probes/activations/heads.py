@@ -58,7 +58,8 @@ def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_m
     """
     gain = attn_gain(model, layer)
     wanted = vector if gain is None else vector * gain.to(vector.device)
-    return wanted / wanted.norm()
+    out: Tensor = wanted / wanted.norm()
+    return out
 
 
 @torch.no_grad()

@@ -45,7 +45,8 @@ class Direction(Shown):
     def unit(self) -> Float[Tensor, " d_model"]:
         if self.norm == 0:
             raise ValueError(f"The direction at {self.site} is zero: both classes have the same mean.")
-        return self.vector / self.vector.norm()
+        out: Tensor = self.vector / self.vector.norm()
+        return out
 
     def __add__(self, other: "Direction") -> "Direction":
         """The sum of two directions at one site of one model. Raises ValueError where they are not."""

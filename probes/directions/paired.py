@@ -1,7 +1,7 @@
 """Directions from pairs and from single classes: reading vectors, paired differences, principal components of them."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -56,15 +56,16 @@ def _vector(rows: Float[Tensor, "pairs d_model"], estimator: Estimator) -> Float
         return mean
     centred = rows - mean if estimator == "pca" else rows
     unit = torch.linalg.svd(centred, full_matrices=False).Vh[0]
-    return unit * torch.sign(unit @ mean) * mean.norm()
+    out: Tensor = unit * torch.sign(unit @ mean) * mean.norm()
+    return out
 
 
 def _rows(
     model: PreTrainedModel, spans: Sequence[Span], sites: Sequence[Site]
 ) -> tuple[dict[Site, Float[Tensor, "spans d_model"]], dict[Site, Float[Tensor, " spans"]]]:
     """Each span's mean activation and mean norm, in the order of the spans, in float64."""
-    rows: dict[Site, list] = {site: [None] * len(spans) for site in sites}
-    sizes: dict[Site, list] = {site: [None] * len(spans) for site in sites}
+    rows: dict[Site, list[Any]] = {site: [None] * len(spans) for site in sites}
+    sizes: dict[Site, list[Any]] = {site: [None] * len(spans) for site in sites}
     for places, means, norms in span_means(model, spans, sites):
         for site in sites:
             for i, row, norm in zip(places, means[site].double().cpu(), norms[site].double().cpu(), strict=True):

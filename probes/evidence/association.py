@@ -57,7 +57,8 @@ def mutual_information(k: Counts, routed: Counts, markers: Counts, tokens: Count
         p = count / tokens
         alone = (markers if is_marker else tokens - markers) * (routed if is_chosen else tokens - routed) / tokens**2
         total = total + special.xlogy(p, np.where(p > 0, p / np.where(alone > 0, alone, 1), 1))
-    return total / np.log(2)
+    out: float | np.ndarray = total / np.log(2)
+    return out
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -193,7 +194,8 @@ def _p_of_none(counts: np.ndarray, tokens: np.ndarray, signs: np.ndarray) -> Flo
     excess = (counts[:, 1:] - markers * routed / total).sum(0)
     spread = markers * (total - markers) * routed * (total - routed) / (total**2 * np.maximum(total - 1, 1))
     z = excess / np.sqrt(np.maximum(spread.sum(0), np.finfo(float).tiny))
-    return 2 * stats.norm.sf(np.abs(np.tensordot(np.sign(signs), z, 1)) / np.sqrt(len(signs)))
+    out: np.ndarray = 2 * stats.norm.sf(np.abs(np.tensordot(np.sign(signs), z, 1)) / np.sqrt(len(signs)))
+    return out
 
 
 def _npmi_of(

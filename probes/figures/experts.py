@@ -113,7 +113,7 @@ def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = N
 def _grids(
     grids: Mapping[str, Grid],
     layers: Sequence[int],
-    scale: list,
+    scale: list[Any],
     limits: tuple[float, float],
     outlined: Sequence[Expert],
     title: str,

@@ -42,9 +42,11 @@ def dress(figure: "go.Figure", title: str) -> None:
 
 def error_bars(values: Sequence[Number], intervals: Sequence[Range]) -> dict[str, Any]:
     """Plotly's two-sided error bars; none where an interval is not known."""
-    pairs = [(v, low, high) for v, (low, high) in zip(values, intervals, strict=True)]
-    whole = [(v, low, high) if None not in (v, low, high) else (0, 0, 0) for v, low, high in pairs]
-    above, below = [high - v for v, _, high in whole], [v - low for v, low, _ in whole]  # type: ignore[operator]
+    whole = [
+        (0.0, 0.0, 0.0) if v is None or low is None or high is None else (v, low, high)
+        for v, (low, high) in zip(values, intervals, strict=True)
+    ]
+    above, below = [high - v for v, _, high in whole], [v - low for v, low, _ in whole]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 3}
 
 

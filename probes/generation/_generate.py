@@ -139,7 +139,8 @@ def _complete(
     keys = [row_key(prompt, sampling.seed, sample) for _, prompt, sample in rows]
     draw = sampling.processors(keys, width, ids.device)
     run = None if decoding is None else decoding.begin(mask)
-    out = model.generate(  # type: ignore[operator]
+    write: Any = model.generate
+    out = write(
         ids,
         attention_mask=mask,
         generation_config=config,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -172,7 +172,9 @@ GENERIC: tuple[Architecture, ...] = (
 
 def config_of(model: nn.Module) -> PretrainedConfig:
     """The config of the text decoder."""
-    return model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = model.config
+    assert isinstance(config, PretrainedConfig)
+    return config.get_text_config()
 
 
 def architecture_of(model: nn.Module) -> Architecture:
@@ -190,20 +192,25 @@ def architecture_of(model: nn.Module) -> Architecture:
     return row
 
 
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """All decoder blocks, in order."""
+    return cast("nn.ModuleList", model.get_submodule(architecture_of(model).layers))
+
+
 def n_layers(model: nn.Module) -> int:
-    return len(model.get_submodule(architecture_of(model).layers))  # type: ignore[arg-type]
+    return len(blocks_of(model))
 
 
 def n_heads(model: nn.Module) -> int:
-    return config_of(model).num_attention_heads
+    return int(config_of(model).num_attention_heads)
 
 
 def block_of(model: nn.Module, layer: int) -> nn.Module:
     """Decoder block `layer`. Raises IndexError, naming the layers there are, where it is out of range."""
-    blocks = model.get_submodule(architecture_of(model).layers)
-    if not 0 <= layer < len(blocks):  # type: ignore[arg-type]
-        raise IndexError(f"Layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}.")  # type: ignore[arg-type]
-    return blocks[layer]  # type: ignore[index]
+    blocks = blocks_of(model)
+    if not 0 <= layer < len(blocks):
+        raise IndexError(f"Layer {layer} is out of range: the model has layers 0 to {len(blocks) - 1}.")
+    return blocks[layer]
 
 
 def o_proj_of(model: nn.Module, layer: int) -> nn.Module:
@@ -228,9 +235,11 @@ def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_head
     module = o_proj_of(model, layer)
     stored = module.get_parameter("weight")
     if is_packed(stored):
-        return computed_weight(module).unflatten(1, (n_heads(model), -1))
-    weight = output_first(model, architecture_of(model).o_proj, stored)
-    return weight.unflatten(1, (n_heads(model), -1))
+        weight = computed_weight(module)
+    else:
+        weight = output_first(model, architecture_of(model).o_proj, stored)
+    by_head: Tensor = weight.unflatten(1, (n_heads(model), -1))
+    return by_head
 
 
 def width_of(model: nn.Module, site: Site) -> int:
@@ -239,8 +248,8 @@ def width_of(model: nn.Module, site: Site) -> int:
     names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")  # Conv1D, Linear
     d_in, d_model = (getattr(module, name) for name in names)
     if site.name != "z":
-        return d_model
-    return d_in if site.head is None else d_in // n_heads(model)
+        return int(d_model)
+    return int(d_in if site.head is None else d_in // n_heads(model))
 
 
 def multiplier_of(model: nn.Module) -> float:

@@ -69,19 +69,21 @@ def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
         new = edit(value * scale)  # what is added to the stream
         return None if new is None else new / scale
 
-    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def before(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         new = edited(args[0] if args else kwargs["hidden_states"])
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
-    def after(_module: nn.Module, _args: tuple, output: Any) -> Any:
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         new = edited(output[0] if isinstance(output, tuple) else output)
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
-    def after_head(_module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def after_head(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         z = args[0].unflatten(-1, (n_heads(model), -1))[..., site.head, :]
         write = z.float() @ matrix
         new = edit(write)
@@ -104,7 +106,8 @@ def _edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | Non
         return None
     split = split.clone()
     split[..., head, :] = new
-    return split.flatten(-2)
+    out: Tensor | None = split.flatten(-2)
+    return out
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
     Beam search is refused: it swaps the rows of a cache, and whoever follows them would not know.
     """
 
-    def before(_model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("A scope reads token ids, but the model was called with inputs_embeds.")
@@ -172,15 +175,15 @@ def hook_router(
     shape: list[tuple[int, ...]] = []
     found: list[Routing] = []
 
-    def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         shape[:] = [tuple((args[0] if args else kwargs["hidden_states"]).shape[:-1])]
 
-    def on_router(_module: nn.Module, _args: tuple, output: Any) -> None:
+    def on_router(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         found[:] = [read_routing(parts, output, shape[0])]
         if see is not None:
             see(found[0])
 
-    def change(_module: nn.Module, args: tuple) -> tuple | None:
+    def change(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if len(args) != 3:
             raise ValueError(f"The experts of layer {layer} are not called with hidden states, ids and weights.")
         assert edit is not None
@@ -208,7 +211,7 @@ def hook_choice(model: nn.Module, layer: int, see: Callable[[Int[Tensor, "tokens
     `hook_router`, for little time. What a router gives back is checked once."""
     parts, known = block_at(model, layer), False
 
-    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         nonlocal known
         if not known:
             read_routing(parts, output, (1, -1))
@@ -230,7 +233,7 @@ class _Reached(Exception):
 def forward_through(model: nn.Module, layer: int, input_ids: Tensor, attention_mask: Tensor) -> None:
     """Run blocks 0 to `layer` for the hooks that are attached; neither later blocks nor logits are computed."""
 
-    def stop(_module: nn.Module, _args: tuple, _output: Any) -> None:
+    def stop(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         raise _Reached
 
     handle = block_of(model, layer).register_forward_hook(stop)

@@ -38,7 +38,7 @@ def adopt(model: PreTrainedModel) -> None:
     """
     broken = []
     for row in GENERIC:
-        model._thinksteer_row = row  # type: ignore[assignment]
+        setattr(model, "_thinksteer_row", row)
         fault = broken_identity(model)
         if fault is None:
             return

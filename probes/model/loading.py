@@ -33,7 +33,7 @@ class Origin(Brief):
     def delimiters(self) -> Delimiters:
         return find_delimiters(self.tokenizer, self.given)
 
-    def __deepcopy__(self, memo: dict) -> "Origin":
+    def __deepcopy__(self, memo: dict[str, Any]) -> "Origin":
         return self
 
 
@@ -66,15 +66,14 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, revision=revision)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer is None:
-        if not source.config._name_or_path:  # type: ignore[union-attr]
+        if not model.config._name_or_path:
             raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")
-        tokenizer = AutoTokenizer.from_pretrained(source.config._name_or_path)  # type: ignore[union-attr]
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     if config_of(model).model_type not in ARCHITECTURES:
         adopt(model.eval())
-    model._thinksteer = Origin(  # type: ignore[assignment]
-        name, revision, tokenizer, delimiters
-    )
-    return model.eval()
+    setattr(model, "_thinksteer", Origin(name, revision, tokenizer, delimiters))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def resolve(source: str | Path) -> str | Path:
@@ -88,8 +87,8 @@ def resolve(source: str | Path) -> str | Path:
 
 def origin_of(model: PreTrainedModel) -> Origin:
     """What `load` noted on the model; a model that never went through `load` is read by its config's name."""
-    origin = getattr(model, "_thinksteer", None)
-    return load(model)._thinksteer if origin is None else origin  # type: ignore[return-value]
+    origin: Origin | None = getattr(model, "_thinksteer", None)
+    return origin_of(load(model)) if origin is None else origin
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

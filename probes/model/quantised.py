@@ -21,6 +21,7 @@ def is_quantised(model: nn.Module) -> bool:
 def computed_weight(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """What a Linear of any packing multiplies by: its output on the identity, in float32."""
     device = module.get_parameter("weight").device
-    identity = torch.eye(int(module.in_features), device=device)  # type: ignore[arg-type]
+    identity = torch.eye(int(getattr(module, "in_features")), device=device)
     rows = module.forward(identity).float()  # not called: no hook is to see it
-    return (rows if module.bias is None else rows - module.bias.float()).T
+    out: Tensor = (rows if module.bias is None else rows - module.bias.float()).T
+    return out

@@ -36,11 +36,11 @@ class SparseBlock(Brief):
 
     @property
     def n_experts(self) -> int:
-        return int(self.router.num_experts)  # type: ignore[arg-type]
+        return int(getattr(self.router, "num_experts"))
 
     @property
     def k(self) -> int:
-        return int(self.router.top_k)  # type: ignore[arg-type]
+        return int(getattr(self.router, "top_k"))
 
 
 def sparse_block(model: nn.Module, layer: int) -> SparseBlock | None:

@@ -80,10 +80,10 @@ def encode_prompt(
             "model was trained to read it. Set tokenizer.chat_template, or load the instruction-tuned model."
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, **dict(template or {})
     )
-    return [int(token) for token in encoded["input_ids"]]  # type: ignore[index, call-overload]
+    return [int(token) for token in encoded["input_ids"]]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True) -> str:

@@ -90,7 +90,8 @@ def _folder(source: str | Path) -> Path:
 def _read(path: Path, name: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            out: Tensor = file.get_tensor(name)
+            return out
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}). It may be truncated.") from error
 

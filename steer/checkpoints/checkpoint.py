@@ -166,7 +166,8 @@ class Checkpoint(Brief):
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file: its pages are read when they are touched, and belong to no process."""
-        return self.places[name][0].file.get_tensor(name)
+        out: Tensor = self.places[name][0].file.get_tensor(name)
+        return out
 
     def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]:
         return as_rows(self.read(name))[rows]

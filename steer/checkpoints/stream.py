@@ -156,7 +156,8 @@ def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
             f"{stage} holds the unfinished work of another command, or of other inputs. Remove it, or name another "
             "output."
         )
-    return words["done"]
+    out: dict[str, int] = words["done"]
+    return out
 
 
 def _note(stage: Path, job: Mapping[str, Any], done: Mapping[str, int]) -> None:
@@ -165,7 +166,7 @@ def _note(stage: Path, job: Mapping[str, Any], done: Mapping[str, int]) -> None:
     new.replace(stage / "progress.json")
 
 
-def _write(path: Path, shard: ShardPlan, bar: tqdm) -> None:
+def _write(path: Path, shard: ShardPlan, bar: "tqdm[Any]") -> None:
     new = path.with_suffix(".new")
     with new.open("wb") as file:
         file.write(shard.header)

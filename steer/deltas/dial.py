@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ def _sum(name: str, old: Tensor, delta: WeightDelta, strength: float) -> Tensor:
 
 def on_disk(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that a parameter is on disk."""
-    return revert_weight_conversion(model, {name: tensor})
+    out: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return out
 
 
 def _together(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) -> Tensor:
@@ -109,7 +111,7 @@ def _together(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) ->
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    whole = None
+    whole: Any = None
     for part in sorted(parts, key=dot_natural_key):
         key, pattern = rename_source_key(part, renamings, converters)
         if key != name:
@@ -117,7 +119,8 @@ def _together(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) ->
         if pattern is None:
             return parts[part]
         whole = whole or deepcopy(by_pattern[pattern])
-        whole.add_tensor(key, part, pattern, parts[part])  # type: ignore[arg-type]  # saving gives tensors, too
+        whole.add_tensor(key, part, pattern, parts[part])
     assert whole is not None
     made = whole.convert(name, model=model, config=model.config)[name]
-    return made[0] if isinstance(made, list) else made
+    out: Tensor = made[0] if isinstance(made, list) else made
+    return out

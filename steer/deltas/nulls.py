@@ -86,7 +86,7 @@ def shuffled_layers(delta: WeightDelta, *, seed: int = 0) -> WeightDelta:
     for name in delta.names:
         if found := LAYER.search(name):
             layers.setdefault(found[1], {})[f"{name[: found.start(1)]}*{name[found.end(1) :]}"] = name
-    alike: dict[frozenset, list[str]] = {}
+    alike: dict[frozenset[Any], list[str]] = {}
     for layer, held in layers.items():
         alike.setdefault(frozenset((kind, delta.shape(name)) for kind, name in held.items()), []).append(layer)
     names_from = {name: name for name in delta.names}

@@ -41,15 +41,18 @@ class Stored(Brief):
 
     @property
     def vocabulary(self) -> str | None:
-        return self.about["vocabulary"]
+        out: str | None = self.about["vocabulary"]
+        return out
 
     @property
     def tied(self) -> bool | None:
-        return self.about["tied"]
+        out: bool | None = self.about["tied"]
+        return out
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return self.about["config"]
+        out: Mapping[str, Any] = self.about["config"]
+        return out
 
     @property
     def words(self) -> dict[str, Any]:

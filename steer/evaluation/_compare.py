@@ -113,7 +113,8 @@ def _projections(
     with nullcontext() if recipe is None else applied(model, recipe, must_fire=False), captured(model, [site]) as seen:
         forward_through(model, site.layer, ids, torch.ones_like(ids))
     unit = (vector / vector.norm()).to(seen[site].device, torch.float32)
-    return (seen[site][0, len(c.prompt_ids) :].float() @ unit).tolist()
+    out: list[float] = (seen[site][0, len(c.prompt_ids) :].float() @ unit).tolist()
+    return out
 
 
 def _said(c: Completion) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -135,5 +136,5 @@ def _file_of(name: str, subject: PreTrainedModel, draw: Draw) -> str:
 def _draws(arm: Arm) -> Sequence[Draw]:
     """Of completions there is one draw, which is all of them; other lists are of draws."""
     if isinstance(arm, Sequence) and not all(isinstance(item, Completion) for item in arm):
-        return arm  # type: ignore[return-value]  # a sequence that is not all completions
-    return [arm]  # type: ignore[list-item]  # no sequence, or all completions
+        return cast("Sequence[Draw]", arm)
+    return [cast("Draw", arm)]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from probes.generation.sampling import Sampling
 from probes.thinking.spans import Span
 from steer.evaluation._evaluate import solve
+from steer.interventions.activation import with_fields
 from steer.recipes.recipe import Recipe, Step
 from steer.runtime.calibration import calibrated, divergence
 from steer.tasks.task import Problem
@@ -36,7 +37,7 @@ def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
         if x.vector is None:
             return step
         birth = x.birth and x.birth.made(f"random direction of the norm of ({x.birth.estimator})", seed=seed)
-        return Step(replace(x, vector=null(x.vector), birth=birth), step.scope)  # type: ignore[type-var]
+        return Step(with_fields(x, vector=null(x.vector), birth=birth), step.scope)
 
     steps = [step_of(step) for step in recipe.steps]
     if not drawn:

@@ -1,7 +1,9 @@
 """Write a recipe into the weights, so that the plain checkpoint behaves as if steered."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,15 +87,17 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
     key = _bias_key(model)
     config = copy.deepcopy(model.config)
     setattr(config, key, True)
-    twin = type(model)(config).to(dtype=model.dtype, device=model.device).eval()  # type: ignore[call-arg]
+    make: Callable[..., PreTrainedModel] = type(model)
+    twin: PreTrainedModel = cast("Any", make(config)).to(dtype=model.dtype, device=model.device).eval()
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     if unexpected or not all(name.endswith(".bias") for name in missing) or o_proj_bias(twin, 0) is None:
         raise NotFoldable(f"{key} declares no bias for o_proj in {config_of(model).model_type}.")
     for name in missing:
         twin.get_parameter(name).zero_()
     twin.generation_config = copy.deepcopy(model.generation_config)
-    twin._thinksteer = origin_of(model)
-    return twin
+    setattr(twin, "_thinksteer", origin_of(model))
+    out: PreTrainedModel = twin
+    return out
 
 
 @torch.no_grad()
@@ -240,4 +244,5 @@ def _columns(model: PreTrainedModel, site: Site, draft: Draft) -> Tensor:
     weight = output_first(model, architecture_of(model).o_proj, stored)
     if site.head is None:
         return weight
-    return weight.unflatten(1, (n_heads(model), -1))[:, site.head]
+    out: Tensor = weight.unflatten(1, (n_heads(model), -1))[:, site.head]
+    return out

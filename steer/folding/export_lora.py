@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -160,7 +161,8 @@ def _write_adapter(model: PreTrainedModel, layers: Mapping[int, LowRank], stage:
         target_modules=[_path(model, layer) for layer in layers],
         fan_in_fan_out=row.o_proj in row.input_first,
     )
-    words = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    written: dict[str, Any] = cast("Any", config).to_dict()
+    words = {key: sorted(value) if isinstance(value, set) else value for key, value in written.items()}
     (stage / "adapter_config.json").write_text(json.dumps(words, indent=2, sort_keys=True))
     tensors = {}
     for layer, change in layers.items():

@@ -1,7 +1,7 @@
 """What to do to an activation. A linear intervention has an `affine` form, and that form can be folded."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -216,7 +216,8 @@ class Rotate(Brief):
         wide = widened(x)
         new = wide + self.strength * self.vector.to(wide.dtype)
         length = new.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return (new * (wide.norm(dim=-1, keepdim=True) / length)).to(x.dtype)
+        out: Tensor = (new * (wide.norm(dim=-1, keepdim=True) / length)).to(x.dtype)
+        return out
 
 
 @runtime_checkable
@@ -231,11 +232,19 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+T = TypeVar("T")
+
+
+def with_fields(intervention: T, **changes: Any) -> T:
+    """The same with other values in some fields: each kind is a frozen dataclass, which a Protocol cannot say."""
+    return cast("T", replace(cast("Any", intervention), **changes))
+
+
 def placed(intervention: Intervention, device: torch.device) -> Intervention:
     """The same intervention with its tensor on `device`, so that no step of a run has to move it."""
     if intervention.vector is None:
         return intervention
-    return replace(intervention, vector=intervention.vector.to(device))  # type: ignore[type-var]
+    return with_fields(intervention, vector=intervention.vector.to(device))
 
 
 def check_vector(model: PreTrainedModel, site: Site, vector: Tensor, *, zero: bool = False) -> None:
@@ -254,7 +263,8 @@ def _in_units(direction: Direction, units: Units) -> Float[Tensor, " d_model"]:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    return vector.float() / vector.float().norm()
+    out: Tensor = vector.float() / vector.float().norm()
+    return out
 
 
 def _check(kind: str, site: Site, vector: Tensor | None, strength: float, **numbers: float) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -29,8 +29,8 @@ def read(kind: type[T], values: Any, where: str, *, vector: Tensor | None = None
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} is {values!r}, which is no mapping.")
-    own: dict[str, Field[Any]] = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # every kind is a dataclass
-    check_keys(values, [name for name in own if name not in _BESIDE], where)
+    own = dataclass_fields(kind)
+    check_keys(values, names_of(kind), where)
     hints = get_type_hints(kind)
     read_values = {name: _value(value, name, hints[name], own[name], where) for name, value in values.items()}
     if vector is not None:
@@ -38,6 +38,16 @@ def read(kind: type[T], values: Any, where: str, *, vector: Tensor | None = None
     if "birth" in own:
         read_values["birth"] = birth
     return kind(**read_values)
+
+
+def dataclass_fields(kind: type) -> dict[str, Field[Any]]:
+    """The fields of a kind by name: each is a frozen dataclass, which a Protocol cannot say."""
+    return {field.name: field for field in fields(cast("Any", kind))}
+
+
+def names_of(kind: type) -> list[str]:
+    """The fields that a step of the file holds."""
+    return [name for name in dataclass_fields(kind) if name not in _BESIDE]
 
 
 def _plain(value: Any) -> Any:

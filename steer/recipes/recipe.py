@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from probes.tensors import read_tensors, write_tensors
 from steer.interventions.activation import Intervention
 from steer.interventions.kinds import KINDS
 from steer.interventions.routing import RoutingEdit
-from steer.recipes.fields import fields_of, read
+from steer.recipes.fields import dataclass_fields, fields_of, names_of, read
 from steer.recipes.scope import Scope
 
 FORMAT = "thinksteer recipe 2"
@@ -179,14 +179,14 @@ def _read_step(
     kind = KINDS.get(str(words.get("kind")))
     if kind is None:
         raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
-    names = [f.name for f in fields(kind) if f.name not in ("vector", "birth")]  # type: ignore[arg-type]
+    names = names_of(kind)
     check_keys({key: x for key, x in words.items() if key not in _BIRTHS}, ("kind", "scope", *names), where)
     own = {name: tensors.get(f"{i}.{name}") for name in ("vector", "condition", "controller")}
     birth, condition_birth = (_birth(births, words.get(name), where) for name in _BIRTHS)
     scope = Scope.from_dict(words["scope"], own, where)
     if scope.condition is not None and condition_birth is not None:
         scope = replace(scope, condition=replace(scope.condition, birth=condition_birth))
-    if any(f.name == "vector" for f in fields(kind)) and own["vector"] is None:  # type: ignore[arg-type]
+    if "vector" in dataclass_fields(kind) and own["vector"] is None:
         raise ValueError(f"{path.with_suffix('.safetensors')} lacks keys: {i}.vector.")
     values = {name: words[name] for name in names}
     return Step(read(kind, values, where, vector=own["vector"], birth=birth), scope)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def _site(step: Step) -> Site:
     return step.intervention.site
 
 
-def _place(step: Step) -> tuple:
+def _place(step: Step) -> tuple[Any, ...]:
     site = _site(step)
     return site.layer, site.name, -1 if site.head is None else site.head
 

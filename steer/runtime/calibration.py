@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from probes.late import optimize
 from probes.thinking.spans import Span
-from steer.interventions.activation import Add
+from steer.interventions.activation import Add, with_fields
 from steer.interventions.routing import Forbid, Force
 from steer.recipes.recipe import Recipe, Step
 from steer.runtime._applied import applied
@@ -100,7 +100,7 @@ def scaled(recipe: Recipe, factor: float) -> Recipe:
                 f"A {step.intervention.kind} at {step.intervention.site} is done or not: it has no strength."
             )
     steps = [
-        Step(replace(step.intervention, strength=step.intervention.strength * factor), step.scope)  # type: ignore[type-var]
+        Step(with_fields(step.intervention, strength=step.intervention.strength * factor), step.scope)
         for step in recipe.steps
     ]
     return replace(recipe, steps=tuple(steps))

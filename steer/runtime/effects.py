@@ -34,8 +34,10 @@ def log_probabilities(
     places = (mask.cumsum(1) - 1).clamp(min=0)
     longest = max(span.stop - span.start for span in spans)
     with nullcontext() if recipe is None else applied(model, recipe, must_fire=False):
-        out = model(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=longest)
-    return out.logits.double().log_softmax(-1) if out.logits.device.type != "mps" else out.logits.log_softmax(-1)
+        logits: Tensor = model(
+            input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=longest
+        ).logits
+    return (logits if logits.device.type == "mps" else logits.double()).log_softmax(-1)
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -60,7 +61,7 @@ class FireLog(Shown):
     _phases: Phases | None = field(default=None, repr=False)
     _sums: _Sums | None = field(default=None, repr=False)
     _pass: dict[int, tuple[Tensor, Tensor | float]] = field(default_factory=dict, repr=False)
-    _norms: dict[tuple, Tensor] = field(default_factory=dict, repr=False)
+    _norms: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
     _run: list[tuple[Tensor, dict[int, Tensor]]] = field(default_factory=list, repr=False)
 
     def note(self, step: int, before: Float[Tensor, "batch new"], change: Float[Tensor, "batch new"] | float) -> None:
@@ -143,13 +144,13 @@ class FireLog(Shown):
     def table(self) -> Table:
         """By step and phase: tokens, mean and largest ratio, first and last position."""
         columns = ("step", "site", "kind", "scope", "phase", "tokens", "mean ratio", "max ratio", "first", "last")
-        rows: list[tuple] = []
+        rows: list[tuple[Any, ...]] = []
         for i, words in enumerate(self.steps):
             own = list(self._rows(i, words))
             rows += own or [(i, *words, "never", 0, 0.0, 0.0, "", "")]
         return Table(columns, tuple(rows), "What was touched")
 
-    def _rows(self, step: int, words: tuple[str, str, str]) -> Iterator[tuple]:
+    def _rows(self, step: int, words: tuple[str, str, str]) -> Iterator[tuple[Any, ...]]:
         s = self._sums
         if s is None:
             return

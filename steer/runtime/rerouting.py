@@ -27,9 +27,10 @@ class SelectionRule:
         self.twin = copy.deepcopy(block.router)
         own = block.router.get_parameter("weight")
         self.twin.weight = torch.nn.Parameter(torch.eye(n, dtype=own.dtype, device=own.device), requires_grad=False)
-        self.twin.hidden_dim = n  # type: ignore[assignment]
+        setattr(self.twin, "hidden_dim", n)
         if isinstance(getattr(self.twin, "bias", None), Tensor):
-            self.twin.bias = torch.nn.Parameter(torch.zeros_like(block.router.bias), requires_grad=False)  # type: ignore[arg-type]
+            zeros = torch.zeros_like(block.router.get_parameter("bias"))
+            self.twin.bias = torch.nn.Parameter(zeros, requires_grad=False)
         self.holder = next(
             (part for part in self.twin.modules() if isinstance(getattr(part, BIAS, None), Tensor)), None
         )
