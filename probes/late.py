@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     from plotly import offline, subplots
     from scipy import optimize, special, stats
 else:
-    go, offline, subplots = (lazy_loader.load(f"plotly.{name}") for name in ("graph_objects", "offline", "subplots"))
-    optimize, special, stats = (lazy_loader.load(f"scipy.{name}") for name in ("optimize", "special", "stats"))
+
+    def _late(library: str, *names: str) -> list[object]:
+        """Modules that load when they are first used; that the library's own `__init__` runs at once is known."""
+        return [lazy_loader.load(f"{library}.{name}", suppress_warning=True) for name in names]
+
+    go, offline, subplots = _late("plotly", "graph_objects", "offline", "subplots")
+    optimize, special, stats = _late("scipy", "optimize", "special", "stats")
 
 __all__ = ["LATE", "go", "offline", "optimize", "special", "stats", "subplots"]

@@ -33,7 +33,7 @@ class Origin(Brief):
     def delimiters(self) -> Delimiters:
         return find_delimiters(self.tokenizer, self.given)
 
-    def __deepcopy__(self, memo: dict[str, Any]) -> "Origin":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         return self
 
 
