@@ -51,7 +51,10 @@ nitpick_ignore_regex = [
     (r"py:.*", rf"(?:{'|'.join(OUTSIDE)})(?:\..*)?"),
     (r"py:.*", "|".join(BARE)),
 ]
-suppress_warnings = ["mystnb.unknown_mime_type"]  # an interactive figure is drawn by the notebook, not by the site
+suppress_warnings = [
+    "mystnb.unknown_mime_type",  # an interactive figure is drawn by the notebook, not by the site
+    "toc.empty_glob",
+]
 
 if os.environ.get("DOCS_ONLINE") == "1":
     extensions.append("sphinx.ext.intersphinx")
