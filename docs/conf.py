@@ -51,10 +51,7 @@ nitpick_ignore_regex = [
     (r"py:.*", rf"(?:{'|'.join(OUTSIDE)})(?:\..*)?"),
     (r"py:.*", "|".join(BARE)),
 ]
-suppress_warnings = [
-    "mystnb.unknown_mime_type",  # an interactive figure is drawn by the notebook, not by the site
-    "toc.empty_glob",
-]
+suppress_warnings = ["mystnb.unknown_mime_type"]  # an interactive figure is drawn by the notebook, not by the site
 
 if os.environ.get("DOCS_ONLINE") == "1":
     extensions.append("sphinx.ext.intersphinx")
@@ -73,6 +70,7 @@ PACKAGES = sorted(
 
 def setup(app: Sphinx) -> None:
     app.connect("builder-inited", lambda _: _write_pages())
+    app.connect("source-read", _only_pages_there_are)
     app.connect("autodoc-skip-member", _skip)
     app.connect("autodoc-process-docstring", _as_rest)
     app.connect("autodoc-process-signature", _parsable)
@@ -86,6 +84,16 @@ def _write_pages() -> None:
         _write(HERE / "reference" / f"{package}.rst", _page(package))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         _write(HERE / "notebooks" / notebook.name, notebook.read_text())
+
+
+def _only_pages_there_are(_app: Sphinx, page: str, source: list[str]) -> None:
+    """The index names pages in one list, with a pattern for some: a page that is not there is not looked for."""
+    if page == "index":
+        lines = source[0].splitlines()
+        source[0] = "\n".join(x for x in lines if not _ENTRY.fullmatch(x) or any(HERE.glob(f"{x}.*")))
+
+
+_ENTRY = re.compile(r"[a-z]+(?:/[a-z*]+)?")
 
 
 def _write(path: Path, text: str) -> None:
