@@ -122,7 +122,11 @@ def _page(package: str) -> str:
     listed = ", ".join(f":py:obj:`{name} <{_home(package, name)}>`" for name in names)
     if "." not in package:  # what it lists has its entry on the page of the package it lives in
         return f"{title}``from {package} import`` {listed}.\n"
-    return title + "".join(_entry(package, name, home, getattr(module, name)) for name, home in names.items())
+    values = {name: getattr(module, name) for name in names}
+    last = sorted(
+        names, key=lambda name: isinstance(values[name], ModuleType)
+    )  # what follows a module would be its own
+    return title + "".join(_entry(package, name, names[name], values[name]) for name in last)
 
 
 def _home(package: str, name: str) -> str:
@@ -142,12 +146,14 @@ def _entry(package: str, name: str, home: str, value: object) -> str:
     full = f"{package}.{name}"
     if isinstance(value, ModuleType):
         heading = f"{name}\n{'-' * len(name)}\n\n"
-        return f"{heading}.. automodule:: {full}\n\n"
+        made = {x: y for x, y in vars(value).items() if dataclasses.is_dataclass(y) and not inspect.isclass(y)}
+        constants = "".join(_entry(full, x, full, y) for x, y in made.items() if x.isupper())
+        return f"{heading}.. automodule:: {full}\n\n{constants}"
     if inspect.isclass(value):
         return f".. autoclass:: {full}\n\n"
     if inspect.isroutine(value):
         return f".. autofunction:: {full}\n\n"
-    return f".. py:data:: {name}\n\n{_indented(_about(name, home, value))}\n\n"
+    return f".. py:data:: {name}\n   :module: {package}\n\n{_indented(_about(name, home, value))}\n\n"
 
 
 def _about(name: str, home: str, value: object) -> str:
@@ -242,7 +248,7 @@ def _exists(target: str) -> bool:
         return False
 
 
-def _alias(app: Sphinx, env: BuildEnvironment) -> None:
+def _alias(_app: Sphinx, env: BuildEnvironment) -> None:
     """`steer.Recipe` is found where `steer.recipes.Recipe` is: every public name is in the site's index of names."""
     domain = env.get_domain("py")
     assert isinstance(domain, PythonDomain)

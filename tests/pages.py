@@ -66,20 +66,21 @@ def mentioned(page: str) -> set[str]:
 
 
 def runs(command: str) -> bool:
-    """Does it name the embedded model, so that it can run here?"""
+    """Does it name the embedded model, or what the page has made, so that it can run here?"""
     words = shlex.split(command, comments=True)
-    return "organism" in words and words[1] not in TRAINING
+    return words[1] not in TRAINING and any(word == "organism" or Path(word).exists() for word in words[2:])
 
 
 def steer(command: str, *more: str) -> str:
     """Run a command in this process; what it prints. Raises AssertionError where it fails."""
-    out = StringIO()
+    out, code = StringIO(), None
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.setattr(sys, "argv", [*shlex.split(command, comments=True), *more])
         try:
             main()
         except SystemExit as end:
-            assert not end.code, f"{command} ended with {end.code}: {out.getvalue()}"
+            code = end.code
+    assert not code, f"{command} ended with {code}: {out.getvalue()}"
     return out.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""What the documentation prints runs as printed, and the site builds without a warning, with every public name on it."""
+"""What the documentation prints runs as printed; the site builds without a warning, and has every public name."""
 
 import subprocess
 import sys
