@@ -44,13 +44,7 @@ autodoc_inherit_docstrings = False
 autodoc_default_options = {"members": True, "undoc-members": True}
 
 nitpicky = True
-OUTSIDE = ("torch", "transformers", "tokenizers", "numpy", "pandas", "plotly", "jaxtyping", "pathlib", "collections",
-           "typing", "types", "fractions", "random", "contextlib", "tqdm")  # fmt: skip
-BARE = ("Tensor", "ndarray", "optional", "batch", "Any", "Callable", "Sequence", "Mapping", "Iterator", "Path")
-nitpick_ignore_regex = [
-    (r"py:.*", rf"(?:{'|'.join(OUTSIDE)})(?:\..*)?"),
-    (r"py:.*", "|".join(BARE)),
-]
+nitpick_ignore_regex = [("py:class", "Tensor|ndarray")]  # as they stand within a shape; for others see `_no_page`
 suppress_warnings = ["mystnb.unknown_mime_type"]  # an interactive figure is drawn by the notebook, not by the site
 
 if os.environ.get("DOCS_ONLINE") == "1":
@@ -233,17 +227,17 @@ def _parsable(
 
 
 def _no_page(_app: Sphinx, domain: PythonDomain | None, node: pending_xref) -> bool | None:
-    """A name of ours that exists and is not public is written, not linked; one that does not exist is an error."""
+    """A name that exists and has no page here, private or of another package, is written and not linked; one that does
+    not exist is an error, and so is a public one that is not in the reference."""
     target = node.get("reftarget", "")
-    if domain is None or domain.name != "py" or target.partition(".")[0] not in ("probes", "steer"):
-        return None
-    return True if target not in _public() and _exists(target) else None
+    known = domain is not None and domain.name == "py" and target not in _public() and _exists(target)
+    return True if known else None
 
 
 def _exists(target: str) -> bool:
     module, _, name = target.rpartition(".")
     try:
-        return hasattr(importlib.import_module(module), name)
+        return bool(module) and hasattr(importlib.import_module(module), name)
     except ImportError:
         return False
 
