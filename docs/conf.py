@@ -193,18 +193,15 @@ _SPECIAL = re.compile(r"[*|\\]|(?<=\w)_(?!\w)")
 
 def _rest(lines: list[str]) -> list[str]:
     """A docstring in plain English as reStructuredText: names in backticks, examples and *(author year)* stay."""
-    text, example = list[str](), False
+    text = list[str]()
     for paragraph in re.split(r"\n[ ]*\n", "\n".join(lines)):
-        example = paragraph.lstrip().startswith(">>>") or (example and paragraph.startswith("    "))
-        if example:
-            text += ["", *paragraph.splitlines()]
-            continue
-        parts = _SPAN.split(paragraph)
+        words, prompt, example = paragraph.partition(">>>")
+        parts = _SPAN.split(words)
         plain = [
             (_literal(part) if part[0] == "`" else part) if i % 2 else _SPECIAL.sub(r"\\\g<0>", part)
             for i, part in enumerate(parts)
         ]
-        text += ["", *"".join(plain).splitlines()]
+        text += ["", *"".join(plain).rstrip().splitlines(), "", *(prompt + example).splitlines()]
     return [*text, ""]
 
 

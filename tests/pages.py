@@ -16,8 +16,9 @@ from steer.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+SHELLS = ("sh", "bash", "shell")
 TRAINING = ("demo", "organism", "donors")  # minutes each: their options are read, and no more
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _ROW = re.compile(r"^\| `(steer [^`]+)` \|", flags=re.MULTILINE)
 _INLINE = re.compile(r"`(steer [^`\n]+)`")
 
@@ -47,9 +48,10 @@ def blocks(page: str) -> list[Block]:
         if not any(fence.start() < row.start() < fence.end() for fence in fences)
     ]
     for fence, after in zip(fences, [*fences[1:], None], strict=True):
-        if fence[1] in ("python", "sh"):
-            follows = after is not None and after[1] == "text" and not page[fence.end() : after.start()].strip()
-            found.append((fence.start(), fence[1], fence[2], after[2] if after is not None and follows else None))
+        if fence[1] in ("python", *SHELLS):
+            near = after is not None and not page[fence.end() : after.start()].strip()
+            printed = after[2] if after is not None and near and after[1] in ("text", "output") else None
+            found.append((fence.start(), fence[1], fence[2], printed))
     return [Block(page.count("\n", 0, start) + 1, *rest) for start, *rest in sorted(found)]
 
 
