@@ -4,7 +4,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check slow peers organism browser
+.PHONY: demo test check docs slow peers organism browser
 
 demo: .venv/.installed
 	$(BIN)/steer demo
@@ -15,12 +15,16 @@ check: .venv/.installed browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/sphinx-build -W -n -q -b html docs docs/_build/html
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 browser:  # the tests of the report draw it in one
 	@command -v chromium chromium-browser google-chrome google-chrome-stable chrome >/dev/null || \
 	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } || \
 	echo "No browser, and not root: the tests of the report will fail. Install chromium."
+
+docs: .venv/.installed  # a site in docs/_build/html; DOCS_ONLINE=1 links it with the pages of torch and others
+	$(BIN)/sphinx-build -W -n --keep-going -b html docs docs/_build/html
 
 slow: .venv/.installed
 	$(BIN)/python -m pytest -q -m slow

@@ -1,32 +1,53 @@
 """What the README prints runs as printed, and its main claim holds."""
 
-import re
+import json
 from pathlib import Path
 
 import pytest
+from pages import ROOT, Block, blocks, run, same
 from transformers import AutoModelForCausalLM
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = blocks((ROOT / "README.md").read_text())
+PYTHON = [block for block in BLOCKS if block.kind == "python"]
 
 
 @pytest.fixture(scope="module")
-def main_job(tmp_path_factory):
-    """The three lines, run in an empty folder: their names, and the folder."""
+def page(tmp_path_factory):
+    """All that the README runs, in its order, in an empty folder: its names, the folder, what was printed."""
     folder = tmp_path_factory.mktemp("readme")
-    names = {}
+    names: dict[str, object] = {}
+    printed: list[tuple[Block, str]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        exec(BLOCKS[0], names)
-    return names["run"], folder
+        for block in BLOCKS:
+            printed.append((block, run(block, names)))
+            for name in ("slow", "quick"):  # the files that its commands read hold the texts of its example
+                if name in names:
+                    lines = [json.dumps({"text": text}) + "\n" for text in names[name]]
+                    Path(f"{name}.jsonl").write_text("".join(lines))
+    return names, folder, printed
 
 
 def test_the_main_job_is_three_lines():
-    assert len(BLOCKS[0].strip().splitlines()) == 3
+    assert len(PYTHON[0].text.strip().splitlines()) == 3
 
 
-def test_the_edit_helps_where_its_controls_do_not(main_job):
-    run, _ = main_job
+def test_it_prints_what_it_says(page):
+    _, _, printed = page
+    assert sum(block.printed is not None for block, _ in printed) >= 1
+    for block, got in printed:
+        assert block.printed is None or same(block.printed, got), f"README, line {block.line}, prints:\n{got}"
+
+
+def test_every_command_of_its_table_left_what_it_says(page):
+    _, folder, printed = page
+    assert sum(block.text.startswith("steer ") for block, _ in printed) >= 15
+    left = ("completions.jsonl", "report.html", "d.safetensors", "swept", "swept.gguf", "back", "reinforced", "half")
+    assert not [name for name in left if not (folder / name).exists()]
+
+
+def test_the_edit_helps_where_its_controls_do_not(page):
+    run = page[0]["run"]
     assert run.report.score("edited", "marked").difference_interval[0] > 0.2
     for control in ("random_heads", "lowest_heads", "random_direction"):
         assert abs(run.report.score(control, "marked").difference) < 0.05
@@ -34,24 +55,18 @@ def test_the_edit_helps_where_its_controls_do_not(main_job):
     assert run.fold_error() < 1e-4
 
 
-def test_no_reported_problem_was_selected_on(main_job):
-    run, _ = main_job
+def test_no_reported_problem_was_selected_on(page):
+    run = page[0]["run"]
     chosen_on = {problem.id for problem in run.selection.problems}
     reported_on = {problem.id for problem in run.report.problems}
     probed = {c.id for reading in run.readings.values() for c in (*reading.split.short, *reading.split.long)}
     assert not reported_on & (chosen_on | probed)
 
 
-def test_the_export_loads_in_plain_transformers_and_its_card_tells(main_job):
-    run, folder = main_job
+def test_the_export_loads_in_plain_transformers_and_its_card_tells(page):
+    names, folder, _ = page
     AutoModelForCausalLM.from_pretrained(folder / "edited")
     card = (folder / "edited" / "README.md").read_text()
-    for words in ("## Before and after", "## Provenance", "| random_heads |", run.recipe.method, "o_proj.weight"):
+    method = names["run"].recipe.method
+    for words in ("## Before and after", "## Provenance", "| random_heads |", method, "o_proj.weight"):
         assert words in card
-
-
-def test_the_other_examples_run():
-    names = {}
-    for block in BLOCKS[1:]:
-        exec(block, names)
-    assert len(names["completions"]) == 1

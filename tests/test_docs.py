@@ -1,0 +1,46 @@
+"""What the documentation prints runs as printed; the site builds without a warning, and has every public name."""
+
+import subprocess
+import sys
+
+import pytest
+from pages import ROOT, blocks, check, mentioned, pages, run, same
+from public import public_names
+from sphinx.util.inventory import InventoryFile
+
+
+@pytest.mark.parametrize("page", pages()[1:], ids=lambda page: str(page.relative_to(ROOT / "docs")))
+def test_a_page_runs_as_printed(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks(page.read_text()):
+        got = run(block, names)
+        assert block.printed is None or same(block.printed, got), f"{page.name}, line {block.line}, prints:\n{got}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_commands_that_a_page_mentions_are_known(page):
+    for command in mentioned(page.read_text()):
+        check(command)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "--keep-going", "-b", "html", "docs", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    return folder
+
+
+def test_every_public_name_is_in_the_reference(site):
+    with (site / "objects.inv").open("rb") as file:
+        kinds = InventoryFile.load(file, "", lambda *parts: "/".join(parts))
+    listed = {name for kind, names in kinds.items() if kind.startswith("py:") for name in names}
+    assert not [name for name, _ in public_names() if name not in listed]
+
+
+def test_a_page_shows_what_a_function_takes_and_gives(site):
+    page = (site / "reference" / "probes.directions.html").read_text()
+    assert "The direction from texts b to texts a at a site" in page
+    assert "position" in page
