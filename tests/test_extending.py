@@ -22,7 +22,7 @@ import steer.recipes.recipe
 from probes import Direction, Sampling, Site, captured, difference_in_means, generate, load
 from probes.directions import Provenance
 from probes.model import broken_identity, sites_in
-from probes.model.architectures import ARCHITECTURES
+from probes.model.families import ARCHITECTURES
 from probes.thinking import thinking
 from steer import Add, Recipe, applied, evaluate, export, fold, folded, task_named
 from steer.folding import export_adapter

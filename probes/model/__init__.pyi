@@ -1,8 +1,8 @@
-from .architectures import Architecture as Architecture
 from .architectures import architecture_of as architecture_of
 from .architectures import n_heads as n_heads
 from .architectures import n_layers as n_layers
 from .architectures import width_of as width_of
+from .families import Architecture as Architecture
 from .hooks import attached as attached
 from .hooks import captured as captured
 from .identities import broken_identity as broken_identity

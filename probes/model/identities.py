@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.model.architectures import (
-    GENERIC,
-    Architecture,
     architecture_of,
     config_of,
     head_matrices,
@@ -18,6 +16,7 @@ from probes.model.architectures import (
     o_proj_bias,
     o_proj_of,
 )
+from probes.model.families import GENERIC, Architecture
 from probes.model.hooks import captured
 from probes.model.sites import Site, SiteName
 
@@ -46,7 +45,7 @@ def adopt(model: PreTrainedModel) -> None:
     del model._thinksteer_row
     raise ValueError(
         f"No architecture row for model_type {config_of(model).model_type!r}, and the generic row does not hold: "
-        f"{broken[0]}. Add a row to probes/model/architectures.py; the tests then check it."
+        f"{broken[0]}. Add a row to probes/model/families.py; the tests then check it."
     )
 
 

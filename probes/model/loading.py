@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from probes.model.architectures import ARCHITECTURES, config_of, n_heads, n_layers, width_of
+from probes.model.architectures import config_of, n_heads, n_layers, width_of
+from probes.model.families import ARCHITECTURES
 from probes.model.gguf_files import converted, smollm2_file
 from probes.model.identities import adopt
 from probes.model.sites import Site
@@ -51,7 +52,7 @@ def load(
     `source` is a hub id, a local folder, a GGUF file, `"organism"` (the embedded model, 0.76 M parameters), `"smollm2"`
     (SmolLM2-135M-Instruct out of a package), or a model that you built yourself, with its `tokenizer`. `delimiters`
     override what opens and closes the thinking, which is else found in the tokenizer. A family without a row in
-    `probes.model.architectures` is taken if a generic row holds (`probes.model.identities`), else refused with a
+    `probes.model.families` is taken if a generic row holds (`probes.model.identities`), else refused with a
     ValueError.
     """
     if isinstance(source, PreTrainedModel):

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from probes.model.architectures import Tap, architecture_of, n_layers, tap_of
+from probes.model.architectures import architecture_of, n_layers, tap_of
+from probes.model.families import Tap
 from probes.model.sites import Site, SiteName
 
 

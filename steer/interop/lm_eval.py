@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.files import check_keys, staged_file
-from probes.model.architectures import ARCHITECTURES, Architecture, architecture_of, multiplier_of
+from probes.model.architectures import architecture_of, multiplier_of
+from probes.model.families import ARCHITECTURES, Architecture
 from probes.model.paths import site_of
 from probes.model.sites import Site
 from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, number_in, recipe_of, refusal
@@ -25,7 +26,7 @@ def write(recipe: Recipe, path: Path, *, model: PreTrainedModel | None = None) -
     """One entry for each module: Adds as `add`, summed where a site has several, an Ablate as `clamp` to its target.
 
     Modules are named from `model.base_model` on, such as `layers.20`; `model` is needed only for a family without a row
-    in `probes.model.architectures`. A torch file by lm-eval's own definition, of tensors, numbers and words alone.
+    in `probes.model.families`. A torch file by lm-eval's own definition, of tensors, numbers and words alone.
     Raises ValueError for all that the format cannot hold.
     """
     row = _row(recipe, model)

@@ -8,7 +8,7 @@ from families import BASE, N_LAYERS, build_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from probes.model import architectures, identities
-from probes.model.architectures import GENERIC, Tap
+from probes.model.families import GENERIC, Tap
 from probes.model.hooks import captured
 from probes.model.loading import load
 from probes.model.sites import Site
