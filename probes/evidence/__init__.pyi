@@ -1,5 +1,3 @@
-from ._separation import Evidence as Evidence
-from ._separation import LayerEvidence as LayerEvidence
 from ._separation import auroc as auroc
 from ._separation import evidence_for as evidence_for
 from ._separation import separation as separation
@@ -8,3 +6,5 @@ from .association import associate as associate
 from .association import mutual_information as mutual_information
 from .association import npmi as npmi
 from .association import risk_difference as risk_difference
+from .layers import Evidence as Evidence
+from .layers import LayerEvidence as LayerEvidence

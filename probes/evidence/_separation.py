@@ -1,7 +1,6 @@
 """How well a direction tells two classes apart on what it has not seen, and what could fake it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,75 +10,14 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import span_means
 from probes.directions.direction import Direction
+from probes.evidence.layers import Evidence, LayerEvidence
 from probes.late import stats
 from probes.model.paths import sites_in
 from probes.model.sites import Site, SiteName
-from probes.tables import Shown, Table
 from probes.thinking.spans import Span
 
 Range = tuple[float, float]
 MINIMUM = 4
-
-
-@dataclass(frozen=True)
-class LayerEvidence:
-    """What speaks for the direction of one layer, all measured on the held-out half; ranges are 95 %.
-
-    `auroc` is that of the difference in means of the other half. `null` is where it falls when labels are shuffled,
-    `p` its permutation p-value, (1 + #{null >= auroc}) / (1 + n). `random` is where directions drawn from the sphere
-    fall. `cosine` is the bootstrap range of the cosine between the two halves' directions. `confounds` are the AUROC of
-    what needs no activations; `beyond` is the AUROC of what is left of the projection when they are regressed out of it
-    by least squares, fitted on the other half.
-    """
-
-    site: Site
-    auroc: float
-    null: Range
-    p: float
-    random: Range
-    cosine: Range
-    confounds: dict[str, float]
-    beyond: float
-
-    @property
-    def confounded(self) -> bool:
-        """Does a confound separate as well as the direction (to 0.02), and is nothing left without it (`null`)?"""
-        as_well = any(max(a, 1 - a) >= self.auroc - 0.02 for a in self.confounds.values())
-        return as_well and self.null[0] <= self.beyond <= self.null[1]
-
-
-@dataclass(frozen=True, repr=False)
-class Evidence(Shown):
-    """The evidence of every layer. Layer choice by `best` is a choice: report what it gives on other data."""
-
-    layers: tuple[LayerEvidence, ...]
-    n_positive: int
-    n_negative: int
-
-    def best(self) -> LayerEvidence:
-        return max(self.layers, key=lambda layer: layer.auroc)
-
-    def table(self) -> Table:
-        names = tuple(self.layers[0].confounds)
-        rows = [
-            (
-                str(e.site), e.auroc, _words(e.null), e.p, _words(e.random), _words(e.cosine),
-                *e.confounds.values(), e.beyond, "yes" if e.confounded else "",
-            )
-            for e in self.layers
-        ]  # fmt: skip
-        columns = (
-            "site",
-            "AUROC",
-            "shuffled labels",
-            "p",
-            "random directions",
-            "cosine of halves",
-            *names,
-            "beyond",
-            "confounded",
-        )
-        return Table(columns, tuple(rows), f"{self.n_positive} against {self.n_negative}, half of each held out")
 
 
 def evidence_for(
@@ -242,7 +180,3 @@ def _resampled(labels: Bool[Tensor, " n"], times: int, rng: torch.Generator) -> 
 def _range(values: Float[Tensor, " m"]) -> Range:
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
-
-
-def _words(values: Range) -> str:
-    return f"{values[0]:.2f} to {values[1]:.2f}"

@@ -110,6 +110,7 @@ def order_completions(path: Path, completions: Iterable[Completion]) -> None:
 
 
 def by_problem(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
+    """The completions of each problem, by its id, in order."""
     groups: dict[str, list[Completion]] = {}
     for completion in completions:
         groups.setdefault(completion.id, []).append(completion)

@@ -39,10 +39,12 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 
 def n_layers(model: nn.Module) -> int:
+    """How many decoder blocks the model has."""
     return len(blocks_of(model))
 
 
 def n_heads(model: nn.Module) -> int:
+    """Attention heads of a layer, as the config of the text decoder says."""
     return int(config_of(model).num_attention_heads)
 
 

@@ -93,6 +93,7 @@ def origin_of(model: PreTrainedModel) -> Origin:
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load` noted, or found by the name in the config."""
     return origin_of(model).tokenizer
 
 
