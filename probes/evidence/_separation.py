@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import span_means
 from probes.directions.direction import Direction
-from probes.evidence.layers import Evidence, LayerEvidence
+from probes.evidence.layers import Evidence, LayerEvidence, Range
 from probes.late import stats
 from probes.model.paths import sites_in
 from probes.model.sites import Site, SiteName
 from probes.thinking.spans import Span
 
-Range = tuple[float, float]
 MINIMUM = 4
 
 

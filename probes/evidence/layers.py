@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from probes.evidence._separation import Range
 from probes.model.sites import Site
 from probes.tables import Shown, Table
+
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
