@@ -17,6 +17,7 @@ class Section:
 
 
 def write_card(path: Path, base_model: str, method: str, sections: Sequence[Section]) -> None:
+    """Write the model card: front matter, a title, and the sections in their order."""
     front = f"---\nbase_model: {base_model}\nlibrary_name: transformers\ntags: [thinksteer]\n---\n"
     title = (
         f"# {base_model}, edited\n\nMade with ThinkSteer: {method}. An ordinary checkpoint: it needs no code of ours.\n"

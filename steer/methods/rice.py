@@ -119,15 +119,15 @@ class RiceRun(Shown):
         """Thinking tokens and accuracy on the report split against the strength, beside the controls of the chosen."""
         strength, top = self.selected.strength, f"top {self.selected.top} × "
         doses = [arm for arm in self.report.arms if arm.startswith(top) and "," not in arm]
-        series = {"highest scores": [dose(self.report, arm, float(arm.removeprefix(top))) for arm in doses]}
+        series = {"highest scores": [_dose(self.report, arm, float(arm.removeprefix(top))) for arm in doses]}
         for name in (
             f"{self.selected}, renormalised",
             f"random experts × {strength:g}",
             f"lowest scores × {strength:g}",
         ):
             if name in self.report.arms:
-                series[name] = [dose(self.report, name, strength)]
-        return doses_figure(series, plain=dose(self.report, "plain", 1.0))
+                series[name] = [_dose(self.report, name, strength)]
+        return doses_figure(series, plain=_dose(self.report, "plain", 1.0))
 
     def table(self) -> Table:
         return self.report.table()
@@ -229,7 +229,7 @@ def nulls(
     return {name: drawn for name, drawn in recipes.items() if drawn}
 
 
-def dose(evaluation: Evaluation, arm: str, strength: float) -> Dose:
+def _dose(evaluation: Evaluation, arm: str, strength: float) -> Dose:
     """What an arm did, as a point of `probes.figures.experts.doses_figure`."""
     score, lengths = evaluation.score(arm), evaluation.arms[arm].length.mean(1).astype(float)
     return Dose(
