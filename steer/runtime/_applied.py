@@ -14,7 +14,8 @@ from probes.model.architectures import o_proj_of
 from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
 from probes.model.sites import Site
 from probes.thinking.phases import Clock
-from steer.interventions.activation import Add, Intervention, placed, widened
+from steer.interventions.activation import Add, Intervention, placed
+from steer.interventions.affine import widened
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
 from steer.runtime.firelog import FireLog
