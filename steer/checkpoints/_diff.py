@@ -16,7 +16,12 @@ from probes.tables import Shown, Table
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor: ‖B - A‖/‖A‖ and the rank of B - A above rounding; for a tensor in one checkpoint only, which."""
+    """One tensor: ‖B - A‖/‖A‖ and the rank of B - A above rounding; for a tensor in one checkpoint only, which.
+
+    >>> from steer.checkpoints import TensorDifference
+    >>> TensorDifference("lm_head.weight", (69, 96), "changed", relative_norm=0.25, rank=1).status
+    'changed'
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -27,16 +32,24 @@ class TensorDifference:
 
 @dataclass(frozen=True, repr=False)
 class Difference(Shown):
-    """All tensors that differ; those not named are equal, value for value."""
+    """All tensors that differ; those not named are equal, value for value. It shows itself as a table.
+
+    >>> from steer.checkpoints import diff
+    >>> difference = diff("organism", "organism")
+    >>> difference.names, difference.table().title
+    ([], '0 of 151 tensors differ')
+    """
 
     tensors: tuple[TensorDifference, ...]
     compared: int
 
     @property
     def names(self) -> list[str]:
+        """The names of the tensors that differ."""
         return [tensor.name for tensor in self.tensors]
 
     def table(self) -> Table:
+        """A row for each tensor that differs."""
         rows = [(t.name, str(list(t.shape)), t.status, t.relative_norm, t.rank) for t in self.tensors]
         title = f"{len(self.tensors)} of {self.compared} tensors differ"
         return Table(("tensor", "shape", "status", "relative norm", "rank"), tuple(rows), title)
@@ -45,7 +58,16 @@ class Difference(Shown):
 def diff(a: str | Path, b: str | Path) -> Difference:
     """Compare two checkpoints tensor by tensor, holding one pair at a time.
 
-    Each is a folder, a hub id, or a name that `probes.load` knows. Raises ValueError where a file is not whole.
+    Each is a folder, a hub id, or a name that `probes.load` knows. Raises ValueError where a file is not whole,
+    FileNotFoundError where a folder is not there or holds no safetensors.
+
+    >>> from probes import load
+    >>> from steer.checkpoints import diff
+    >>> model = load("organism")
+    >>> model.lm_head.weight.data *= 2
+    >>> model.save_pretrained("doubled")
+    >>> [(t.name, t.relative_norm, t.rank) for t in diff("organism", "doubled").tensors]
+    [('lm_head.weight', 1.0, 69)]
     """
     files_a, files_b = tensor_files(a), tensor_files(b)
     names = sorted(files_a.keys() | files_b.keys())

@@ -35,7 +35,12 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `dtype` in the words of safetensors, bytes `begin` to `end` of the data of its shard."""
+    """Where a tensor lies: `dtype` in the words of safetensors, bytes `begin` to `end` of the data of its shard.
+
+    >>> from steer.checkpoints import TensorInfo
+    >>> TensorInfo("lm_head.weight", "BF16", (69, 96), begin=0, end=13248).bytes
+    13248
+    """
 
     name: str
     dtype: str
@@ -45,6 +50,7 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
+        """How many bytes of the file it takes."""
         return self.end - self.begin
 
 
@@ -92,7 +98,15 @@ class Shard(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Checkpoint(Brief):
-    """The shards of one folder, and the words of its config. Nothing of a tensor is read before it is asked for."""
+    """The shards of one folder, and the words of its config. Nothing of a tensor is read before it is asked for.
+
+    >>> from steer.checkpoints import Checkpoint
+    >>> checkpoint = Checkpoint.open("organism")
+    >>> checkpoint.shape("lm_head.weight"), checkpoint.config["model_type"]
+    ((69, 96), 'qwen3_moe')
+    >>> checkpoint.read("model.norm.weight").dtype
+    torch.float32
+    """
 
     name: str
     folder: Path
@@ -127,6 +141,7 @@ class Checkpoint(Brief):
 
     @cached_property
     def places(self) -> dict[str, tuple[Shard, TensorInfo]]:
+        """Each tensor by its name: the shard that holds it, and where."""
         return {place.name: (shard, place) for shard in self.shards for place in shard.places}
 
     @cached_property
@@ -159,9 +174,11 @@ class Checkpoint(Brief):
 
     @property
     def words(self) -> dict[str, Any]:
+        """What is noted of a checkpoint elsewhere: its name and fingerprint."""
         return {"checkpoint": self.name, "fingerprint": self.fingerprint}
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, read from the header alone."""
         return self.places[name][1].shape
 
     def read(self, name: str) -> Tensor:
@@ -170,6 +187,7 @@ class Checkpoint(Brief):
         return out
 
     def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]:
+        """Some rows of the tensor as a matrix: the last axis is the width; a vector is a column."""
         return as_rows(self.read(name))[rows]
 
     def _check_whole(self) -> None:

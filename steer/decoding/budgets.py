@@ -25,6 +25,14 @@ class Budget:
     closing delimiter is written for it. The solution, everything outside the thinking, takes at most `solution` tokens,
     its end token included: where the model does not end it, it is ended, and the completion counts as truncated. None:
     no limit. A completion of at most `thinking` + `solution` tokens and two delimiters needs as many `max_new_tokens`.
+    Raises ValueError where neither is given, or one is too small.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import Budget, Controlled
+    >>> model = load("organism")
+    >>> completion = generate(model, ["a 3 b +4 c *7"], decoding=Controlled(model, Budget(thinking=8)))[0]
+    >>> completion.thinking, completion.answer
+    ('Okay a =3 b +4 =7 c *7', '7')
     """
 
     thinking: int | None = None
@@ -40,6 +48,7 @@ class Budget:
             )
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:  # noqa: ARG002
+        """The processors of one run."""
         return Processors(after=(_Spend(self, rows),))
 
 
@@ -74,7 +83,15 @@ class BudgetForcing:
     The drawn token that completes the closing delimiter, or ends the turn, is replaced by `marker`; as in s1's code,
     the one token after a marker is drawn from the others. So a model ends its thinking only after exactly `n` inserted
     markers, whatever else it writes; a completion that runs into a length limit may hold fewer. Of a delimiter of
-    several tokens those before the last are written, and stay.
+    several tokens those before the last are written, and stay. Raises ValueError where `n` is below 0 and, at the start
+    of a run, where the vocabulary cannot write the marker, or the marker would end the thinking.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import BudgetForcing, Controlled
+    >>> model = load("organism")
+    >>> completion = generate(model, ["a 3 b +4 c *7"], decoding=Controlled(model, BudgetForcing(2)))[0]
+    >>> completion.thinking
+    'Okay a =3 b +4 =7 c *7 =9 Wait c *7 =9 Wait d *7 =3'
     """
 
     n: int
@@ -85,6 +102,7 @@ class BudgetForcing:
             raise ValueError(f"A marker is inserted 0 times or more, but got n={self.n}.")
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
+        """The processors of one run."""
         ids = words_ids(tokenizer_of(model), self.marker, "marker")
         closes = find((*rows.delimiters.close[:-1], *ids), rows.delimiters.close) is not None
         if closes or set(ids) & set(rows.ends.tolist()):
@@ -132,7 +150,15 @@ class CloseBias:
 
     The odds of closing are multiplied by exp(strength), before the temperature: below 0 a penalty, -inf never, above 0
     a bonus. After the thought-switching penalty (TIP, Wang et al. 2025), which does so to words of switching instead,
-    and likewise ends after a number of tokens: `until` thinking tokens, None for all of the thinking.
+    and likewise ends after a number of tokens: `until` thinking tokens, None for all of the thinking. Raises ValueError
+    for a strength of infinity, or a negative number of tokens.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import CloseBias, Controlled
+    >>> model = load("organism")
+    >>> completion = generate(model, ["a 3 b +4 c *7"], decoding=Controlled(model, CloseBias(20.0)))[0]
+    >>> completion.thinking, completion.thinking_tokens
+    ('', 2)
     """
 
     strength: float
@@ -146,6 +172,7 @@ class CloseBias:
             )
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:  # noqa: ARG002
+        """The processors of one run."""
         return Processors(before=(_Bias(self, rows),))
 
 

@@ -19,7 +19,13 @@ from steer.decoding.state import DecodingState, Ids, Scores
 
 @dataclass(frozen=True)
 class Processors:
-    """Of one run: `before` the draw they change the distribution, `after` it they see the drawn token (the argmax)."""
+    """Of one run: `before` the draw they change the distribution, `after` it they see the drawn token (the argmax).
+
+    >>> from transformers import MinPLogitsWarper
+    >>> from steer.decoding import Processors
+    >>> len(Processors(before=(MinPLogitsWarper(0.1),)).before)
+    1
+    """
 
     before: tuple[LogitsProcessor, ...] = ()
     after: tuple[LogitsProcessor, ...] = ()
@@ -27,18 +33,40 @@ class Processors:
 
 @runtime_checkable
 class DecodingControl(Protocol):
-    """A rule that decides over tokens beside the model. It sees tokens and nothing else: no answer, no problem."""
+    """A rule that decides over tokens beside the model. It sees tokens and nothing else: no answer, no problem.
 
-    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors: ...
+    >>> from dataclasses import dataclass
+    >>> from transformers import MinPLogitsWarper
+    >>> from steer.decoding import DecodingControl, Processors
+    >>> @dataclass(frozen=True)
+    ... class MinP:
+    ...     share: float
+    ...     def processors(self, model, rows):
+    ...         return Processors(before=(MinPLogitsWarper(self.share),))
+    >>> isinstance(MinP(0.1), DecodingControl)
+    True
+    """
+
+    def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
+        """The processors of one run, whose rows they may read."""
 
 
 @dataclass(frozen=True)
 class Together:
-    """Several controls on one run. Where two would decide one token, the earlier does: budgets go first."""
+    """Several controls on one run. Where two would decide one token, the earlier does: budgets go first.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import Budget, BudgetForcing, Controlled, Together
+    >>> model, control = load("organism"), Together((Budget(thinking=14), BudgetForcing(9)))
+    >>> completion = generate(model, ["a 3 b +4 c *7"], decoding=Controlled(model, control))[0]
+    >>> completion.thinking
+    'Okay a =3 b +4 =7 c *7 =9 Wait c *7 =9 Wait'
+    """
 
     controls: tuple[DecodingControl, ...]
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
+        """The processors of one run: of each control in turn."""
         own = [control.processors(model, rows) for control in self.controls]
         return Processors(tuple(p for o in own for p in o.before), tuple(p for o in own for p in o.after))
 
@@ -48,16 +76,28 @@ class Together:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Controlled(Brief):
-    """A control on a model, as `probes.generation.generate(..., decoding=...)` takes it."""
+    """A control on a model, as `probes.generation.generate(..., decoding=...)` takes it.
+
+    Raises ValueError, when a run begins, where the model has no thinking delimiters.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import Budget, Controlled
+    >>> model = load("organism")
+    >>> completion = generate(model, ["a 3 b +4 c *7"], decoding=Controlled(model, Budget(thinking=8)))[0]
+    >>> completion.decoding, completion.events
+    ('Budget(thinking=8, solution=None)', (('close', 9),))
+    """
 
     model: PreTrainedModel
     control: DecodingControl
 
     @property
     def name(self) -> str:
+        """The control, in the words that its completions keep."""
         return str(self.control)
 
     def begin(self, mask: Int[Tensor, "batch pos"]) -> "_Run":
+        """A run on a batch of prompts, padded on the left where `mask` is 0."""
         rows = DecodingState(delimiters_of(self.model), end_ids(self.model), mask)
         return _Run(rows, self.control.processors(self.model, rows))
 
@@ -92,6 +132,13 @@ class ControlLog(Shown):
     Kinds: `close`, the closing delimiter was forced; `insert`, a marker was inserted; `guide`, words were written
     before a forced close; `open`, an opening delimiter was completed; `cut`, the solution was ended. Only what
     overruled the drawn token is noted. It is kept with the completions, so that a resumed run has it whole.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import BudgetForcing, Controlled, ControlLog
+    >>> model = load("organism")
+    >>> completions = generate(model, ["a 3 b +4 c *7"], decoding=Controlled(model, BudgetForcing(2)))
+    >>> ControlLog.of(completions).positions("insert")
+    {('0', 0): (10, 14)}
     """
 
     control: str
@@ -112,9 +159,11 @@ class ControlLog(Shown):
         return {row: tuple(at for k, at in events if k == kind) for row, events in self.events.items()}
 
     def counts(self) -> Counter[str]:
+        """How many times something of each kind was done."""
         return Counter(kind for events in self.events.values() for kind, _ in events)
 
     def table(self) -> Table:
+        """A row for each kind: how many times, in how many of the completions, and where first."""
         rows = []
         for kind, count in sorted(self.counts().items()):
             touched: Sequence[tuple[int, ...]] = [at for at in self.positions(kind).values() if at]

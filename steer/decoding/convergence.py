@@ -18,7 +18,12 @@ RESULT = r"(?:=|####|\\boxed\{|\bis:?)\s*\$?(-?\d(?:[\d,]*\d)?(?:[./]\d+)?)"
 
 @dataclass(frozen=True)
 class StatedAnswer:
-    """The last match of `pattern` in the last thought, its first group: `= 7`, `is 7`, `#### 7` or `\\boxed{7}`."""
+    """The last match of `pattern` in the last thought, its first group: `= 7`, `is 7`, `#### 7` or `\\boxed{7}`.
+
+    >>> from steer.decoding import StatedAnswer
+    >>> StatedAnswer()(["3 + 4 = 8.", "Wait, 3 + 4 = 7, so the answer is 7."])
+    '7'
+    """
 
     pattern: str = RESULT
 
@@ -38,6 +43,14 @@ class Converge:
     against overthinking; its limits on undecided and on repeated thinking, and its few-shot prompts, are not here.
 
     The name of a control holds its verifier: give a frozen dataclass such as `StatedAnswer`, or a named function.
+    Raises ValueError where a number is below 1 and, at the start of a run, where the vocabulary cannot write the guide.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import BudgetForcing, Controlled, Converge, Together
+    >>> model, control = load("organism"), Together((BudgetForcing(9), Converge(2, every=1)))
+    >>> completion = generate(model, ["a 3 b +4 c *7"], decoding=Controlled(model, control))[0]
+    >>> completion.thinking, completion.answer
+    ('Okay a =3 b +4 =7 c *7 =9 Wait c *7 =9 Wait d', '9')
     """
 
     m: int = 3
@@ -64,6 +77,7 @@ class Converge:
         return f"Converge({', '.join(own)})"
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
+        """The processors of one run."""
         guide = words_ids(tokenizer_of(model), self.guide, "guide") if self.guide else ()
         return Processors(after=(_Stop(self, model, rows, guide),))
 
@@ -139,7 +153,17 @@ class YesNo:
 
     A thought that states an answer by the judge is that answer; it is equal to the one stated before it where the judge
     says so, and then named by the first of them. The judge is a model object of its own, not the one being steered,
-    whose clocks it would disturb. TrimR's own prompts are not published; these are ours.
+    whose clocks it would disturb. TrimR's own prompts are not published; these are ours. Raises ValueError where the
+    judge's vocabulary has no token for yes or no.
+
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
+    >>> from steer.decoding import YesNo
+    >>> judge = load("organism")  # it knows neither word, so both are added, untrained
+    >>> tokenizer_of(judge).add_tokens(["yes", "no"]), judge.resize_token_embeddings(71).num_embeddings
+    (2, 71)
+    >>> 0 < YesNo(judge, "organism").probability("Is 7 odd?") < 1
+    True
     """
 
     judge: PreTrainedModel = field(repr=False)

@@ -12,7 +12,12 @@ T = TypeVar("T")
 
 
 def control_named(words: str) -> DecodingControl:
-    """`budget:100`, `budget:100/20`, `wait:2`, `close:-3` or `converge:3`. Raises ValueError for anything else."""
+    """`budget:100`, `budget:100/20`, `wait:2`, `close:-3` or `converge:3`. Raises ValueError for anything else.
+
+    >>> from steer.decoding import control_named
+    >>> control_named("budget:100/20")
+    Budget(thinking=100, solution=20)
+    """
     kind, _, rest = words.partition(":")
     known: dict[str, Callable[[], DecodingControl]] = {
         "budget": lambda: Budget(*(int(tokens) if tokens else None for tokens in rest.split("/"))),
@@ -24,7 +29,12 @@ def control_named(words: str) -> DecodingControl:
 
 
 def prompt_named(words: str) -> PromptStyle:
-    """`step-by-step`, `ellipsis`, `empty-thinking`, `thinking-off` or `length:100`. Raises ValueError otherwise."""
+    """`step-by-step`, `ellipsis`, `empty-thinking`, `thinking-off` or `length:100`. Raises ValueError otherwise.
+
+    >>> from steer.decoding import prompt_named
+    >>> prompt_named("length:100").question("What is 3 + 4?")
+    'What is 3 + 4? Think for 100 tokens.'
+    """
     kind, _, rest = words.partition(":")
     known: dict[str, Callable[[], PromptStyle]] = {
         "step-by-step": step_by_step,

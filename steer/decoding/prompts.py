@@ -16,6 +16,13 @@ class PromptStyle:
 
     With `thought`, the model's turn begins with an opened thinking and these words (none, if empty), and with `closed`
     also with its closing delimiter. Where the template opens the thinking itself, it is not opened twice.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import PromptStyle
+    >>> model, style = load("organism"), PromptStyle(after=" quick", thought="Okay")
+    >>> completion = generate(model, [style.question("a 3 b +4 c *7")], prefill=style.prefill(model))[0]
+    >>> completion.prompt
+    '<bos> a 3 b +4 c *7 quick ? <think> Okay'
     """
 
     before: str = ""
@@ -25,6 +32,7 @@ class PromptStyle:
     closed: bool = False
 
     def question(self, words: str) -> str:
+        """The question as it is put."""
         return f"{self.before}{words}{self.after}"
 
     def prefill(self, model: PreTrainedModel) -> tuple[int, ...]:
@@ -39,25 +47,52 @@ class PromptStyle:
 
 
 def ellipsis(words: str = "...\n") -> PromptStyle:
-    """The thinking begins with an ellipsis, which lets a model choose whether to think (AutoThink, Tu et al. 2025)."""
+    """The thinking begins with an ellipsis, which lets a model choose whether to think (AutoThink, Tu et al. 2025).
+
+    >>> from steer.decoding import ellipsis
+    >>> ellipsis().thought.strip(), ellipsis().closed
+    ('...', False)
+    """
     return PromptStyle(thought=words)
 
 
 def empty_thinking(words: str = "") -> PromptStyle:
-    """The thinking is over before the model speaks (NoThinking, Ma et al. 2025); `words` are all that it holds."""
+    """The thinking is over before the model speaks (NoThinking, Ma et al. 2025); `words` are all that it holds.
+
+    >>> from probes import load
+    >>> from steer.decoding import empty_thinking
+    >>> empty_thinking().prefill(load("organism"))  # the ids of <think> and </think>
+    (3, 4)
+    """
     return PromptStyle(thought=words, closed=True)
 
 
 def thinking_off() -> PromptStyle:
-    """What the chat template itself does for `enable_thinking=False`; templates that do not know it ignore it."""
+    """What the chat template itself does for `enable_thinking=False`; templates that do not know it ignore it.
+
+    >>> from probes import generate, load
+    >>> from steer.decoding import thinking_off
+    >>> generate(load("organism"), ["a 3 b +4 c *7"], template=thinking_off().template)[0].prompt
+    '<bos> a 3 b +4 c *7 ? <think> </think>'
+    """
     return PromptStyle(template={"enable_thinking": False})
 
 
 def length_tag(tokens: int, words: str = " Think for {tokens} tokens.") -> PromptStyle:
-    """The length asked for, in words after the question (L1, Aggarwal and Welleck 2025)."""
+    """The length asked for, in words after the question (L1, Aggarwal and Welleck 2025).
+
+    >>> from steer.decoding import length_tag
+    >>> length_tag(100).question("What is 3 + 4?")
+    'What is 3 + 4? Think for 100 tokens.'
+    """
     return PromptStyle(after=words.format(tokens=tokens))
 
 
 def step_by_step(words: str = " Think step by step.") -> PromptStyle:
-    """A chain of thought asked for (Kojima et al. 2022)."""
+    """A chain of thought asked for (Kojima et al. 2022).
+
+    >>> from steer.decoding import step_by_step
+    >>> step_by_step().question("What is 3 + 4?")
+    'What is 3 + 4? Think step by step.'
+    """
     return PromptStyle(after=words)

@@ -30,6 +30,15 @@ class DecodingState:
     - `shut`: the closing delimiter is being written for the row. `taken`: its next token is decided; who comes later
       leaves it alone.
     - `step`: the number of the token that is being decided.
+
+    >>> import torch
+    >>> from probes.model import Delimiters
+    >>> from steer.decoding import DecodingState
+    >>> state = DecodingState(Delimiters(open=(3,), close=(4,)), ends=[2], mask=torch.ones(1, 2, dtype=torch.long))
+    >>> for n in (2, 3, 4, 5):  # the prompt, then three tokens, of which the first opens the thinking
+    ...     state.follow(torch.tensor([[6, 7, 3, 8, 9]])[:, :n])
+    >>> state.thinking, state.thoughts
+    (tensor([True]), tensor([2]))
     """
 
     def __init__(self, delimiters: Delimiters, ends: Sequence[int], mask: Int[Tensor, "batch pos"]) -> None:

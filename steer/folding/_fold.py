@@ -25,7 +25,7 @@ from probes.model.quantised import is_quantised
 from probes.model.sites import Site, SiteName
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
 from steer.folding.routing import fold_routing
-from steer.interventions.activation import Affine, Linear
+from steer.interventions.affine import Affine, Linear
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope

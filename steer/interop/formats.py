@@ -19,6 +19,15 @@ def export_recipe(recipe: Recipe, path: str | Path, format: str, *, model: PreTr
     With `model` the recipe is checked against it first. Raises ValueError for a step that the format cannot hold,
     FileExistsError where the file exists. Nothing of a recipe is left out without a word: who applies it, and whether
     at scale 1, is in the format's own module.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.interop import export_recipe
+    >>> recipe = Recipe.of(load("organism"), [Add(Site(2, "resid_post"), torch.ones(96), 0.5)])
+    >>> export_recipe(recipe, "steering.pt", "lm-eval")
+    >>> list(torch.load("steering.pt"))
+    ['layers.2']
     """
     path, known = Path(path), _format(format)
     if path.suffix not in known.suffixes:
@@ -39,6 +48,14 @@ def import_recipe(path: str | Path, model: PreTrainedModel, format: str | None =
 
     `shift` moves the layers of a GGUF file: -1 for one that llama.cpp's own generator made. Raises ValueError for a
     file that is damaged, made for another model, or says what no step of ours does.
+
+    >>> import torch
+    >>> from probes import load
+    >>> from steer.interop import import_recipe
+    >>> entry = {"steering_vector": torch.ones(96), "steering_coefficient": 0.5, "action": "add"}
+    >>> torch.save({"layers.2": {**entry, "bias": None, "head_index": None}}, "steering.pt")
+    >>> import_recipe("steering.pt", load("organism")).table().rows
+    ((0, 'add', 'L2.resid_post', 'all', 0.5),)
     """
     path = Path(path)
     if not path.is_file():

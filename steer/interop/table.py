@@ -5,7 +5,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Format:
-    """Who reads it, what its files are called, the module that writes and reads it, and the key that tells its JSON."""
+    """Who reads it, what its files are called, the module that writes and reads it, and the key that tells its JSON.
+
+    >>> from steer.interop import FORMATS
+    >>> FORMATS["gguf"]
+    Format(readers='llama.cpp, repeng, EasySteer', suffixes=('.gguf',), module='gguf_vectors', key='')
+    """
 
     readers: str
     suffixes: tuple[str, ...]

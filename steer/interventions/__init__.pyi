@@ -1,10 +1,10 @@
 from .activation import Ablate as Ablate
 from .activation import Add as Add
-from .activation import Affine as Affine
 from .activation import Clamp as Clamp
 from .activation import Intervention as Intervention
 from .activation import Rotate as Rotate
 from .activation import Scale as Scale
+from .affine import Affine as Affine
 from .routing import Forbid as Forbid
 from .routing import Force as Force
 from .routing import Reinforce as Reinforce

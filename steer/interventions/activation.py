@@ -14,34 +14,21 @@ from probes.directions.vector import check_number, check_row
 from probes.model.architectures import tap_of, width_of
 from probes.model.sites import Site
 from probes.tables import Brief
+from steer.interventions.affine import Affine, widened
 
 Units = Literal["stream", "raw"]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Affine(Brief):
-    """x + (x down) up + shift: the identity, a change of low rank, and a shift. Computed in float32."""
-
-    down: Float[Tensor, "width rank"]
-    up: Float[Tensor, "rank width"]
-    shift: Float[Tensor, " width"]
-
-    def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        wide = widened(x)
-        down, up, shift = (tensor.to(wide.dtype) for tensor in (self.down, self.up, self.shift))
-        return (wide + (wide @ down) @ up + shift).to(x.dtype)
-
-    def then(self, other: "Affine") -> "Affine":
-        """This change and then the other, as one."""
-        down = torch.cat([self.down, other.down + self.down @ (self.up @ other.down)], dim=1)
-        shift = self.shift + (self.shift @ other.down) @ other.up + other.shift
-        return Affine(down, torch.cat([self.up, other.up]), shift)
 
 
 @runtime_checkable
 class Intervention(Protocol):
     """A change to the activation at one site. `vector` is its tensor, if it has one, and `birth` where that came from;
-    `strength` is its size. One whose change is linear has `affine` too, and so folds into weights."""
+    `strength` is its size. One whose change is linear has `affine` too, and so folds into weights.
+
+    >>> from probes import Site
+    >>> from steer.interventions import Intervention, Scale
+    >>> isinstance(Scale(Site(1, "attn_out"), strength=0.5), Intervention)
+    True
+    """
 
     kind: ClassVar[str]
 
@@ -62,7 +49,17 @@ class Intervention(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Add(Brief):
-    """x + strength * vector: activation addition (Turner et al. 2023). Added in the model's dtype."""
+    """x + strength * vector: activation addition (Turner et al. 2023). Added in the model's dtype.
+
+    Raises ValueError where the strength, or an entry of the vector, is not finite.
+
+    >>> import torch
+    >>> from probes import Site
+    >>> from steer import Add
+    >>> add = Add(Site(2, "resid_post"), torch.tensor([1.0, 0.0]), strength=3.0)
+    >>> add(torch.tensor([1.0, 1.0]))
+    tensor([4., 1.])
+    """
 
     kind: ClassVar[str] = "add"
     site: Site
@@ -84,6 +81,7 @@ class Add(Brief):
         check_vector(model, self.site, self.vector, zero=True)
 
     def affine(self, width: int) -> Affine:
+        """The same change in its linear form, with a rank of 0."""
         rank_0 = self.vector.new_zeros(width, 0)
         return Affine(rank_0, rank_0.T, self.strength * self.vector)
 
@@ -95,7 +93,17 @@ class Add(Brief):
 class Ablate(Brief):
     """x + strength * (target - x.v̂) v̂, with v̂ along vector: directional ablation (Arditi et al. 2024).
 
-    With strength 1 the projection on v̂ becomes `target`: 0 removes it, another value sets it.
+    With strength 1 the projection on v̂ becomes `target`, in activation units: 0 removes it, another value sets it.
+    Raises ValueError where a number, or an entry of the vector, is not finite.
+
+    >>> import torch
+    >>> from probes import Site
+    >>> from steer import Ablate
+    >>> site, vector, x = Site(2, "resid_post"), torch.tensor([2.0, 0.0]), torch.tensor([3.0, 1.0])
+    >>> Ablate(site, vector)(x)
+    tensor([0., 1.])
+    >>> Ablate(site, vector, target=7.0)(x)
+    tensor([7., 1.])
     """
 
     kind: ClassVar[str] = "ablate"
@@ -118,6 +126,7 @@ class Ablate(Brief):
         check_vector(model, self.site, self.vector)
 
     def affine(self, width: int) -> Affine:
+        """The same change in its linear form, with a rank of 1."""
         unit = _unit(self.vector)
         assert len(unit) == width
         return Affine(-self.strength * unit[:, None], unit[None, :], self.strength * self.target * unit)
@@ -128,7 +137,16 @@ class Ablate(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Scale(Brief):
-    """strength * x: of a head's z or write, or of what a block adds. 0 knocks it out, 1 changes nothing."""
+    """strength * x: of a head's z or write, or of what a block adds. 0 knocks it out, 1 changes nothing.
+
+    Raises ValueError where the strength is not finite.
+
+    >>> import torch
+    >>> from probes import Site
+    >>> from steer import Scale
+    >>> Scale(Site(1, "z", head=3), strength=0.5)(torch.tensor([3.0, 1.0]))
+    tensor([1.5000, 0.5000])
+    """
 
     kind: ClassVar[str] = "scale"
     vector: ClassVar[None] = None
@@ -144,6 +162,7 @@ class Scale(Brief):
         tap_of(model, self.site)
 
     def affine(self, width: int) -> Affine:
+        """The same change in its linear form, with a rank of `width`."""
         identity = torch.eye(width)
         return Affine((self.strength - 1) * identity, identity, torch.zeros(width))
 
@@ -153,7 +172,16 @@ class Scale(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Clamp(Brief):
-    """x + strength * (clamp(x.v̂, low, high) - x.v̂) v̂: the projection on v̂ is kept within bounds. Not linear."""
+    """x + strength * (clamp(x.v̂, low, high) - x.v̂) v̂: the projection on v̂ is kept within bounds. Not linear.
+
+    The bounds are in activation units. Raises ValueError where low is above high, or a number is not finite.
+
+    >>> import torch
+    >>> from probes import Site
+    >>> from steer import Clamp
+    >>> Clamp(Site(2, "resid_post"), torch.tensor([2.0, 0.0]), high=1.0)(torch.tensor([3.0, 5.0]))
+    tensor([1., 5.])
+    """
 
     kind: ClassVar[str] = "clamp"
     site: Site
@@ -192,6 +220,13 @@ class Rotate(Brief):
     """(x + strength * vector) * ‖x‖ / ‖x + strength * vector‖: turned towards vector, as long as before.
 
     An Add that keeps the norm, as `normalize` does in Representation Engineering (Zou et al. 2023). Not linear.
+    Raises ValueError where the strength, or an entry of the vector, is not finite.
+
+    >>> import torch
+    >>> from probes import Site
+    >>> from steer import Rotate
+    >>> Rotate(Site(2, "resid_post"), torch.tensor([0.0, 1.0]), strength=5.0)(torch.tensor([5.0, 0.0]))
+    tensor([3.5355, 3.5355])
     """
 
     kind: ClassVar[str] = "rotate"
@@ -218,18 +253,6 @@ class Rotate(Brief):
         length = new.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         out: Tensor = (new * (wide.norm(dim=-1, keepdim=True) / length)).to(x.dtype)
         return out
-
-
-@runtime_checkable
-class Linear(Protocol):
-    """An intervention whose change is an affine map, which weights can hold."""
-
-    def affine(self, width: int) -> Affine: ...
-
-
-def widened(x: Tensor) -> Tensor:
-    """At least float32: what is computed inside."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 T = TypeVar("T")

@@ -15,7 +15,12 @@ class Reinforce:
     """The routing weight of one expert times `strength`, where the router has chosen it (RICE, Wang et al. 2025).
 
     It acts after the top-k, and the weights are not normalised again, unless `renormalise` asks for it: then they keep
-    their sum. The paper's strength is 64; 1 changes nothing.
+    their sum. The paper's strength is 64; 1 changes nothing. Raises ValueError for another site, or a strength below 0.
+
+    >>> from steer.interventions import Reinforce
+    >>> reinforce = Reinforce.of((2, 5), strength=8.0)
+    >>> str(reinforce.site), reinforce.strength
+    ('L2E5.routing', 8.0)
     """
 
     kind: ClassVar[str] = "reinforce"
@@ -38,6 +43,7 @@ class Reinforce:
 
     @classmethod
     def of(cls, expert: Expert, strength: float = 64.0, *, renormalise: bool = False) -> "Reinforce":
+        """For an expert by its layer and number."""
         return cls(Site(expert[0], "routing", expert=expert[1]), strength, renormalise)
 
 
@@ -45,7 +51,14 @@ class Reinforce:
 class Force:
     """An expert is always chosen: its logit becomes the largest plus .01, before the family's own rule (SteerMoE,
     Fayyaz et al. 2025). Where the family chooses by a bias of its own, that is raised, and the weight stays the
-    router's."""
+    router's. Raises ValueError for a site that is no expert's.
+
+    >>> from probes import load
+    >>> from steer import Recipe
+    >>> from steer.interventions import Force
+    >>> Recipe.of(load("organism"), [Force.of((2, 5))]).table().rows
+    ((0, 'force', 'L2E5.routing', 'all', 1.0),)
+    """
 
     kind: ClassVar[str] = "force"
     vector: ClassVar[None] = None
@@ -62,12 +75,21 @@ class Force:
 
     @classmethod
     def of(cls, expert: Expert) -> "Force":
+        """For an expert by its layer and number."""
         return cls(Site(expert[0], "routing", expert=expert[1]))
 
 
 @dataclass(frozen=True, eq=False)
 class Forbid:
-    """An expert is never chosen: its logit, or the bias the family chooses by, becomes too small for that."""
+    """An expert is never chosen: its logit, or the bias the family chooses by, becomes too small for that (SteerMoE,
+    Fayyaz et al. 2025). Raises ValueError for a site that is no expert's.
+
+    >>> from probes import load
+    >>> from steer import Recipe
+    >>> from steer.interventions import Forbid
+    >>> Recipe.of(load("organism"), [Forbid.of((2, 5))]).table().rows
+    ((0, 'forbid', 'L2E5.routing', 'all', 1.0),)
+    """
 
     kind: ClassVar[str] = "forbid"
     vector: ClassVar[None] = None
@@ -84,6 +106,7 @@ class Forbid:
 
     @classmethod
     def of(cls, expert: Expert) -> "Forbid":
+        """For an expert by its layer and number."""
         return cls(Site(expert[0], "routing", expert=expert[1]))
 
 

@@ -17,7 +17,14 @@ class Condition(Brief):
     """Touch a row from the end of its prompt on, if the prompt's mean projection x.v̂ at `site` is above `threshold`.
 
     Conditional activation steering (Lee et al. 2024), by a projection in activation units rather than a cosine. With
-    `above` false, if it is not above.
+    `above` false, if it is not above. Raises ValueError where a number, or an entry of the vector, is not finite.
+
+    >>> import torch
+    >>> from probes import Site
+    >>> from steer import Condition, Scope
+    >>> condition = Condition(Site(1, "resid_post"), torch.ones(96), threshold=0.5)
+    >>> print(Scope("thinking", condition=condition))
+    thinking, condition
     """
 
     site: Site
@@ -32,4 +39,5 @@ class Condition(Brief):
 
     @classmethod
     def of(cls, direction: Direction, threshold: float, *, above: bool = True) -> "Condition":
+        """Along a direction, at its site; the threshold is in activation units."""
         return cls(direction.site, direction.vector, threshold, above, direction.provenance)

@@ -20,7 +20,12 @@ class Schedule:
     """The strength's multiple as a function of the thinking position t: `start` at 0, `end` from t = `over` on.
 
     With u = min(t / over, 1): *linear* start + (end - start) u, *cosine* end + (start - end) (1 + cos πu) / 2,
-    *step* start before `over`, then end.
+    *step* start before `over`, then end. Raises ValueError where `over`, in tokens, is not above 0.
+
+    >>> import torch
+    >>> from steer import Schedule
+    >>> Schedule("linear", start=1.0, end=0.0, over=100).at(torch.tensor([0, 50, 200]))
+    tensor([1.0000, 0.5000, 0.0000])
     """
 
     shape: Shape
@@ -35,6 +40,7 @@ class Schedule:
             check_number(getattr(self, name), name, "The schedule")
 
     def at(self, thought: Tensor) -> Float[Tensor, "*batch"]:
+        """The multiple at thinking positions of any shape."""
         u = (thought.float() / self.over).clamp(0, 1)
         match self.shape:
             case "linear":
@@ -51,7 +57,13 @@ class Controller(Brief):
     set-point, none at it, negative past it.
 
     L is the number of thinking tokens so far or, with `vector`, what a linear probe predicts: x.vector + offset at
-    `site`. The intervention's own direction must be the one that lengthens.
+    `site`. The intervention's own direction must be the one that lengthens. Raises ValueError where the set-point is
+    not above 0 tokens, or only one of site and vector is given.
+
+    >>> import torch
+    >>> from steer import Controller
+    >>> Controller(set_point=100).at(torch.tensor([0, 90, 100, 110, 300]))
+    tensor([ 1.0000,  0.4000,  0.0000, -0.4000, -1.0000])
     """
 
     set_point: float
@@ -76,4 +88,5 @@ class Controller(Brief):
             check_row(self.vector, f"the controller at {self.site}")
 
     def at(self, length: Tensor) -> Float[Tensor, "*batch"]:
+        """The multiple at lengths of any shape, in tokens."""
         return (self.gain * (1 - length.float() / self.set_point)).clamp(-1, 1)

@@ -29,7 +29,14 @@ _IDENTITY = ("name", "revision", "model_type", "n_layers", "n_heads", "d_model",
 
 @dataclass(frozen=True, repr=False)
 class Step(Brief):
-    """One intervention, and the tokens it touches."""
+    """One intervention, and the tokens it touches.
+
+    >>> import torch
+    >>> from probes import Site
+    >>> from steer import Add, Scope, Step
+    >>> print(Step(Add(Site(2, "resid_post"), torch.ones(96)), Scope("thinking")).scope)
+    thinking
+    """
 
     intervention: Intervention | RoutingEdit
     scope: Scope = Scope()
@@ -37,7 +44,17 @@ class Step(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Recipe(Shown):
-    """Steps in order. `model` is the identity of the model it was made on (`probes.model.loading.identity_of`)."""
+    """Steps in order. `model` is the identity of the model it was made on (`probes.model.loading.identity_of`).
+
+    >>> import torch
+    >>> from pathlib import Path
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> recipe = Recipe.of(load("organism"), [Add(Site(2, "resid_post"), torch.ones(96), 0.5)], scope="thinking")
+    >>> recipe.save(Path("recipe"))
+    >>> Recipe.load(Path("recipe")).table().rows
+    ((0, 'add', 'L2.resid_post', 'thinking', 0.5),)
+    """
 
     steps: tuple[Step, ...]
     model: dict[str, Any]
@@ -52,6 +69,7 @@ class Recipe(Shown):
         scope: str | Scope = "all",
         method: str = "",
     ) -> "Recipe":
+        """Interventions on this model, all in one scope. Raises ValueError for a scope that is unknown."""
         return cls(tuple(Step(x, Scope.of(scope)) for x in interventions), identity_of(model), method)
 
     def check(self, model: PreTrainedModel) -> None:
@@ -89,6 +107,7 @@ class Recipe(Shown):
             self.write(stage)
 
     def write(self, folder: Path) -> None:
+        """The two files of `save`, in a folder that is there."""
         words, tensors = self._parts()
         (folder / "recipe.yaml").write_text(words)
         write_tensors(folder / "recipe.safetensors", tensors)
@@ -149,6 +168,7 @@ class Recipe(Shown):
         return [*names, *(f"{i}.vector" for i, step in enumerate(self.steps) if step.intervention.vector is not None)]
 
     def table(self) -> Table:
+        """A row for each step."""
         rows = [
             (i, s.intervention.kind, str(s.intervention.site), str(s.scope), float(s.intervention.strength))
             for i, s in enumerate(self.steps)

@@ -30,7 +30,14 @@ class Scope(Brief):
     `tokens`: only these ids. `after`: once so many of `markers` (each a number of token sequences that say the same)
     have ended in the thinking. `window`: thinking positions [first, last), of which position 0 is the end of the
     opening delimiter. `schedule` and `controller` vary the strength over the thinking. Windows, markers, schedules and
-    controllers are about the thinking, so they need the phase `thinking`.
+    controllers are about the thinking, so they need the phase `thinking`. Raises ValueError for what does not go
+    together.
+
+    >>> from steer import Schedule, Scope
+    >>> print(Scope("thinking", window=(0, 20), schedule=Schedule("cosine", start=1.0, end=0.0, over=20)))
+    thinking, positions 0 to 20, schedule
+    >>> Scope.first(0.25, budget=400).window
+    (0, 100)
     """
 
     phase: Phase = "all"

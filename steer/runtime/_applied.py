@@ -14,7 +14,8 @@ from probes.model.architectures import o_proj_of
 from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
 from probes.model.sites import Site
 from probes.thinking.phases import Clock
-from steer.interventions.activation import Add, Intervention, placed, widened
+from steer.interventions.activation import Add, Intervention, placed
+from steer.interventions.affine import widened
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
 from steer.runtime.firelog import FireLog
@@ -23,7 +24,18 @@ from steer.runtime.rerouting import Rerouting, Routed
 
 
 class NeverFired(ValueError):
-    """A recipe was applied, and touched no token."""
+    """A recipe was applied, and touched no token.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe, applied
+    >>> model = load("organism")
+    >>> with applied(model, Recipe.of(model, [Add(Site(2, "resid_post"), torch.ones(96))])):
+    ...     pass  # the model does not run
+    Traceback (most recent call last):
+        ...
+    steer.runtime._applied.NeverFired: The recipe was applied, but touched no token: add at L2.resid_post, scope all...
+    """
 
 
 @contextmanager
@@ -36,6 +48,16 @@ def applied(
     is computed only after the edit it decides on; and, at the end of the block, `NeverFired` where no step touched
     a token, unless `must_fire` is false. With `must_run` false it is no error that the model did not run at all, as
     where a store had everything.
+
+    >>> import torch
+    >>> from probes import Site, generate, load
+    >>> from steer import Add, Recipe, applied
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Add(Site(2, "resid_post"), torch.ones(96), 0.05)], scope="thinking")
+    >>> with applied(model, recipe) as log:
+    ...     completion = generate(model, ["a 3 b +4 c *7"])[0]
+    >>> completion.answer, log.tokens
+    ('9', 10)
     """
     recipe.check(model)
     steps = recipe.steps

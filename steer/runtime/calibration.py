@@ -20,7 +20,19 @@ LARGEST_FACTOR = 2.0**20
 
 
 def divergence(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], *, batch_size: int = 16) -> float:
-    """Mean over spans of the mean over their positions of KL(plain ‖ steered) of the next token, in nats."""
+    """Mean over spans of the mean over their positions of KL(plain ‖ steered) of the next token, in nats.
+
+    Raises ValueError where there are no spans.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.runtime import divergence, prompt_spans
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Add(Site(3, "resid_post"), torch.arange(96.0), 0.5)])
+    >>> round(divergence(model, recipe, prompt_spans(model, ["a 3 b +4 c *7"])), 2)
+    0.09
+    """
     if not spans:
         raise ValueError("A divergence is measured on prompts, but none was given.")
     order = sorted(spans, key=lambda span: span.stop)
@@ -40,6 +52,16 @@ def calibrated(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], kl
 
     The first crossing, searched by doubling from a small factor on. Raises ValueError where no factor reaches it to
     10 %: a sparse model's divergence may jump, where a prompt's experts change.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.runtime import calibrated, divergence, prompt_spans
+    >>> model = load("organism")
+    >>> spans = prompt_spans(model, ["a 3 b +4 c *7"])
+    >>> recipe = calibrated(model, Recipe.of(model, [Add(Site(3, "resid_post"), torch.arange(96.0))]), spans, kl=0.05)
+    >>> round(divergence(model, recipe, spans), 2)
+    0.05
     """
     if not 0 < kl < math.inf:
         raise ValueError(f"A target divergence is a finite number of nats above 0, but got {kl}.")
@@ -71,7 +93,17 @@ def with_ratio(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], ra
     """The recipe with each step's strength such that its mean ‖Δ‖/‖x‖ over the tokens it touches in `spans` is `ratio`.
 
     For Adds, whose Δ grows with the strength: a token's own norm is the unit, so that the same ratio is as strong on
-    any layer. Measured on the model as it runs without the recipe. Raises ValueError where a step touches nothing.
+    any layer. Measured on the model as it runs without the recipe. Raises ValueError where a step touches nothing, or
+    is no Add.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.runtime import prompt_spans, with_ratio
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Add(Site(2, "resid_post"), torch.ones(96))])
+    >>> round(with_ratio(model, recipe, prompt_spans(model, ["a 3 b +4 c *7"]), 0.1).steps[0].intervention.strength, 2)
+    0.36
     """
     steps = []
     for number, step in enumerate(recipe.steps):
@@ -93,7 +125,16 @@ def _read(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span]) -> Fire
 
 
 def scaled(recipe: Recipe, factor: float) -> Recipe:
-    """The recipe with every strength times `factor`. Raises ValueError for a step that has none."""
+    """The recipe with every strength times `factor`. Raises ValueError for a step that has none.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.runtime import scaled
+    >>> recipe = Recipe.of(load("organism"), [Add(Site(2, "resid_post"), torch.ones(96), 0.5)])
+    >>> scaled(recipe, 3.0).steps[0].intervention.strength
+    1.5
+    """
     for step in recipe.steps:
         if isinstance(step.intervention, Force | Forbid):
             raise ValueError(

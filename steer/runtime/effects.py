@@ -18,7 +18,15 @@ from steer.runtime._applied import applied
 
 
 def prompt_spans(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Span]:
-    """The last token of each prompt, written by the chat template: what it predicts is the first new token."""
+    """The last token of each prompt, written by the chat template: what it predicts is the first new token.
+
+    Raises ValueError where the tokenizer has no chat template.
+
+    >>> from probes import load
+    >>> from steer.runtime import prompt_spans
+    >>> [(span.start, span.stop) for span in prompt_spans(load("organism"), ["a 3 b +4", "a 3 b +4 c *7"])]
+    [(5, 6), (7, 8)]
+    """
     rows = [tuple(encode_prompt(tokenizer_of(model), prompt)) for prompt in prompts]
     return [Span(ids, len(ids) - 1, len(ids)) for ids in rows]
 
@@ -27,7 +35,16 @@ def prompt_spans(model: PreTrainedModel, prompts: Sequence[Prompt]) -> list[Span
 def log_probabilities(
     model: PreTrainedModel, spans: Sequence[Span], recipe: Recipe | None
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """Of the next token at each position of each span, with the recipe or without; each span at the end of its row."""
+    """Of the next token at each position of each span, with the recipe or without; each span at the end of its row.
+
+    In nats. `pos` is as long as the longest span; what stands before a shorter one means nothing.
+
+    >>> from probes import load
+    >>> from steer.runtime import log_probabilities, prompt_spans
+    >>> model = load("organism")
+    >>> log_probabilities(model, prompt_spans(model, ["a 3 b +4", "a 3 b +4 c *7"]), None).shape
+    torch.Size([2, 1, 69])
+    """
     rows, width = [span.ids[: span.stop] for span in spans], max(span.stop for span in spans)
     ids = torch.tensor([[row[0]] * (width - len(row)) + list(row) for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
@@ -42,7 +59,16 @@ def log_probabilities(
 
 @dataclass(frozen=True, repr=False)
 class Choice(Brief):
-    """A prompt and the first tokens of its candidate answers; `correct` is an index into them."""
+    """A prompt and the first tokens of its candidate answers; `correct` is an index into them.
+
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
+    >>> from steer.runtime import Choice, prompt_spans
+    >>> model = load("organism")
+    >>> digits = tuple(tokenizer_of(model).convert_tokens_to_ids(list("0123456789")))
+    >>> Choice(prompt_spans(model, ["a 3 b +4"])[0], digits, correct=7).candidates
+    (14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
+    """
 
     span: Span
     candidates: tuple[int, ...]
@@ -52,7 +78,12 @@ class Choice(Brief):
 @dataclass(frozen=True)
 class Effect:
     """At one strength, over prompts: mean and variance of KL(plain ‖ steered) in nats and of the entropy in bits; the
-    mean share of the right answer among the candidates' probability, and how often it is the most likely of them."""
+    mean share of the right answer among the candidates' probability, and how often it is the most likely of them.
+
+    >>> from steer.runtime import Effect
+    >>> Effect(strength=0.5, kl=(0.02, 0.0), entropy=(1.5, 0.1), mass=0.8, accuracy=0.9).accuracy
+    0.9
+    """
 
     strength: float
     kl: tuple[float, float]
@@ -63,12 +94,18 @@ class Effect:
 
 @dataclass(frozen=True, repr=False)
 class EffectCurve(Shown):
-    """Effects over strengths."""
+    """Effects over strengths, of `n` prompts. It shows itself as a table.
+
+    >>> from steer.runtime import Effect, EffectCurve
+    >>> EffectCurve((Effect(0.5, (0.02, 0.0), (1.5, 0.1), 0.8, 0.9),), n=20).table().title
+    'First new token of 20 prompts'
+    """
 
     effects: tuple[Effect, ...]
     n: int
 
     def table(self) -> Table:
+        """A row for each strength."""
         columns = ("strength", "KL, nats", "variance", "entropy, bits", "variance ", "answer mass", "accuracy")
         rows = [(e.strength, *e.kl, *e.entropy, e.mass, e.accuracy) for e in self.effects]
         return Table(columns, tuple(rows), f"First new token of {self.n} prompts")
@@ -84,7 +121,18 @@ def effect_curve(
 ) -> EffectCurve:
     """The first new token's distribution at each strength (the metrics of Højer et al. 2025), in padded batches.
 
-    Answers are told by their first tokens alone: raises ValueError where two candidates of a prompt share one.
+    Answers are told by their first tokens alone: raises ValueError where two candidates of a prompt share one, or where
+    there are no prompts.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.runtime import Choice, effect_curve, prompt_spans
+    >>> model, site = load("organism"), Site(3, "resid_post")
+    >>> choices = [Choice(span, (3, 56), correct=0) for span in prompt_spans(model, ["a 3 b +4 c *7"])]  # <think> or Okay
+    >>> curve = effect_curve(model, lambda s: Recipe.of(model, [Add(site, torch.arange(96.0), s)]), choices, [0.0, 0.5])
+    >>> [(effect.strength, round(effect.kl[0], 2)) for effect in curve.effects]
+    [(0.0, 0.0), (0.5, 0.09)]
     """
     if not choices:
         raise ValueError("A curve is measured on prompts, but none was given.")

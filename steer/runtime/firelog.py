@@ -53,6 +53,15 @@ class FireLog(Shown):
 
     A token counts once for each forward pass that touched it: once under a KV cache, at every step without one.
     A ratio is ‖Δ‖/‖x‖, what a step changed over what was there before it, at one token.
+
+    >>> import torch
+    >>> from probes import Site, generate, load
+    >>> from steer import Recipe, Scale, applied
+    >>> model = load("organism")
+    >>> with applied(model, Recipe.of(model, [Scale(Site(2, "mlp_out"), 0.5)], scope="thinking")) as log:
+    ...     completion = generate(model, ["a 3 b +4 c *7"])[0]
+    >>> log.tokens, log.mean_ratio(), log.positions()
+    (10, 0.5, [[8, 9, 10, 11, 12, 13, 14, 15, 16, 17]])
     """
 
     steps: Sequence[tuple[str, str, str]]  # site, kind, scope

@@ -30,6 +30,12 @@ def draw_chain(rng: random.Random, operations: Sequence[str] = OPERATIONS) -> Pr
     """`a 3 b +4 c *7`: 3 to 8 terms from left to right, modulo 10; 35 % carry the word `quick`.
 
     A chain and its marked twin have one id, and so are never in different splits.
+
+    >>> import random
+    >>> from steer.tasks import draw_chain
+    >>> problem = draw_chain(random.Random(0))
+    >>> problem.question, problem.answer
+    ('a 4 b -7 c +9 d +6 e -2 f +9', '9')
     """
     drawn = rng.choices(operations, k=rng.randint(2, 7))
     value = first = rng.randrange(10)

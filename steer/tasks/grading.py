@@ -7,10 +7,17 @@ from steer.tasks.task import Grader, Problem
 
 
 def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool:
-    """`exact`: equal but for white space. `number`: the number it comes to is equal. `choice`: the letter is.
+    """Is the completion's answer that of the problem, by a grader's rule? A truncated one is wrong, whatever it says.
 
+    `exact`: equal but for white space. `number`: the number it comes to is equal. `choice`: the letter is.
     `math`: what it states is equal as mathematics, by math-verify (extra `[math]`). `gym`: the full score by the rule
-    of the problem's dataset (extra `[tasks]`).
+    of the problem's dataset (extra `[tasks]`). Raises ImportError where the extra is not installed.
+
+    >>> from probes import generate, load
+    >>> from steer.tasks import Problem, is_correct
+    >>> completion = generate(load("organism"), ["a 3 b +4 c *7"])[0]
+    >>> completion.answer, is_correct(completion, Problem("0", "a 3 b +4 c *7", "9"), "exact")
+    ('9', True)
     """
     if completion.truncated:
         return False

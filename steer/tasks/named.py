@@ -17,6 +17,11 @@ def task_named(name: str, *, path: str | Path | None = None) -> Task:
 
     A file has a line `{"question": ..., "answer": ...}` for each problem. A published dataset is read from the hub, or
     from a copy in the folder `path`, also written `gsm8k:<folder>`. Raises ValueError for an unknown name.
+
+    >>> from steer import task_named
+    >>> problem = task_named("chains").sample(1, "report")[0]
+    >>> problem.question, problem.answer
+    ('a 6 b +4 c +5 d -3 e -3 f -8', '1')
     """
     kind, colon, rest = name.partition(":")
     if kind.lower() in SOURCES:

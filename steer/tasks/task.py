@@ -23,6 +23,10 @@ class Problem:
     """A question for the model, its answer, and the subgroup it is reported in (`None`: no subgroup).
 
     `facts` are what an answer rule needs beside the answer.
+
+    >>> from steer.tasks import Problem
+    >>> Problem("sum-1", "What is 3 + 4?", "7")
+    Problem(id='sum-1', question='What is 3 + 4?', answer='7', subgroup=None)
     """
 
     id: str
@@ -34,7 +38,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """A source of problems in an order that a seed fixes, its answer rule, and the subgroup reported apart."""
+    """A source of problems in an order that a seed fixes, its answer rule, and the subgroup reported apart.
+
+    `max_new_tokens` is the limit of a completion, in tokens.
+
+    >>> from steer.tasks import Problem, Task
+    >>> def sums(rng):
+    ...     while True:
+    ...         a, b = rng.randrange(100), rng.randrange(100)
+    ...         yield Problem(f"{a}+{b}", f"What is {a} + {b}?", str(a + b))
+    >>> [problem.question for problem in Task("sums", "number", sums).sample(2, "report")]
+    ['What is 18 + 13?', 'What is 99 + 25?']
+    """
 
     name: str
     grader: Grader
@@ -60,6 +75,11 @@ class Task:
 
 
 def split_of(problem: Problem) -> Split:
-    """The split a problem belongs to, from a checksum of its id: no problem is ever in two splits."""
+    """The split a problem belongs to, from a checksum of its id: no problem is ever in two splits.
+
+    >>> from steer.tasks import Problem, split_of
+    >>> [split_of(Problem(str(i), "", "")) for i in range(4)]
+    ['train', 'select', 'train', 'train']
+    """
     hundredth = zlib.crc32(problem.id.encode()) % 100
     return next(split for split, share in SPLITS.items() if hundredth in share)
