@@ -1,6 +1,6 @@
 """What arms did on one set of problems: accuracy, thinking length and truncation, paired, with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from probes.fields import plain_fields
 from probes.tables import Shown, Table
 from steer.evaluation.outcomes import Outcomes
 from steer.evaluation.statistics import adjusted, interval_of_mean, paired_p
@@ -40,19 +41,8 @@ class Score:
     shortest: dict[str, tuple[float, float]]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "n": self.n,
-            "samples": self.samples,
-            "accuracy": self.accuracy,
-            "interval": _strict(self.interval),
-            "difference": self.difference,
-            "difference_interval": _strict(self.difference_interval),
-            **dict(zip(("p", "p_adjusted"), _strict((self.p, self.p_adjusted)), strict=True)),
-            "length": self.length,
-            "truncation": self.truncation,
-            **dict(zip(("per_1000", "repeated"), _strict((self.per_1000, self.repeated)), strict=True)),
-            "shortest": {share: _strict(pair) for share, pair in self.shortest.items()},
-        }
+        """The fields as JSON holds them: what cannot be told is null."""
+        return plain_fields(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,8 +137,3 @@ class Evaluation(Shown):
             arm: self.score(arm).to_dict() | {g: self.score(arm, g).to_dict() for g in self.groups() if g}
             for arm in self.arms
         }
-
-
-def _strict(numbers: Sequence[float]) -> list[float | None]:
-    """JSON has no NaN: what cannot be told is null."""
-    return [None if np.isnan(x) else x for x in numbers]

@@ -1,7 +1,8 @@
 """Completions of the plain and of the edited model side by side, with each token's projection on the direction."""
 
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -33,70 +34,96 @@ RULE = (
 )
 
 
-def side_by_side(run: ThinkEditRun) -> dict[str, Any]:
-    """One problem of each kind, solved again by the plain and by the edited model: the noise is the problem's own."""
-    direction, split = run.direction, run.readings[run.selected.position].split
-    short, long = split.spans(run.selected.position)
-    means = [float(project(run.model, spans, [direction]).mean()) for spans in (short, long)]
-    midpoint = sum(means) / 2
-    examples = []
-    for kind, problem in _examples(run.report).items():
-        sides = {
-            "plain": _side(run, problem, None, direction, midpoint),
-            "edited": _side(run, problem, run.recipe, direction, midpoint),
-        }
-        about = {"kind": kind, "problem": problem.question, "answer": problem.answer, "subgroup": problem.subgroup}
-        examples.append({**about, **sides})
-    return {
-        "rule": RULE,
-        "site": str(direction.site),
-        "midpoint": midpoint,
-        "scale": abs(means[1] - means[0]) / 2,
-        "examples": examples,
-    }
+@dataclass(frozen=True)
+class SideRecord:
+    """A completion: its tokens, prompt included, and each one's projection less the midpoint of the classes.
+
+    `read` is the range of tokens that the direction was read at; of a long completion, `left_out` tokens are not kept.
+    """
+
+    correct: bool
+    thinking_tokens: int
+    truncated: bool
+    left_out: int
+    prompt_tokens: int
+    read: tuple[int, int]
+    tokens: tuple[str, ...]
+    projections: tuple[float, ...]
 
 
-def _examples(report: Evaluation) -> dict[str, Problem]:
+@dataclass(frozen=True)
+class ExampleRecord:
+    """One problem, solved by the plain and by the edited model."""
+
+    kind: str
+    problem: str
+    answer: str
+    subgroup: str | None
+    plain: SideRecord = field(metadata={"where": "The {key} side of {whole}"})
+    edited: SideRecord = field(metadata={"where": "The {key} side of {whole}"})
+
+
+@dataclass(frozen=True)
+class CompletionsRecord:
+    """One problem of each kind; `scale` is the projection of a class' mean, from `midpoint`, half way between them."""
+
+    rule: str
+    site: str
+    midpoint: float
+    scale: float
+    examples: tuple[ExampleRecord, ...] = field(metadata={"where": "Example {key} of the record"})
+
+    @classmethod
+    def of(cls, run: ThinkEditRun) -> "CompletionsRecord":
+        """Problems of the report split, solved again by both models: the noise is the problem's own."""
+        direction, split = run.direction, run.readings[run.selected.position].split
+        short, long = (
+            float(project(run.model, spans, [direction]).mean()) for spans in split.spans(run.selected.position)
+        )
+        midpoint = (short + long) / 2
+        examples = tuple(_example(run, kind, problem, midpoint) for kind, problem in _shown(run.report).items())
+        return cls(RULE, str(direction.site), midpoint, abs(long - short) / 2, examples)
+
+
+def _shown(report: Evaluation) -> dict[str, Problem]:
     """The first problem that the edit repairs, the first that it leaves right, and the first that it gets wrong."""
     before, after = (report.arms[arm].correct[:, 0] for arm in ("plain", "edited"))
     marks = any(problem.subgroup for problem in report.problems)
-    found: dict[str, Problem] = {}
+    firsts: dict[str, Problem] = {}
     for problem, was, now in zip(report.problems, before, after, strict=True):
         marked = bool(problem.subgroup)
         if now and not was and marked == marks:
-            found.setdefault(KINDS[0], problem)
+            firsts.setdefault(KINDS[0], problem)
         elif was and now and not marked:
-            found.setdefault(KINDS[1], problem)
+            firsts.setdefault(KINDS[1], problem)
         elif not now:
-            found.setdefault(KINDS[2], problem)
-    return {kind: found[kind] for kind in KINDS if kind in found}
+            firsts.setdefault(KINDS[2], problem)
+    return {kind: firsts[kind] for kind in KINDS if kind in firsts}
+
+
+def _example(run: ThinkEditRun, kind: str, problem: Problem, midpoint: float) -> ExampleRecord:
+    plain, edited = (_side(run, problem, recipe, midpoint) for recipe in (None, run.recipe))
+    return ExampleRecord(kind, problem.question, problem.answer, problem.subgroup, plain, edited)
 
 
 @torch.no_grad()
-def _side(
-    run: ThinkEditRun,
-    problem: Problem,
-    recipe: Recipe | None,
-    direction: Direction,
-    midpoint: float,
-) -> dict[str, Any]:
+def _side(run: ThinkEditRun, problem: Problem, recipe: Recipe | None, midpoint: float) -> SideRecord:
     """A completion, and each token's projection on the direction's unit, less the midpoint of the classes."""
     with nullcontext() if recipe is None else applied(run.model, recipe, must_fire=False):
-        done = solve(run.model, [problem], sampling=run.sampling, label="examples")[0]
-        values = _projections(run.model, done, direction)
-    read = POSITIONS[run.selected.position](done)
-    tokenizer = tokenizer_of(run.model)
-    kept = len(done.prompt_ids) + SHOWN
-    return {
-        "correct": is_correct(done, problem, run.task.grader),
-        "thinking_tokens": done.thinking_tokens,
-        "truncated": done.truncated,
-        "left_out": max(0, len(done.ids) - SHOWN),
-        "prompt_tokens": len(done.prompt_ids),
-        "read": [read.start, read.stop],
-        "tokens": [decode(tokenizer, [token]) for token in done.all_ids[:kept]],
-        "projections": [value - midpoint for value in values[:kept]],
-    }
+        completion = solve(run.model, [problem], sampling=run.sampling, label="examples")[0]
+        values = _projections(run.model, completion, run.direction)
+    read, tokenizer = POSITIONS[run.selected.position](completion), tokenizer_of(run.model)
+    end = len(completion.prompt_ids) + SHOWN
+    return SideRecord(
+        correct=is_correct(completion, problem, run.task.grader),
+        thinking_tokens=completion.thinking_tokens,
+        truncated=completion.truncated,
+        left_out=max(0, len(completion.ids) - SHOWN),
+        prompt_tokens=len(completion.prompt_ids),
+        read=(read.start, read.stop),
+        tokens=tuple(decode(tokenizer, [token]) for token in completion.all_ids[:end]),
+        projections=tuple(value - midpoint for value in values[:end]),
+    )
 
 
 def _projections(model: PreTrainedModel, completion: Completion, direction: Direction) -> list[float]:
@@ -104,4 +131,4 @@ def _projections(model: PreTrainedModel, completion: Completion, direction: Dire
     with captured(model, [direction.site]) as seen:
         forward_through(model, direction.site.layer, ids, torch.ones_like(ids))
     stream = seen[direction.site][0].float()
-    return (stream @ direction.unit.to(stream.device)).tolist()
+    return cast(list[float], (stream @ direction.unit.to(stream.device)).tolist())

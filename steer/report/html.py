@@ -6,7 +6,8 @@ from functools import cache
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
-from typing import Any
+from math import isnan
+from typing import Any, TypeGuard
 
 from probes.late import go, offline
 
@@ -34,8 +35,8 @@ def page(title: str, sections: Sequence[tuple[str, str, str]]) -> str:
     )
 
 
-def paragraph(words: str) -> str:
-    return f"<p>{escape(words)}</p>"
+def paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
 
 
 def split_tag(name: str) -> str:
@@ -60,12 +61,17 @@ def plot(figure: "go.Figure") -> str:
     return f'<div class="plot" style="height:{height}px"></div>{data}'
 
 
+def known(value: float | None) -> TypeGuard[float]:
+    """Is it a number? What cannot be told is None or NaN."""
+    return value is not None and not isnan(value)
+
+
 def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return f"{value:.{digits}f}" if known(value) else "–"
 
 
 def share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+    return f"{value:.1%}" if known(value) else "–"
 
 
 def interval(pair: Sequence[float | None]) -> str:
@@ -73,7 +79,7 @@ def interval(pair: Sequence[float | None]) -> str:
 
 
 def signed(value: float, bounds: Sequence[float | None]) -> str:
-    low, high = ("–" if bound is None else f"{bound:+.3f}" for bound in bounds)
+    low, high = (f"{bound:+.3f}" if known(bound) else "–" for bound in bounds)
     return f"{value:+.3f} [{low}, {high}]".replace("-", "−")
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
 from probes.files import staged_file
 from probes.thinking.spans import POSITIONS
+from steer.evaluation.evaluation import Score
+from steer.report.arms import ArmsRecord
+from steer.report.completions import completions_section
 from steer.report.html import (
     folded_away,
     interval,
@@ -20,11 +24,9 @@ from steer.report.html import (
     signed,
     split_tag,
     table,
-    token_span,
 )
-from steer.report.record import RunRecord
-
-Record = Mapping[str, Any]
+from steer.report.record import EditRecord, EvidenceRecord, HeadsRecord, ProvenanceRecord, RunRecord
+from steer.report.sweeps import SweepRecord
 
 ARMS = {
     "plain": "the model as it came",
@@ -53,241 +55,211 @@ def write_report(run_folder: str | Path, output: str | Path) -> Path:
     if not source.is_file():
         raise FileNotFoundError(f"{run_folder} holds no run.json: give the folder of an exported run.")
     try:
-        words = json.loads(source.read_text())
+        values = json.loads(source.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
-    if not isinstance(words, dict):
+    if not isinstance(values, dict):
         raise ValueError(f"{source} holds no keys: it is not a record of a run.")
     with staged_file(Path(output)) as stage:
-        stage.write_text(render(words))
+        stage.write_text(render(values))
     return Path(output)
 
 
-def render(record: Record) -> str:
-    """One HTML page: figures, tables and completions of a record. All text in it is escaped."""
-    RunRecord.from_dict(record)
+def render(record: RunRecord | Mapping[str, Any]) -> str:
+    """One HTML page: figures, tables and completions of a record, or of its fields. All text in it is escaped.
+
+    Raises ValueError for fields that are no record (`RunRecord.from_dict`), and where parts of it do not fit together.
+    """
+    record = record if isinstance(record, RunRecord) else RunRecord.from_dict(record)
     try:
         bodies = {
             "done": _done(record),
-            "evidence": _evidence(record["evidence"]),
-            "heads": _heads(record["heads"]),
-            "sweep": "".join(map(_sweep, record["sweeps"])) or "<p>No sweep was asked for.</p>",
-            "length": _length(record["arms"]),
-            "arms": _arms(record["arms"]),
-            "completions": _completions(record["completions"]),
-            "provenance": _provenance(record["provenance"]),
+            "evidence": _evidence(record.evidence),
+            "heads": _heads(record.heads),
+            "sweep": "".join(map(_sweep, record.sweeps)) or "<p>No sweep was asked for.</p>",
+            "length": _length(record.arms),
+            "arms": _arms(record.arms),
+            "completions": completions_section(record.completions),
+            "provenance": _provenance(record.provenance),
         }
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, IndexError) as error:
         raise ValueError(
             f"The record does not hold what its keys promise ({error!r}): export the run again."
         ) from error
-    title = f"{record['provenance']['model']['name']}, edited"
+    title = f"{record.provenance.model['name']}, edited"
     return page(title, [(key, name, bodies[key]) for key, name in SECTIONS.items()])
 
 
-def _done(record: Record) -> str:
-    edit, arms, provenance = record["edit"], record["arms"], record["provenance"]
-    words = (
-        f"{edit['method']} on {provenance['model']['name']}, task {provenance['task']}. Completions were split by "
-        f"thinking length; the direction from short to long thinking was read at {edit['site']} "
-        f"({_position(edit['position'])}); the setting “{edit['setting']}” was chosen by accuracy among "
-        f"{len(arms['selection']) - 1}, and edits {', '.join(edit['heads'])}."
+def _done(record: RunRecord) -> str:
+    edit, arms, provenance = record.edit, record.arms, record.provenance
+    text = (
+        f"{edit.method} on {provenance.model['name']}, task {provenance.task}. Completions were split by "
+        f"thinking length; the direction from short to long thinking was read at {edit.site} "
+        f"({_position(edit.position)}); the setting “{edit.setting}” was chosen by accuracy among "
+        f"{len(arms.selection) - 1}, and edits {', '.join(edit.heads)}."
     )
     tiles = []
-    for group in (None, arms["subgroup"]) if arms["subgroup"] else (None,):
-        before, after = (_of(arms["report"][arm], group) for arm in ("plain", "edited"))
+    for group in _groups(arms):
+        before, after = (arms.report[arm].on(group) for arm in ("plain", "edited"))
         name = f"{group or 'all'} problems"
-        tiles.append((f"{before['accuracy']:.3f} → {after['accuracy']:.3f}", f"accuracy, plain → edited, {name}"))
-        change, bounds = signed(after["difference"], after["difference_interval"]).split(" ", 1)
+        tiles.append((f"{before.accuracy:.3f} → {after.accuracy:.3f}", f"accuracy, plain → edited, {name}"))
+        change, bounds = signed(after.difference, after.difference_interval).split(" ", 1)
         tiles.append((change, f"{bounds} accuracy gained, paired, 95 %, {name}"))
     numbers = "".join(f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles)
-    checks = (
-        f"The direction's norm is {edit['norm_over_stream_norm']:.2f} of the stream's (probe split). On completions of "
-        f"the report split it tells long from short with AUROC {number(edit['auroc'])}. Folded into the weights, the "
-        f"edit changes no logit by more than {edit['fold_error']:.1g} against the same edit at run time (64 "
+    return split_tag("report") + paragraph(text) + f'<div class="tiles">{numbers}</div>' + paragraph(_checks(edit))
+
+
+def _checks(edit: EditRecord) -> str:
+    return (
+        f"The direction's norm is {edit.norm_over_stream_norm:.2f} of the stream's (probe split). On completions of "
+        f"the report split it tells long from short with AUROC {number(edit.auroc)}. Folded into the weights, the "
+        f"edit changes no logit by more than {edit.fold_error:.1g} against the same edit at run time (64 "
         "completions of the probe split)."
     )
-    return split_tag("report") + paragraph(words) + f'<div class="tiles">{numbers}</div>' + paragraph(checks)
 
 
-def _evidence(evidence: Record) -> str:
-    layers = evidence["layers"]
-    confounds = {name: [layer["confounds"][name] for layer in layers] for name in layers[0]["confounds"]}
+def _evidence(evidence: EvidenceRecord) -> str:
+    layers = evidence.layers
+    confounds = {name: [layer.confounds[name] for layer in layers] for name in layers[0].confounds}
     figure = evidence_figure(
-        [layer["layer"] for layer in layers],
-        [layer["auroc"] for layer in layers],
-        null=[layer["null"] for layer in layers],
-        random=[layer["random"] for layer in layers],
+        [layer.layer for layer in layers],
+        [layer.auroc for layer in layers],
+        null=[layer.null for layer in layers],
+        random=[layer.random for layer in layers],
         confounds=confounds,
     )
     columns = ["layer", "AUROC", "shuffled labels", "random directions", "cosine of halves", "p", *confounds]
     rows = [
         [
-            f"L{layer['layer']}",
-            number(layer["auroc"]),
-            *(interval(layer[key]) for key in ("null", "random", "cosine")),
-            number(layer["p"]),
-            *(number(layer["confounds"][name]) for name in confounds),
+            f"L{layer.layer}",
+            number(layer.auroc),
+            *(interval(bounds) for bounds in (layer.null, layer.random, layer.cosine)),
+            number(layer.p),
+            *(number(layer.confounds[name]) for name in confounds),
         ]
         for layer in layers
     ]
-    words = (
-        f"The direction at {evidence['site']}, {_position(evidence['position'])}: how well it tells "
-        f"{evidence['n_long']} long from {evidence['n_short']} short completions that it was not estimated on. 0.5 is "
+    text = (
+        f"The direction at {evidence.site}, {_position(evidence.position)}: how well it tells "
+        f"{evidence.n_long} long from {evidence.n_short} short completions that it was not estimated on. 0.5 is "
         "chance. A direction is worth something where its line leaves both bands, and the confounds' lines."
     )
     return (
         split_tag("probe, held-out half")
-        + paragraph(words)
+        + paragraph(text)
         + plot(figure)
         + folded_away("The numbers", table(columns, rows))
     )
 
 
-def _heads(heads: Record) -> str:
+def _heads(heads: HeadsRecord) -> str:
     names = {
         "raw": "Raw: on short completions",
         "centred": "Centred: on short less on long completions",
     }
     plots = "".join(
-        f"<div><h3>{name}</h3>{plot(heads_figure(heads[key], edited=heads['edited']))}</div>"
+        f"<div><h3>{name}</h3>{plot(heads_figure(getattr(heads, key), edited=heads.edited))}</div>"
         for key, name in names.items()
     )
-    words = (
-        f"What each head writes towards short thinking, {_position(heads['position'])}, one cell a head: "
+    text = (
+        f"What each head writes towards short thinking, {_position(heads.position)}, one cell a head: "
         "orange writes towards short, blue towards long. The edited heads are outlined."
     )
     scores = [
-        [f"L{i}H{j}", number(raw), number(centred), "edited" if [i, j] in heads["edited"] else ""]
-        for i, (above, below) in enumerate(zip(heads["raw"], heads["centred"], strict=True))
+        [f"L{i}H{j}", number(raw), number(centred), "edited" if (i, j) in heads.edited else ""]
+        for i, (above, below) in enumerate(zip(heads.raw, heads.centred, strict=True))
         for j, (raw, centred) in enumerate(zip(above, below, strict=True))
     ]
     numbers = folded_away("All heads", table(["head", "raw", "centred", ""], scores))
-    return split_tag("probe") + paragraph(words) + f'<div class="pair">{plots}</div>' + numbers
+    return split_tag("probe") + paragraph(text) + f'<div class="pair">{plots}</div>' + numbers
 
 
-def _sweep(sweep: Record) -> str:
-    along, beside = ([Dose(**dose) for dose in sweep[key]] for key in ("direction", "random"))
-    plain = Dose(**sweep["plain"])
-    series = [sorted([plain, *doses], key=lambda dose: dose.strength) for doses in (along, beside)]
-    where = "All layers" if sweep["layer"] is None else f"Layer {sweep['layer']} alone"
-    words = (
-        f"Strength times the layer's raw direction ({_position(sweep['position'])}) is added to what attention writes, "
-        f"at every token; {sweep['problems']} problems, {sweep['draws']} random directions of the same norm, 95 % "
+def _sweep(sweep: SweepRecord) -> str:
+    series = [
+        sorted([sweep.plain, *doses], key=lambda dose: dose.strength) for doses in (sweep.direction, sweep.random)
+    ]
+    where = "All layers" if sweep.layer is None else f"Layer {sweep.layer} alone"
+    text = (
+        f"Strength times the layer's raw direction ({_position(sweep.position)}) is added to what attention writes, "
+        f"at every token; {sweep.problems} problems, {sweep.draws} random directions of the same norm, 95 % "
         "intervals over problems. Strength 0 is the plain model."
     )
     columns = ["strength", "thinking tokens", "accuracy", "truncated", "random: tokens", "accuracy", "truncated"]
     rows = [[f"{a.strength:+g}", *_dose_cells(a), *_dose_cells(b)] for a, b in zip(*series, strict=True)]
     numbers = folded_away("The numbers", table(columns, rows))
-    return f"<h3>{where}</h3>" + split_tag("select") + paragraph(words) + plot(sweep_figure(*series)) + numbers
+    return f"<h3>{where}</h3>" + split_tag("select") + paragraph(text) + plot(sweep_figure(*series)) + numbers
 
 
 def _dose_cells(dose: Dose) -> list[str]:
     return [number(dose.length, 2), number(dose.accuracy), share(dose.truncation)]
 
 
-def _length(arms: Record) -> str:
-    points = [
-        Point(arm, part["length"], part["accuracy"], part["interval"], group) for group, part, arm in _parts(arms)
-    ]
-    words = (
-        f"Each arm on the same {arms['problems']} problems, {arms['samples']} sample each and more for controls of "
+def _length(arms: ArmsRecord) -> str:
+    points = [Point(arm, part.length, part.accuracy, part.interval, group) for group, part, arm in _parts(arms)]
+    text = (
+        f"Each arm on the same {arms.problems} problems, {arms.samples} sample each and more for controls of "
         "several draws. Bars are 95 % intervals. An arm that changes nothing lies on the plain model."
     )
-    return split_tag("report") + paragraph(words) + plot(arms_figure(points))
+    return split_tag("report") + paragraph(text) + plot(arms_figure(points))
 
 
-def _arms(arms: Record) -> str:
-    cuts = list(arms["report"]["plain"]["shortest"])
+def _arms(arms: ArmsRecord) -> str:
+    cuts = list(arms.report["plain"].overall.shortest)
     columns = ["arm", "problems", "n", "samples", "accuracy", "against plain", "thinking tokens", "truncated"]
     columns += [f"shortest {cut}: accuracy, tokens" for cut in cuts]
     rows = [
         [
             arm,
             group,
-            part["n"],
-            part["samples"],
-            f"{number(part['accuracy'])} {interval(part['interval'])}",
-            "" if arm == "plain" else signed(part["difference"], part["difference_interval"]),
-            number(part["length"], 2),
-            share(part["truncation"]),
-            *(f"{number(rate)}, {number(length, 1)}" for rate, length in (part["shortest"][cut] for cut in cuts)),
+            part.n,
+            part.samples,
+            f"{number(part.accuracy)} {interval(part.interval)}",
+            "" if arm == "plain" else signed(part.difference, part.difference_interval),
+            number(part.length, 2),
+            share(part.truncation),
+            *(f"{number(rate)}, {number(length, 1)}" for rate, length in (part.shortest[cut] for cut in cuts)),
         ]
         for group, part, arm in _parts(arms)
     ]
-    names = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm])}</li>" for arm in arms["report"] if arm in ARMS)
+    names = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm])}</li>" for arm in arms.report if arm in ARMS)
     selected = [
-        [arm, number(s["accuracy"]), signed(s["difference"], s["difference_interval"]), number(s["length"], 2)]
-        for arm, s in arms["selection"].items()
+        [arm, number(s.accuracy), signed(s.difference, s.difference_interval), number(s.length, 2)]
+        for arm, s in ((name, scores.overall) for name, scores in arms.selection.items())
     ]
     others = table(["setting", "accuracy", "against plain", "thinking tokens"], selected)
-    words = "Paired with the plain model by problem; no choice has seen these problems."
+    text = "Paired with the plain model by problem; no choice has seen these problems."
     measured = f'<div id="arms-table">{table(columns, rows)}</div>'
     selection = folded_away("All settings, on the select split", split_tag("select") + others)
-    return split_tag("report") + paragraph(words) + measured + f'<ul class="soft">{names}</ul>' + selection
+    return split_tag("report") + paragraph(text) + measured + f'<ul class="soft">{names}</ul>' + selection
 
 
-def _completions(completions: Record) -> str:
-    low, high = (f"{sign}{completions['scale']:.3g}" for sign in "−+")
-    legend = (
-        f'<div class="legend"><span>{low} and below: like short thinking</span><span class="bar"></span>'
-        f'<span>{high} and above: like long thinking</span><span class="box">outlined</span>'
-        "<span>positions the direction was read at; the prompt is paler</span></div>"
-    )
-    words = (
-        f"{completions['rule']} A token's colour is the stream's projection on the direction at {completions['site']} "
-        "after reading that token, less the midpoint of both classes' means on the probe split; full colour is a "
-        "class' mean. Only the outlined positions were used to estimate it. Point at a token for its number."
-    )
-    shown = "".join(_example(example, completions["scale"]) for example in completions["examples"])
-    return split_tag("report") + paragraph(words) + legend + (shown or "<p>No problem is of any of these kinds.</p>")
-
-
-def _example(example: Record, scale: float) -> str:
-    about = (
-        f"{example['problem']} (answer {example['answer']}{', ' + example['subgroup'] if example['subgroup'] else ''})"
-    )
-    sides = "".join(_side(name, example[name], scale) for name in ("plain", "edited"))
-    kind = example["kind"][:1].upper() + example["kind"][1:]
-    return f'<h3>{escape(kind)}</h3><p><code>{escape(about)}</code></p><div class="pair">{sides}</div>'
-
-
-def _side(name: str, side: Record, scale: float) -> str:
-    verdict = '<span class="right">right</span>' if side["correct"] else '<span class="wrong">wrong</span>'
-    cut = ", truncated" if side["truncated"] else ""
-    more = f'<p class="soft">… and {side["left_out"]:d} more tokens.</p>' if side["left_out"] else ""
-    spans = [
-        token_span(token, value, scale, at < side["prompt_tokens"], side["read"][0] <= at < side["read"][1])
-        for at, (token, value) in enumerate(zip(side["tokens"], side["projections"], strict=True))
+def _provenance(provenance: ProvenanceRecord) -> str:
+    rows = [
+        [field.name, _text_of(getattr(provenance, field.name))]
+        for field in fields(provenance)
+        if field.name not in ("splits", "model")
     ]
-    tokens = "".join(spans[: side["prompt_tokens"]]) + "<br>" + "".join(spans[side["prompt_tokens"] :])
-    head = f"<p><b>{name}</b>: {verdict}, {side['thinking_tokens']:d} thinking tokens{cut}</p>"
-    return f'<div>{head}<div class="tokens">{tokens}</div>{more}</div>'
+    parts = [["model: " + name, _text_of(value)] for name, value in provenance.model.items()]
+    splits = [["split: " + name, text] for name, text in provenance.splits.items()]
+    text = "The three splits share no problem. Long and short completions are those of the probe split."
+    return paragraph(text) + table(["what", "value"], [*parts, *splits, *rows], prose=True)
 
 
-def _provenance(provenance: Record) -> str:
-    rows = [[name, _words(value)] for name, value in provenance.items() if name not in ("splits", "model")]
-    parts = [["model: " + name, _words(value)] for name, value in provenance["model"].items()]
-    splits = [["split: " + name, words] for name, words in provenance["splits"].items()]
-    words = "The three splits share no problem. Long and short completions are those of the probe split."
-    return paragraph(words) + table(["what", "value"], [*parts, *splits, *rows], prose=True)
-
-
-def _words(value: Any) -> str:
+def _text_of(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_text_of(item)}" for key, item in value.items())
     return "not known" if value in (None, "") else str(value)
 
 
-def _parts(arms: Record) -> Iterable[tuple[str, Record, str]]:
+def _groups(arms: ArmsRecord) -> tuple[str | None, ...]:
+    return (None, arms.subgroup) if arms.subgroup else (None,)
+
+
+def _parts(arms: ArmsRecord) -> Iterable[tuple[str, Score, str]]:
     """Group, score and name of every arm, overall and then on the subgroup."""
-    for group in (None, arms["subgroup"]) if arms["subgroup"] else (None,):
-        for arm, score in arms["report"].items():
-            yield group or "all", _of(score, group), arm
-
-
-def _of(score: Record, group: str | None) -> Record:
-    return score if group is None else score[group]
+    for group in _groups(arms):
+        for arm, scores in arms.report.items():
+            yield group or "all", scores.on(group), arm
 
 
 def _position(position: str) -> str:
