@@ -29,6 +29,15 @@ def span_means(
 
     Batches are cut by length and by a budget of tokens, padded on the right. Layers above the highest site are not
     computed, and nothing longer than a span's mean is kept.
+
+    >>> from probes import Site, load
+    >>> from probes.activations import span_means
+    >>> from probes.thinking import text_span
+    >>> model, site = load("organism"), Site(1, "resid_post")
+    >>> spans = [text_span(model, text) for text in ("a 3 b +4 ?", "a 5 ?")]
+    >>> for rows, means, norms in span_means(model, spans, [site]):
+    ...     print(rows, tuple(means[site].shape), tuple(norms[site].shape))
+    [0, 1] (2, 96) (2,)
     """
     top = max(site.layer for site in sites)
     with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
@@ -54,7 +63,15 @@ def span_means(
 
 @dataclass(frozen=True, repr=False)
 class Recorded(Brief):
-    """Moments over spans of a span's mean activation, and of its mean norm: each span counts once."""
+    """Moments over spans of a span's mean activation, and of its mean norm: each span counts once.
+
+    >>> from probes import Site, load, record
+    >>> from probes.thinking import text_span
+    >>> model, site = load("organism"), Site(1, "resid_post")
+    >>> moments = record(model, [text_span(model, text) for text in ("a 3 b +4 ?", "a 5 ?")], [site])[site]
+    >>> moments.activation.count, tuple(moments.activation.mean.shape), round(float(moments.norm.mean), 1)
+    (2, (96,), 32.4)
+    """
 
     activation: Moments
     norm: Moments
@@ -66,7 +83,15 @@ class Recorded(Brief):
 def record(
     model: PreTrainedModel, spans: Sequence[Span], sites: Sequence[Site], *, label: str = "reading"
 ) -> dict[Site, Recorded]:
-    """Per site, the moments over all spans, merged batch by batch: memory is O(sites x d_model)."""
+    """Per site, the moments over all spans, merged batch by batch: memory is O(sites x d_model).
+
+    >>> from probes import Site, load, record
+    >>> from probes.thinking import text_span
+    >>> model, site = load("organism"), Site(1, "resid_post")
+    >>> moments = record(model, [text_span(model, text) for text in ("a 3 b +4 ?", "a 5 ?")], [site])[site]
+    >>> moments.activation.count, tuple(moments.activation.mean.shape), round(float(moments.norm.mean), 1)
+    (2, (96,), 32.4)
+    """
     total: dict[Site, Recorded] = {}
     for _, means, norms in span_means(model, spans, sites, label=label):
         for site in sites:

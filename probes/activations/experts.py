@@ -36,6 +36,14 @@ class ExpertCounts(Shown):
     Classes are `all`, the phases `prompt`, `thinking` and `answer`, and each marker: the tokens at which it ends.
     `layers` are the model's numbers of its sparse layers. A token counts once for each pass it is in. `lacking` markers
     are not in the vocabulary, and have no class.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import counting
+    >>> model = load("organism")
+    >>> with counting(model, ["Wait"]) as counts:
+    ...     done = generate(model, ["a 3 b +4 c *7"])
+    >>> counts.classes, tuple(counts.counts.shape), counts.load("thinking").sum(1).tolist()
+    (('all', 'prompt', 'thinking', 'answer', 'Wait'), (5, 4, 8), [2.0, 2.0, 2.0, 2.0])
     """
 
     layers: tuple[int, ...]
@@ -76,7 +84,15 @@ class ExpertCounts(Shown):
 @dataclass(frozen=True, eq=False, repr=False)
 class ExpertReading(Brief):
     """`ExpertCounts` of each completion, so that completions can be resampled. `lacking` markers are not in the
-    vocabulary."""
+    vocabulary.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import read_experts
+    >>> model = load("organism")
+    >>> reading = read_experts(model, generate(model, ["a 3 b +4 c *7", "a 5 b -2"]), ["Wait"])
+    >>> tuple(reading.counts.shape), reading.total().classes
+    ((2, 5, 4, 8), ('all', 'prompt', 'thinking', 'answer', 'Wait'))
+    """
 
     layers: tuple[int, ...]
     classes: tuple[str, ...]
@@ -99,6 +115,13 @@ def read_experts(
 
     A marker is searched as token ids, with and without a space before it; one that the vocabulary lacks is named in
     the reading and left out. Raises ValueError for a family whose routers cannot be read.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import read_experts
+    >>> model = load("organism")
+    >>> reading = read_experts(model, generate(model, ["a 3 b +4 c *7", "a 5 b -2"]), ["Wait"])
+    >>> tuple(reading.counts.shape), reading.total().classes
+    ((2, 5, 4, 8), ('all', 'prompt', 'thinking', 'answer', 'Wait'))
     """
     found, lacking = present_markers(tokenizer_of(model), markers)
     tally = _Tally(model, found)
@@ -119,7 +142,16 @@ def read_experts(
 @torch.no_grad()
 def weights_along(model: PreTrainedModel, completion: Completion) -> Float[Tensor, "layers pos experts"]:
     """The routing weight of every expert of each sparse layer at each token of one completion, prompt included: 0 where
-    it was not chosen. Float32, on the CPU."""
+    it was not chosen. Float32, on the CPU.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import weights_along
+    >>> model = load("organism")
+    >>> (chain,) = generate(model, ["a 3 b +4"])
+    >>> weights = weights_along(model, chain)
+    >>> weights.shape[0], weights.shape[1] == len(chain.all_ids), weights.shape[2]
+    (4, True, 8)
+    """
     layers, found = moe_layers(model), list[Tensor]()
     ids = torch.tensor([completion.all_ids], device=model.device)
     with ExitStack() as stack:
@@ -136,6 +168,14 @@ def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[Ex
     The counts are whole when the block ends; meanwhile they are filled every few passes, on the model's device. Pads
     are left out; what steers the routing does not change what is counted in the same layer. Raises ValueError for a
     family whose routers cannot be read.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import counting
+    >>> model = load("organism")
+    >>> with counting(model, ["Wait"]) as counts:
+    ...     done = generate(model, ["a 3 b +4 c *7"])
+    >>> counts.classes, tuple(counts.counts.shape), counts.load("thinking").sum(1).tolist()
+    (('all', 'prompt', 'thinking', 'answer', 'Wait'), (5, 4, 8), [2.0, 2.0, 2.0, 2.0])
     """
     ways, lacking = present_markers(tokenizer_of(model), markers)
     tally = _Tally(model, ways)

@@ -23,7 +23,14 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadScores(Shown):
-    """One number for each head; `meaning` says which."""
+    """One number for each head; `meaning` says which.
+
+    >>> import torch
+    >>> from probes import HeadScores
+    >>> scores = HeadScores(torch.tensor([[0.1, 0.9], [0.5, -0.2]]), "mean write")
+    >>> scores.top(2), scores.bottom(1), round(scores[0, 1], 2)
+    ([(0, 1), (1, 0)], [(1, 1)], 0.9)
+    """
 
     scores: Float[Tensor, "n_layers n_heads"]
     meaning: str
@@ -55,6 +62,13 @@ def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_m
     """The unit vector to look for in the output of `o_proj`, so as to look for `vector` in the stream.
 
     It is v̂ itself, or u = g⊙v̂/‖g⊙v̂‖ where a norm with gain g stands between `o_proj` and the stream.
+
+    >>> import torch
+    >>> from probes import load
+    >>> from probes.activations import written_unit
+    >>> unit = written_unit(load("organism"), 0, torch.ones(96))
+    >>> tuple(unit.shape), round(float(unit.norm()), 3)
+    ((96,), 1.0)
     """
     gain = attn_gain(model, layer)
     wanted = vector if gain is None else vector * gain.to(vector.device)
@@ -69,6 +83,15 @@ def head_writes(
     """Mean over spans of ⟨head's mean write, vector of its layer⟩; NaN in layers without a vector.
 
     The write is linear in z, so it is never built: z's mean is taken first, and u_h = W_hᵀ v once for each head.
+
+    >>> from probes import direction_between, head_writes, load
+    >>> from probes.activations import written_unit
+    >>> from probes.thinking import text_span
+    >>> model, texts = load("organism"), ("a 3 b +4 quick ?", "a 3 b +4 ?")
+    >>> unit = direction_between(model, *([text] for text in texts), "L0.resid_mid").unit
+    >>> writes = head_writes(model, [text_span(model, texts[0])], {0: written_unit(model, 0, unit)})
+    >>> tuple(writes.shape)
+    (4, 8)
     """
     out = torch.full((n_layers(model), n_heads(model)), float("nan"), dtype=torch.float64)
     moments = record(model, spans, [Site(layer, "z") for layer in vectors], label="reading heads")

@@ -10,7 +10,14 @@ from probes.tables import Brief
 
 @dataclass(frozen=True, repr=False)
 class Moments(Brief):
-    """Count and float64 sum of rows seen; `a + b` merges, in any order and grouping."""
+    """Count and float64 sum of rows seen; `a + b` merges, in any order and grouping.
+
+    >>> import torch
+    >>> from probes.activations import Moments
+    >>> both = Moments.of(torch.tensor([[1.0, 2.0]])) + Moments.of(torch.tensor([[3.0, 6.0], [5.0, 4.0]]))
+    >>> both.count, both.mean.tolist()
+    (3, [3.0, 4.0])
+    """
 
     count: int
     total: Float[Tensor, " width"]

@@ -16,7 +16,14 @@ Metric = Callable[[Float[Tensor, " d_vocab"]], Float[Tensor, ""]]
 
 
 def log_probability_of(tokens: Sequence[int]) -> Metric:
-    """The log of the probability that the next token is one of these."""
+    """The log of the probability that the next token is one of these.
+
+    >>> import torch
+    >>> from probes.directions import log_probability_of
+    >>> metric = log_probability_of([0, 1])
+    >>> round(float(metric(torch.zeros(4)).exp()), 3)
+    0.5
+    """
     ids = list(tokens)
     return lambda logits: logits.float().log_softmax(-1)[ids].logsumexp(-1)
 
@@ -30,6 +37,20 @@ def attribution(
 
     The metric is given, because the divergence between a distribution and itself, which their code differentiates, has
     no gradient. It reads the logits at the span's first position.
+
+    >>> import torch
+    >>> from probes import Direction, direction_between, load
+    >>> from probes.directions import attribution, log_probability_of
+    >>> from probes.model import tokenizer_of
+    >>> from probes.thinking import text_span
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> token = tokenizer_of(model).encode("<think>")
+    >>> effects = attribution(
+    ...     model, [direction], [text_span(model, "a 3 b +4 ?", position="text_last")], log_probability_of(token)
+    ... )
+    >>> tuple(effects.shape), bool(effects.isfinite().all())
+    ((1,), True)
     """
     if not spans:
         raise ValueError("An attribution is measured at spans, but none was given.")

@@ -24,6 +24,16 @@ def principal_components(
 
     Streams: what is kept is a mean and a [width, width] second moment, in float64. Raises ValueError where there are
     fewer than k + 1 positions or k is more than the width.
+
+    >>> from probes import direction_between, load
+    >>> from probes.directions import on_manifold, principal_components
+    >>> from probes.thinking import text_span
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> spans = [text_span(model, f"a {k} b +4 c *7 ?") for k in range(10)]
+    >>> components, share = principal_components(model, spans, direction.site, k=5)
+    >>> on_manifold(direction, components).norm < direction.norm, 0 < share < 1
+    (True, True)
     """
     count, total, second = 0, torch.zeros(0), torch.zeros(0)
     for span in tqdm(spans, desc="principal components", unit="span", delay=2, leave=False):
@@ -50,6 +60,16 @@ def on_manifold(direction: Direction, components: Float[Tensor, "k width"]) -> D
     """The direction's part in the span of orthonormal components: U Uᵀ v (Huang et al. 2025, Manifold Steering).
 
     Their paper then scales it to norm 1; here it keeps its length, and `.unit` is theirs.
+
+    >>> from probes import direction_between, load
+    >>> from probes.directions import on_manifold, principal_components
+    >>> from probes.thinking import text_span
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> spans = [text_span(model, f"a {k} b +4 c *7 ?") for k in range(10)]
+    >>> components, share = principal_components(model, spans, direction.site, k=5)
+    >>> on_manifold(direction, components).norm < direction.norm, 0 < share < 1
+    (True, True)
     """
     part = components.T @ (components @ direction.vector)
     birth = direction.provenance

@@ -24,7 +24,25 @@ from probes.thinking.spans import Span, text_span
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Direction(Shown):
-    """A vector at a site, in activation units, not normalised. `stream_norm` is the mean norm of what it came from."""
+    """A vector at a site, in activation units, not normalised. `stream_norm` is the mean norm of what it came from.
+
+    >>> from probes import direction_between, load
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> direction
+    Direction(L2.resid_post, norm 6.19, 0.18 of the stream)
+    >>> (2 * direction - direction).norm == direction.norm
+    True
+    >>> print(direction.tokens(model, 2))
+        L2.resid_post, per unit of the
+                   direction
+    ┏━━━━━━━━┳━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━┓
+    ┃ raises ┃     by ┃ lowers  ┃      by ┃
+    ┡━━━━━━━━╇━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━┩
+    │ +4     │  1.172 │ <eos>   │ -0.7475 │
+    │ =6     │ 0.2022 │ <think> │ -0.6452 │
+    └────────┴────────┴─────────┴─────────┘
+    """
 
     site: Site
     vector: Float[Tensor, " d_model"]
@@ -124,7 +142,15 @@ class Direction(Shown):
 def difference_in_means(
     model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], sites: Sequence[Site]
 ) -> dict[Site, Direction]:
-    """v = mean over positive - mean over negative, of each span's mean activation (a span counts once)."""
+    """v = mean over positive - mean over negative, of each span's mean activation (a span counts once).
+
+    >>> from probes import Site, difference_in_means, load
+    >>> from probes.thinking import text_span
+    >>> model, site = load("organism"), Site(2, "resid_post")
+    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(3)] for op in ("+4", "*7"))
+    >>> difference_in_means(model, positive, negative, [site])[site]
+    Direction(L2.resid_post, norm 4.63, 0.16 of the stream)
+    """
     if not positive or not negative:
         raise ValueError(
             f"A direction needs both classes, but got {len(positive)} positive and {len(negative)} negative."
@@ -155,6 +181,12 @@ def direction_between(
 
     Each text is read at the mean of its tokens (`text`) or at its last one (`text_last`). Raises ValueError where a
     class is empty, or the position is none of a text.
+
+    >>> from probes import direction_between, load
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> direction
+    Direction(L2.resid_post, norm 6.19, 0.18 of the stream)
     """
     where = Site.parse(site) if isinstance(site, str) else site
     a, b = ([text_span(model, text, position=position) for text in texts] for texts in (texts_a, texts_b))
@@ -162,7 +194,16 @@ def direction_between(
 
 
 def random_direction(direction: Direction, *, seed: int) -> Direction:
-    """The control: a direction of the same norm, drawn uniformly from the sphere."""
+    """The control: a direction of the same norm, drawn uniformly from the sphere.
+
+    >>> from probes import direction_between, load
+    >>> from probes.directions import random_direction
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> null = random_direction(direction, seed=0)
+    >>> round(null.norm / direction.norm, 5), null.provenance.seed
+    (1.0, 0)
+    """
     noise = torch.randn(direction.vector.shape, generator=torch.Generator().manual_seed(seed))
     vector = noise / noise.norm() * direction.norm
     birth = direction.provenance

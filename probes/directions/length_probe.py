@@ -18,7 +18,18 @@ from probes.thinking.spans import POSITIONS
 @dataclass(frozen=True, eq=False, repr=False)
 class LengthProbe(Brief):
     """Predicts x.vector + offset thinking tokens. `r2` is the share of the variance it explains on completions that the
-    fit did not see, `n` how many it saw."""
+    fit did not see, `n` how many it saw.
+
+    >>> from probes import Sampling, Site, generate, load
+    >>> from probes.directions import fit_length
+    >>> model = load("organism")
+    >>> prompts = [f"a {i} b +{j} c *7 d -{j}" for i in range(8) for j in range(1, 6)]
+    >>> probe = fit_length(
+    ...     model, generate(model, prompts, sampling=Sampling.of(model, max_new_tokens=48)), Site(2, "resid_post")
+    ... )
+    >>> probe.n, tuple(probe.vector.shape), probe.r2 <= 1
+    (30, (96,), True)
+    """
 
     site: Site
     vector: Float[Tensor, " d_model"]
@@ -40,6 +51,16 @@ def fit_length(
 
     `ridge` is in units of the activation's mean variance. Every fourth completion is held out for `r2`. Completions
     that never close their thinking are left out. Raises ValueError where fewer than 20 are left.
+
+    >>> from probes import Sampling, Site, generate, load
+    >>> from probes.directions import fit_length
+    >>> model = load("organism")
+    >>> prompts = [f"a {i} b +{j} c *7 d -{j}" for i in range(8) for j in range(1, 6)]
+    >>> probe = fit_length(
+    ...     model, generate(model, prompts, sampling=Sampling.of(model, max_new_tokens=48)), Site(2, "resid_post")
+    ... )
+    >>> probe.n, tuple(probe.vector.shape), probe.r2 <= 1
+    (30, (96,), True)
     """
     closed = [c for c in completions if c.span is not None and c.span.closed]
     if len(closed) < 20:

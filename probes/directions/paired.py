@@ -32,6 +32,16 @@ def contrast_vectors(
     in the paper, scaled to the norm of the mean difference; *pca uncentred* the same of the differences as they are.
     A component's sign is arbitrary, so it is turned to the side of the mean difference. Raises ValueError where pairs
     are needed and the classes are not of one size, or a class is empty.
+
+    >>> from probes import Site, load
+    >>> from probes.directions import contrast_vectors
+    >>> from probes.thinking import text_span
+    >>> model, site = load("organism"), Site(2, "resid_post")
+    >>> spans = [
+    ...     [text_span(model, f"a {k} b {op} ?", position="text_last") for k in range(3)] for op in ("+4", "*7")
+    ... ]
+    >>> contrast_vectors(model, *spans, [site], estimator="pca")[site]
+    Direction(L2.resid_post, norm 6.53, 0.16 of the stream)
     """
     if estimator == "reading" and negative:
         raise ValueError("A reading vector has one class: leave the negative one empty.")

@@ -23,6 +23,13 @@ class Provenance(Brief):
     `data` is a checksum over the spans. `position` says where they were read (a name in `probes.thinking.POSITIONS`),
     empty where it is not known. `seed` is that of the sampling which wrote them, or of what was drawn at random; None
     where there is none, or are several. `parents` are the births of what a direction was computed from.
+
+    >>> from probes import direction_between, load
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> birth = (direction + direction).provenance
+    >>> birth.estimator, birth.n_positive, birth.position, len(birth.parents)
+    ('(difference in means) + (difference in means)', 2, 'text', 2)
     """
 
     model: dict[str, Any]
@@ -92,7 +99,16 @@ class Provenance(Brief):
 
 
 def births_table(births: Iterable[tuple[str, Provenance]]) -> Table:
-    """Of each direction, named by where it is used, its birth, and under it those of its parents."""
+    """Of each direction, named by where it is used, its birth, and under it those of its parents.
+
+    >>> from probes import direction_between, load
+    >>> from probes.directions import births_table
+    >>> model = load("organism")
+    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> table = births_table([("step 0", (direction - direction).provenance)])
+    >>> [row[0] for row in table.rows]
+    ['step 0', 'parent of step 0', 'parent of step 0', 'parent of parent of step 0']
+    """
     rows = tuple(row for where, birth in births for row in _rows(where, birth))
     columns = ("of", "estimator", "position", "n positive, n negative", "seed", "data", "model")
     return Table(columns, rows, "Births of the directions")

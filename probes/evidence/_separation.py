@@ -34,6 +34,18 @@ def evidence_for(
     One pass over the spans, whose means are kept: float32 numbers, spans x layers x d_model. The confounds are where a
     span starts (the prompt's length), how long it is, and where its middle is. Raises ValueError where a class has
     fewer than 4 spans.
+
+    >>> from probes import load
+    >>> from probes.evidence import evidence_for
+    >>> from probes.thinking import text_span
+    >>> model = load("organism")
+    >>> positive, negative = (
+    ...     [text_span(model, f"a {k} b +{j} {word} ?") for k in range(5) for j in range(1, 6)]
+    ...     for word in ("quick", "")
+    ... )
+    >>> found = evidence_for(model, positive, negative)
+    >>> [round(layer.auroc, 3) for layer in found.layers]
+    [0.811, 0.822, 0.911, 0.84]
     """
     spans, sites = [*positive, *negative], sites_in(model, site)
     means: Tensor | None = None
@@ -134,7 +146,13 @@ def project(
 
 
 def auroc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
-    """The chance that a positive value is above a negative one; ties count half."""
+    """The chance that a positive value is above a negative one; ties count half.
+
+    >>> import torch
+    >>> from probes.evidence import auroc
+    >>> auroc(torch.tensor([2.0, 3.0, 1.0]), torch.tensor([0.0, 1.0]))
+    0.9166666666666666
+    """
     u = stats.mannwhitneyu(np.asarray(positive), np.asarray(negative)).statistic
     return float(u) / (len(positive) * len(negative))
 
@@ -145,7 +163,23 @@ def separation(
     positive: Sequence[Span],
     negative: Sequence[Span],
 ) -> list[float]:
-    """AUROC of each direction between two classes of spans."""
+    """AUROC of each direction between two classes of spans.
+
+    >>> from probes import difference_in_means, load
+    >>> from probes.evidence import separation
+    >>> from probes.model import sites_in
+    >>> from probes.thinking import text_span
+    >>> model = load("organism")
+    >>> positive, negative = (
+    ...     [text_span(model, f"a {k} b +{j} {word} ?") for k in range(4) for j in range(1, 4)]
+    ...     for word in ("quick", "")
+    ... )
+    >>> directions = list(
+    ...     difference_in_means(model, positive[:6], negative[:6], sites_in(model, "resid_post")).values()
+    ... )
+    >>> [round(auroc, 3) for auroc in separation(model, directions, positive[6:], negative[6:])]
+    [0.917, 0.972, 0.917, 0.778]
+    """
     projections = project(model, [*positive, *negative], directions)
     return [auroc(row[: len(positive)], row[len(positive) :]) for row in projections]
 

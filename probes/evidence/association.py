@@ -35,6 +35,16 @@ def npmi(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     Args:
         k: occurrences of the marker at which the expert was chosen.
         chosen: tokens at which it was chosen. markers, tokens: how many there are of either.
+
+    >>> from probes.evidence import mutual_information, npmi, risk_difference
+    >>> counts = {
+    ...     "k": 8,
+    ...     "routed": 10,
+    ...     "markers": 8,
+    ...     "tokens": 100,
+    ... }  # the expert is chosen at every marker, and twice elsewhere
+    >>> [round(float(score(**counts)), 3) for score in (npmi, risk_difference, mutual_information)]
+    [0.912, 0.978, 0.33]
     """
     k, routed, markers, tokens = np.broadcast_arrays(*(np.asarray(x, float) for x in (k, routed, markers, tokens)))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -45,12 +55,34 @@ def npmi(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
 
 
 def risk_difference(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
-    """How much more often the expert is chosen at the marker than elsewhere: k/M - (K - k)/(T - M)."""
+    """How much more often the expert is chosen at the marker than elsewhere: k/M - (K - k)/(T - M).
+
+    >>> from probes.evidence import mutual_information, npmi, risk_difference
+    >>> counts = {
+    ...     "k": 8,
+    ...     "routed": 10,
+    ...     "markers": 8,
+    ...     "tokens": 100,
+    ... }  # the expert is chosen at every marker, and twice elsewhere
+    >>> [round(float(score(**counts)), 3) for score in (npmi, risk_difference, mutual_information)]
+    [0.912, 0.978, 0.33]
+    """
     return k / markers - (routed - k) / (tokens - markers)
 
 
 def mutual_information(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
-    """Of two yes-or-no facts on a token, that it is the marker and that it chose the expert; in bits."""
+    """Of two yes-or-no facts on a token, that it is the marker and that it chose the expert; in bits.
+
+    >>> from probes.evidence import mutual_information, npmi, risk_difference
+    >>> counts = {
+    ...     "k": 8,
+    ...     "routed": 10,
+    ...     "markers": 8,
+    ...     "tokens": 100,
+    ... }  # the expert is chosen at every marker, and twice elsewhere
+    >>> [round(float(score(**counts)), 3) for score in (npmi, risk_difference, mutual_information)]
+    [0.912, 0.978, 0.33]
+    """
     cells = ((k, 1, 1), (markers - k, 1, 0), (routed - k, 0, 1), (tokens - markers - routed + k, 0, 0))
     total = np.zeros(())
     for count, is_marker, is_chosen in cells:
@@ -69,6 +101,17 @@ class Association(Shown):
     markers could as well stand at any other token (Cochran-Mantel-Haenszel; over markers, the signed z's are summed),
     after Benjamini and Hochberg over all scored experts. `left_out` are markers that the
     vocabulary lacks or the completions never hold; their terms are missing from every score.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import read_experts
+    >>> from probes.evidence import associate
+    >>> model = load("organism")
+    >>> done = generate(model, [f"a {k} b +4 c *7" for k in range(8)])
+    >>> found = associate(
+    ...     read_experts(model, done, ["<think>", "</think>"]), {"<think>": 1.0, "</think>": -1.0}, minimum=5
+    ... )
+    >>> found.signs, len(found.top(2))
+    ({'<think>': 1.0, '</think>': -1.0}, 2)
     """
 
     layers: tuple[int, ...]
@@ -148,6 +191,17 @@ def associate(
     """Score experts by their signed nPMI with markers, over completions that are resampled for the intervals.
 
     Raises ValueError where a marker was not read, where none of them occurs, or no expert is chosen often enough.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import read_experts
+    >>> from probes.evidence import associate
+    >>> model = load("organism")
+    >>> done = generate(model, [f"a {k} b +4 c *7" for k in range(8)])
+    >>> found = associate(
+    ...     read_experts(model, done, ["<think>", "</think>"]), {"<think>": 1.0, "</think>": -1.0}, minimum=5
+    ... )
+    >>> found.signs, len(found.top(2))
+    ({'<think>': 1.0, '</think>': -1.0}, 2)
     """
     known = [*reading.classes, *reading.lacking]
     if unread := [marker for marker in signs if marker not in known]:

@@ -36,6 +36,14 @@ def scores_figure(
     """Grids of one number for each expert, layers downwards, one grid above the other: nPMI by marker, or a score.
 
     Orange is positive, blue negative, on one scale; `outlined` experts are outlined. NaN leaves a cell empty.
+
+    >>> from probes.figures import loads_figure, scores_figure
+    >>> grid = [[0.25, 0.75], [0.5, 0.5]]
+    >>> (
+    ...     len(loads_figure({"thinking": grid}, [1, 3]).data),
+    ...     len(scores_figure({"nPMI": grid}, [1, 3], outlined=[(1, 1)]).data),
+    ... )
+    (1, 1)
     """
     largest = max((float(np.nanmax(np.abs(_array(grid)))) for grid in scores.values()), default=0.0) or 1.0
     return _grids(scores, layers, [list(stop) for stop in DIVERGING], (-largest, largest), outlined, title)
@@ -44,7 +52,16 @@ def scores_figure(
 def loads_figure(
     loads: Mapping[str, Grid], layers: Sequence[int], *, outlined: Sequence[Expert] = (), title: str = ""
 ) -> "go.Figure":
-    """Grids of the share of tokens that choose each expert, layers downwards: one for each phase, on one scale."""
+    """Grids of the share of tokens that choose each expert, layers downwards: one for each phase, on one scale.
+
+    >>> from probes.figures import loads_figure, scores_figure
+    >>> grid = [[0.25, 0.75], [0.5, 0.5]]
+    >>> (
+    ...     len(loads_figure({"thinking": grid}, [1, 3]).data),
+    ...     len(scores_figure({"nPMI": grid}, [1, 3], outlined=[(1, 1)]).data),
+    ... )
+    (1, 1)
+    """
     largest = max((float(np.nanmax(_array(grid))) for grid in loads.values()), default=1.0)
     return _grids(loads, layers, _LOAD, (0.0, largest), outlined, title)
 
@@ -53,7 +70,12 @@ def usage_figure(
     weights: Grid, experts: Sequence[str], tokens: Sequence[str], *, marked: Sequence[int] = (), title: str = ""
 ) -> "go.Figure":
     """The routing weight of some experts (rows) at each token of one chain (columns); lines stand at `marked` places,
-    such as the delimiters of the thinking."""
+    such as the delimiters of the thinking.
+
+    >>> from probes.figures import usage_figure
+    >>> len(usage_figure([[0.0, 0.6, 0.4]], ["L1E3"], ["a", "3", "<think>"], marked=[2]).data)
+    1
+    """
     figure = blank("token", "expert", title=title)
     figure.add_heatmap(
         z=_array(weights).tolist(),
@@ -80,6 +102,11 @@ def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = N
     """Thinking tokens and accuracy against strength, which doubles from tick to tick; one line for each name.
 
     `plain` is the model with nothing done, drawn across.
+
+    >>> from probes.figures import Dose, doses_figure
+    >>> doses = [Dose(s, 12.0, (11.0, 13.0), 0.5, (0.4, 0.6), 0.0) for s in (1.0, 4.0, 16.0)]
+    >>> len(doses_figure({"top 2": doses}, title="RICE").data) > 0
+    True
     """
     figure = subplots.make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     dress(figure, title)

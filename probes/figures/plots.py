@@ -26,7 +26,19 @@ from probes.late import go, subplots
 
 @dataclass(frozen=True)
 class Point:
-    """One arm in the plane: its mean thinking tokens, its accuracy, and the accuracy's interval."""
+    """One arm in the plane: its mean thinking tokens, its accuracy, and the accuracy's interval.
+
+    >>> from probes.figures import Point, arms_figure, pareto_front
+    >>> points = [
+    ...     Point("plain", 12.0, 0.5, (0.4, 0.6)),
+    ...     Point("edited", 15.0, 0.8, (0.7, 0.9)),
+    ...     Point("worse", 20.0, 0.6, (0.5, 0.7)),
+    ... ]
+    >>> [point.name for point in pareto_front(points)]
+    ['plain', 'edited']
+    >>> len(arms_figure(points).data) >= 3
+    True
+    """
 
     name: str
     length: Number
@@ -37,7 +49,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Dose:
-    """What one strength did: means, and their intervals."""
+    """What one strength did: means, and their intervals.
+
+    >>> from probes.figures import Dose, sweep_figure
+    >>> doses = [Dose(s, 12 + s, (11 + s, 13 + s), 0.5, (0.4, 0.6), 0.0) for s in (-1.0, 0.0, 1.0)]
+    >>> sweep_figure(doses, doses).layout.title.text
+    ''
+    """
 
     strength: float
     length: Number
@@ -55,7 +73,13 @@ def evidence_figure(
     random: Sequence[Range] = (),
     confounds: Mapping[str, Sequence[Number]] | None = None,
 ) -> "go.Figure":
-    """Held-out AUROC layer by layer, over what shuffled labels and random directions reach, beside the confounds."""
+    """Held-out AUROC layer by layer, over what shuffled labels and random directions reach, beside the confounds.
+
+    >>> from probes.figures import evidence_figure
+    >>> figure = evidence_figure([0, 1, 2], [0.6, 0.9, 0.8], null=[(0.4, 0.6)] * 3)
+    >>> len(figure.data) >= 2
+    True
+    """
     figure = blank("layer", "held-out AUROC")
     for band, name, colour in ((null, "shuffled labels", PINK), (random, "random directions", GREY)):
         if band:
@@ -73,7 +97,12 @@ def evidence_figure(
 def heads_figure(
     scores: Sequence[Sequence[Number]], *, edited: Sequence[Sequence[int]] = (), title: str = ""
 ) -> "go.Figure":
-    """One cell a head, layers downwards; orange is positive, blue negative, and the edited heads are outlined."""
+    """One cell a head, layers downwards; orange is positive, blue negative, and the edited heads are outlined.
+
+    >>> from probes.figures import heads_figure
+    >>> heads_figure([[0.1, 0.9], [0.5, -0.2]], edited=[(0, 1)], title="writes").layout.title.text
+    'writes'
+    """
     largest = max((abs(score) for row in scores for score in row if score is not None), default=0.0) or 1.0
     figure = blank("head", "layer", title=title)
     figure.add_heatmap(
@@ -100,6 +129,17 @@ def arms_figure(points: Sequence[Point]) -> "go.Figure":
     """Accuracy against thinking length, with the accuracy's interval: a colour an arm, filled for the first group.
 
     A line joins the first group's Pareto front: the arms that no other beats in both.
+
+    >>> from probes.figures import Point, arms_figure, pareto_front
+    >>> points = [
+    ...     Point("plain", 12.0, 0.5, (0.4, 0.6)),
+    ...     Point("edited", 15.0, 0.8, (0.7, 0.9)),
+    ...     Point("worse", 20.0, 0.6, (0.5, 0.7)),
+    ... ]
+    >>> [point.name for point in pareto_front(points)]
+    ['plain', 'edited']
+    >>> len(arms_figure(points).data) >= 3
+    True
     """
     names, groups = (list(dict.fromkeys(getattr(p, field) for p in points)) for field in ("name", "group"))
     marks = ", ".join(f"{kind}: {escaped(group)}" for kind, group in zip(("filled", "open"), groups, strict=False))
@@ -130,7 +170,19 @@ def arms_figure(points: Sequence[Point]) -> "go.Figure":
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that none is both as short and more accurate, or shorter and as accurate as; from short to long."""
+    """The points that none is both as short and more accurate, or shorter and as accurate as; from short to long.
+
+    >>> from probes.figures import Point, arms_figure, pareto_front
+    >>> points = [
+    ...     Point("plain", 12.0, 0.5, (0.4, 0.6)),
+    ...     Point("edited", 15.0, 0.8, (0.7, 0.9)),
+    ...     Point("worse", 20.0, 0.6, (0.5, 0.7)),
+    ... ]
+    >>> [point.name for point in pareto_front(points)]
+    ['plain', 'edited']
+    >>> len(arms_figure(points).data) >= 3
+    True
+    """
     front: list[Point] = []
     known = [p for p in points if p.length is not None and p.accuracy is not None]
     for point in sorted(known, key=lambda p: (p.length, -(p.accuracy or 0))):
@@ -142,7 +194,12 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 def grids_figure(
     grids: Mapping[str, Sequence[Sequence[Number]]], *, down: Sequence[str], across: Sequence[str]
 ) -> "go.Figure":
-    """Heatmaps side by side, with the same rows and columns. The first holds sizes, the others cosines."""
+    """Heatmaps side by side, with the same rows and columns. The first holds sizes, the others cosines.
+
+    >>> from probes.figures import grids_figure
+    >>> len(grids_figure({"norm": [[1.0, 2.0], [3.0, 4.0]]}, down=["0", "1"], across=["q_proj", "o_proj"]).data)
+    1
+    """
     figure = subplots.make_subplots(
         rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=[escaped(g) for g in grids]
     )
@@ -173,7 +230,13 @@ def grids_figure(
 def sweep_figure(
     direction: Sequence[Dose], random: Sequence[Dose], *, name: str = "length direction", title: str = ""
 ) -> "go.Figure":
-    """Thinking tokens and accuracy against strength: along the direction, and along random ones of its norm."""
+    """Thinking tokens and accuracy against strength: along the direction, and along random ones of its norm.
+
+    >>> from probes.figures import Dose, sweep_figure
+    >>> doses = [Dose(s, 12 + s, (11 + s, 13 + s), 0.5, (0.4, 0.6), 0.0) for s in (-1.0, 0.0, 1.0)]
+    >>> sweep_figure(doses, doses).layout.title.text
+    ''
+    """
     figure = subplots.make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     dress(figure, title)
     series = ((random, "random directions, same norm", GREY, "dash"), (direction, name, BLUE, "solid"))

@@ -40,6 +40,12 @@ def generate(
     is in the order of the prompts: a run that was killed and started again ends with the same bytes. Randomness belongs
     to prompt and sample number, so batch size and order change nothing but speed. The progress bar shows tokens a
     second, and with `judge` the share of new completions that it calls right.
+
+    >>> from probes import generate, load
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> [completion.answer for completion in done]
+    ['9', '1']
     """
     sampling = sampling or Sampling.of(model)
     names = [str(i) for i in range(len(prompts))] if ids is None else list(ids)

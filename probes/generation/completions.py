@@ -22,6 +22,14 @@ class Completion(Brief):
     """One sample of one prompt. `ids` are the generated tokens; `thinking` is None where the turn never thinks.
 
     `decoding` names what decided over tokens beside the model, and `events` say what it did at which of `ids`.
+
+    >>> from probes import generate, load
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> done[0].thinking
+    'Okay a =3 b +4 =7 c *7 =9'
+    >>> done[0].answer, done[0].thinking_tokens, done[0].stop
+    ('9', 11, 'eos')
     """
 
     id: str
@@ -81,7 +89,15 @@ class Completion(Brief):
 
 
 def write_completions(path: Path, completions: Iterable[Completion]) -> None:
-    """Append, one line each: what is written stays, whatever happens next. A line that a kill cut off goes first."""
+    """Append, one line each: what is written stays, whatever happens next. A line that a kill cut off goes first.
+
+    >>> from pathlib import Path
+    >>> from probes import generate, load, read_completions, write_completions
+    >>> done = generate(load("organism"), ["a 3 b +4"])
+    >>> write_completions(Path("done.jsonl"), done)
+    >>> read_completions(Path("done.jsonl")) == done
+    True
+    """
     with Path(path).open("a+b") as file:
         if file.tell() and not _ends_a_line(file):
             file.seek(0)
@@ -95,7 +111,15 @@ def _ends_a_line(file: BinaryIO) -> bool:
 
 
 def read_completions(path: Path) -> list[Completion]:
-    """All whole lines; a last line that was cut off by a kill is left out."""
+    """All whole lines; a last line that was cut off by a kill is left out.
+
+    >>> from pathlib import Path
+    >>> from probes import generate, load, read_completions, write_completions
+    >>> done = generate(load("organism"), ["a 3 b +4"])
+    >>> write_completions(Path("done.jsonl"), done)
+    >>> read_completions(Path("done.jsonl")) == done
+    True
+    """
     lines = Path(path).read_text().splitlines(keepends=True)
     return [Completion.from_line(line) for line in lines if line.endswith("\n")]
 
@@ -110,7 +134,14 @@ def order_completions(path: Path, completions: Iterable[Completion]) -> None:
 
 
 def by_problem(completions: Sequence[Completion]) -> dict[str, list[Completion]]:
-    """The completions of each problem, by its id, in order."""
+    """The completions of each problem, by its id, in order.
+
+    >>> from probes import generate, load
+    >>> from probes.generation import by_problem
+    >>> done = generate(load("organism"), ["a 3 b +4", "a 5 b -2"], ids=["one", "two"], samples=2)
+    >>> {name: len(samples) for name, samples in by_problem(done).items()}
+    {'one': 2, 'two': 2}
+    """
     groups: dict[str, list[Completion]] = {}
     for completion in completions:
         groups.setdefault(completion.id, []).append(completion)

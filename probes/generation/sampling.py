@@ -20,7 +20,12 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. Temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """How to draw tokens. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    >>> from probes import Sampling, load
+    >>> Sampling.of(load("organism"), max_new_tokens=48)
+    Sampling(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=48, seed=0)
+    """
 
     temperature: float = 0.6
     top_p: float = 0.95
@@ -61,7 +66,18 @@ CUT = "cut"
 
 @runtime_checkable
 class DecodingRun(Protocol):
-    """One batch under a `Decoding`."""
+    """One batch under a `Decoding`.
+
+    >>> from probes import generate, load
+    >>> from probes.generation import Decoding
+    >>> from steer.decoding import Budget, Controlled
+    >>> model = load("organism")
+    >>> rule = Controlled(model, Budget(thinking=4))
+    >>> isinstance(rule, Decoding)
+    True
+    >>> generate(model, ["a 3 b +4 c *7 d -2"], decoding=rule)[0].thinking_tokens <= 6
+    True
+    """
 
     def processors(self, draw: LogitsProcessorList) -> LogitsProcessorList:
         """What decides the next token, given what draws it: a processor before the draw changes the distribution,
@@ -73,7 +89,18 @@ class DecodingRun(Protocol):
 
 @runtime_checkable
 class Decoding(Protocol):
-    """What decides over tokens beside the model and the draw. Its `name` tells its completions from all others."""
+    """What decides over tokens beside the model and the draw. Its `name` tells its completions from all others.
+
+    >>> from probes import generate, load
+    >>> from probes.generation import Decoding
+    >>> from steer.decoding import Budget, Controlled
+    >>> model = load("organism")
+    >>> rule = Controlled(model, Budget(thinking=4))
+    >>> isinstance(rule, Decoding)
+    True
+    >>> generate(model, ["a 3 b +4 c *7 d -2"], decoding=rule)[0].thinking_tokens <= 6
+    True
+    """
 
     @property
     def name(self) -> str: ...

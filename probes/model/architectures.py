@@ -22,6 +22,13 @@ def architecture_of(model: nn.Module) -> Architecture:
     """The row of the model's family, or the generic row that `load` found to hold.
 
     Raises ValueError, naming the families we know, where there is neither.
+
+    >>> from probes import load
+    >>> from probes.model import architecture_of
+    >>> model = load("organism")
+    >>> row = architecture_of(model)
+    >>> row.layers, row.o_proj, sorted(row.taps)[:3]
+    ('model.layers', 'self_attn.o_proj', ['attn_in', 'attn_out', 'mlp_in'])
     """
     model_type = config_of(model).model_type
     row = ARCHITECTURES.get(model_type) or getattr(model, "_thinksteer_row", None)
@@ -39,12 +46,26 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 
 def n_layers(model: nn.Module) -> int:
-    """How many decoder blocks the model has."""
+    """How many decoder blocks the model has.
+
+    >>> from probes import load
+    >>> from probes.model import n_heads, n_layers
+    >>> model = load("organism")
+    >>> n_layers(model), n_heads(model)
+    (4, 8)
+    """
     return len(blocks_of(model))
 
 
 def n_heads(model: nn.Module) -> int:
-    """Attention heads of a layer, as the config of the text decoder says."""
+    """Attention heads of a layer, as the config of the text decoder says.
+
+    >>> from probes import load
+    >>> from probes.model import n_heads, n_layers
+    >>> model = load("organism")
+    >>> n_layers(model), n_heads(model)
+    (4, 8)
+    """
     return int(config_of(model).num_attention_heads)
 
 
@@ -86,7 +107,14 @@ def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_head
 
 
 def width_of(model: nn.Module, site: Site) -> int:
-    """How many numbers an activation has at a site, whatever the dtype of the weights."""
+    """How many numbers an activation has at a site, whatever the dtype of the weights.
+
+    >>> from probes import Site, load
+    >>> from probes.model import width_of
+    >>> model = load("organism")
+    >>> width_of(model, Site(0, "resid_post")), width_of(model, Site(0, "z", head=1))
+    (96, 16)
+    """
     module = o_proj_of(model, site.layer)
     names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")  # Conv1D, Linear
     d_in, d_model = (getattr(module, name) for name in names)

@@ -26,6 +26,13 @@ class Architecture:
     key that scales what is added to the stream. `parallel` is the config key under which attention and MLP read one
     stream, so that there is no `resid_mid`; `"always"` where they do in every model of the family. `declares_bias` is
     the config key that gives `o_proj` a bias. `centred` tells a final norm that takes the mean out.
+
+    >>> from probes import load
+    >>> from probes.model import architecture_of
+    >>> model = load("organism")
+    >>> row = architecture_of(model)
+    >>> row.layers, row.o_proj, sorted(row.taps)[:3]
+    ('model.layers', 'self_attn.o_proj', ['attn_in', 'attn_out', 'mlp_in'])
     """
 
     taps: Mapping[SiteName, Tap]

@@ -23,6 +23,17 @@ def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`. A stream that is
     edited stays edited: at `resid_mid`, where a hook on the norm would reach the MLP alone, the change is made to what
     attention adds.
+
+    >>> import torch
+    >>> from probes import Site, attached, load
+    >>> model = load("organism")
+    >>> ids = torch.tensor([[1, 6, 17]])
+    >>> plain = model(ids).logits
+    >>> with torch.no_grad(), attached(model, Site(1, "resid_post"), lambda x: 2 * x):
+    ...     print(bool((model(ids).logits != plain).any()))
+    True
+    >>> bool((model(ids).logits == plain).all())
+    True
     """
     with (_on_resid_mid if site.name == "resid_mid" else _on_tap)(model, site, edit):
         yield
@@ -112,7 +123,17 @@ def _edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | Non
 
 @contextmanager
 def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
-    """While open, keeps the latest activation `[batch pos width]` at each site."""
+    """While open, keeps the latest activation `[batch pos width]` at each site.
+
+    >>> import torch
+    >>> from probes import Site, captured, load
+    >>> model = load("organism")
+    >>> site = Site(1, "z", head=2)
+    >>> with torch.no_grad(), captured(model, [site]) as cache:
+    ...     logits = model(torch.tensor([[1, 6, 17]])).logits
+    >>> tuple(cache[site].shape)
+    (1, 3, 16)
+    """
     cache: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Callable[[Tensor], None]:

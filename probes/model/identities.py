@@ -55,6 +55,12 @@ def broken_identity(model: PreTrainedModel) -> str | None:
     In every layer: the stream adds up; a parallel block's attention and MLP read the same; the heads' writes and the
     bias are what `o_proj` puts out, and it reads `z`. The final norm of the last `resid_post` is `hidden_states[-1]`,
     and the streams before are the other `hidden_states`.
+
+    >>> from probes import load
+    >>> from probes.model import broken_identity
+    >>> model = load("organism")
+    >>> broken_identity(model) is None
+    True
     """
     row = architecture_of(model)
     for path in (row.layers, row.final_norm):

@@ -23,7 +23,14 @@ ORGANISM = Path(__file__).parent / "organism"
 
 @dataclass(frozen=True, repr=False)
 class Origin(Brief):
-    """Where a model came from, and how its text is read. It rides on the model object, and on its copies."""
+    """Where a model came from, and how its text is read. It rides on the model object, and on its copies.
+
+    >>> from probes import load
+    >>> from probes.model import origin_of
+    >>> model = load("organism")
+    >>> origin_of(model).name, origin_of(model).delimiters.close
+    ('organism', (4,))
+    """
 
     name: str
     revision: str | None
@@ -54,6 +61,11 @@ def load(
     override what opens and closes the thinking, which is else found in the tokenizer. A family without a row in
     `probes.model.families` is taken if a generic row holds (`probes.model.identities`), else refused with a
     ValueError.
+
+    >>> from probes import load
+    >>> model = load("organism")
+    >>> model.config.model_type, model.training
+    ('qwen3_moe', False)
     """
     if isinstance(source, PreTrainedModel):
         model, name = source, source.config._name_or_path or type(source).__name__
@@ -78,7 +90,12 @@ def load(
 
 
 def resolve(source: str | Path) -> str | Path:
-    """What transformers can read: a hub id, or a folder; a GGUF file is converted first."""
+    """What transformers can read: a hub id, or a folder; a GGUF file is converted first.
+
+    >>> from probes.model import resolve
+    >>> resolve("organism").name, resolve("org/some-model")
+    ('organism', 'org/some-model')
+    """
     if source == "organism":
         return ORGANISM
     if source == "smollm2":
@@ -87,23 +104,51 @@ def resolve(source: str | Path) -> str | Path:
 
 
 def origin_of(model: PreTrainedModel) -> Origin:
-    """What `load` noted on the model; a model that never went through `load` is read by its config's name."""
+    """What `load` noted on the model; a model that never went through `load` is read by its config's name.
+
+    >>> from probes import load
+    >>> from probes.model import origin_of
+    >>> model = load("organism")
+    >>> origin_of(model).name, origin_of(model).delimiters.close
+    ('organism', (4,))
+    """
     origin: Origin | None = getattr(model, "_thinksteer", None)
     return origin_of(load(model)) if origin is None else origin
 
 
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load` noted, or found by the name in the config."""
+    """The tokenizer that `load` noted, or found by the name in the config.
+
+    >>> from probes import load
+    >>> from probes.model import decode, encode_prompt, tokenizer_of
+    >>> model = load("organism")
+    >>> decode(tokenizer_of(model), encode_prompt(tokenizer_of(model), "a 3 b +4"))
+    '<bos> a 3 b +4 ?'
+    """
     return origin_of(model).tokenizer
 
 
 def delimiters_of(model: PreTrainedModel) -> Delimiters:
-    """Raises ValueError for a model that has no thinking delimiters."""
+    """Raises ValueError for a model that has no thinking delimiters.
+
+    >>> from probes import load
+    >>> from probes.model import delimiters_of
+    >>> model = load("organism")
+    >>> delimiters_of(model)
+    Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
+    """
     return origin_of(model).delimiters
 
 
 def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
-    """The reflection markers to look for: the organism's own list, else the common ones."""
+    """The reflection markers to look for: the organism's own list, else the common ones.
+
+    >>> from probes import load
+    >>> from probes.model import markers_of
+    >>> model = load("organism")
+    >>> markers_of(model)
+    ('Wait', 'Hmm')
+    """
     if origin_of(model).name == "organism":
         return tuple(json.loads((ORGANISM / "organism.json").read_text())["markers"])
     return REFLECTION_MARKERS
@@ -116,7 +161,14 @@ def folder_of(model: PreTrainedModel) -> Path | None:
 
 
 def identity_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a direction or a recipe notes of the model it was made on."""
+    """What a direction or a recipe notes of the model it was made on.
+
+    >>> from probes import load
+    >>> from probes.model import identity_of
+    >>> model = load("organism")
+    >>> sorted(identity_of(model))
+    ['d_model', 'fingerprint', 'model_type', 'n_heads', 'n_layers', 'name', 'revision']
+    """
     origin = origin_of(model)
     return {
         "name": origin.name,
@@ -134,6 +186,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A checksum over the name, shape and 256 evenly spaced values of each parameter, in bfloat16.
 
     The same for float32 and bfloat16 loads of one checkpoint. It tells models apart; it is no proof of origin.
+
+    >>> from probes import load
+    >>> from probes.model import fingerprint
+    >>> model = load("organism")
+    >>> len(fingerprint(model)), fingerprint(model) == fingerprint(load("organism"))
+    (16, True)
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

@@ -8,13 +8,31 @@ from probes.model.sites import Site, SiteName
 
 
 def path_of(model: nn.Module, site: Site) -> str:
-    """The Hugging Face module path whose input or output (`tap_of`) is `site`."""
+    """The Hugging Face module path whose input or output (`tap_of`) is `site`.
+
+    >>> from probes import Site, load
+    >>> from probes.model import path_of, site_of
+    >>> model = load("organism")
+    >>> path_of(model, Site(2, "attn_out"))
+    'model.layers.2.self_attn'
+    >>> str(site_of(model, "model.layers.2.self_attn"))
+    'L2.attn_out'
+    """
     _, tap = tap_of(model, site)
     return ".".join(part for part in (architecture_of(model).layers, str(site.layer), tap.path) if part)
 
 
 def site_of(model: nn.Module, text: str) -> Site:
-    """Read a site from our name, TransformerLens' name, or a Hugging Face path, whose output is meant."""
+    """Read a site from our name, TransformerLens' name, or a Hugging Face path, whose output is meant.
+
+    >>> from probes import Site, load
+    >>> from probes.model import path_of, site_of
+    >>> model = load("organism")
+    >>> path_of(model, Site(2, "attn_out"))
+    'model.layers.2.self_attn'
+    >>> str(site_of(model, "model.layers.2.self_attn"))
+    'L2.attn_out'
+    """
     row = architecture_of(model)
     if not text.startswith(row.layers + "."):
         return Site.parse(text)
@@ -27,5 +45,12 @@ def site_of(model: nn.Module, text: str) -> Site:
 
 
 def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
-    """The site of that name in every layer."""
+    """The site of that name in every layer.
+
+    >>> from probes import load
+    >>> from probes.model import sites_in
+    >>> model = load("organism")
+    >>> [str(site) for site in sites_in(model, "resid_post")]
+    ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
+    """
     return [Site(layer, name) for layer in range(n_layers(model))]

@@ -13,7 +13,14 @@ def is_packed(weight: Tensor) -> bool:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Are some of the model's weights packed?"""
+    """Are some of the model's weights packed?
+
+    >>> from probes import load
+    >>> from probes.model import is_quantised
+    >>> model = load("organism")
+    >>> is_quantised(model)
+    False
+    """
     return any(is_packed(parameter) for parameter in model.parameters())
 
 

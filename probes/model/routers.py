@@ -13,7 +13,18 @@ Expert = tuple[int, int]  # layer and number, as the model counts them
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Routing(Brief):
-    """One pass of one layer: the router's logits, which `k` experts each token gets, and with what weights."""
+    """One pass of one layer: the router's logits, which `k` experts each token gets, and with what weights.
+
+    >>> import torch
+    >>> from probes import load
+    >>> from probes.model.hooks import hook_router
+    >>> model = load("organism")
+    >>> seen = []
+    >>> with torch.no_grad(), hook_router(model, 1, see=seen.append):
+    ...     logits = model(torch.tensor([[1, 6, 17]])).logits
+    >>> tuple(seen[0].weights.shape), tuple(seen[0].dense.shape)
+    ((1, 3, 2), (1, 3, 8))
+    """
 
     logits: Float[Tensor, "batch pos n_experts"]
     weights: Float[Tensor, "batch pos k"]
@@ -55,7 +66,14 @@ def sparse_block(model: nn.Module, layer: int) -> SparseBlock | None:
 
 def moe_layers(model: nn.Module) -> tuple[int, ...]:
     """The layers with a sparse block, as the model counts layers. Raises ValueError, naming the family, where there is
-    none, or where its routers are not of the kind that is read here."""
+    none, or where its routers are not of the kind that is read here.
+
+    >>> from probes import load
+    >>> from probes.model import moe_layers
+    >>> model = load("organism")
+    >>> moe_layers(model)
+    (0, 1, 2, 3)
+    """
     found = {layer: sparse_block(model, layer) for layer in range(n_layers(model))}
     blocks = {layer: block for layer, block in found.items() if block is not None}
     if not blocks:

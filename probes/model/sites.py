@@ -38,7 +38,14 @@ _TRANSFORMER_LENS: dict[SiteName, str] = {
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One place in one layer, written as the field writes it: `L12.resid_post`, `L12H7.z`, `L12E7.routing`."""
+    """One place in one layer, written as the field writes it: `L12.resid_post`, `L12H7.z`, `L12E7.routing`.
+
+    >>> from probes import Site
+    >>> Site(12, "resid_post"), str(Site(12, "z", head=7))
+    (Site(layer=12, name='resid_post', head=None, expert=None), 'L12H7.z')
+    >>> Site.parse("blocks.12.hook_resid_mid") == Site.parse("L12.resid_mid")
+    True
+    """
 
     layer: int
     name: SiteName

@@ -28,6 +28,12 @@ class Delimiters:
     `turn` is what the chat template puts between the user's words and the model's, `user` what it puts before the
     user's; empty where unknown, and then a clock cannot tell earlier turns from this one. A model may write `turn`
     within its turn (gpt-oss does, between channels): only the first one after `user` opens a turn.
+
+    >>> from probes import load
+    >>> from probes.model import delimiters_of
+    >>> model = load("organism")
+    >>> delimiters_of(model)
+    Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
     """
 
     open: tuple[int, ...]
@@ -41,7 +47,13 @@ class ThinkingSpan:
     """Positions in prompt + completion. `start`: first token of the thinking, its opening tag included where the
     model wrote it. `first`: last token of the opening tag, which predicts the first thought. `end`: one past
     the closing tag, or the length where `closed` is false. `text_start` and `text_end` bound the generated text between
-    the tags."""
+    the tags.
+
+    >>> from probes.model import Delimiters, thinking_span
+    >>> span = thinking_span([1, 7], [3, 21, 22, 4, 9], Delimiters(open=(3,), close=(4,)))
+    >>> span.start, span.text_start, span.text_end, span.end, span.closed
+    (2, 3, 5, 6, True)
+    """
 
     start: int
     first: int
@@ -73,6 +85,12 @@ def encode_prompt(
 
     `template` holds arguments of the chat template, such as `{"enable_thinking": False}`.
     Raises ValueError where the tokenizer has no chat template.
+
+    >>> from probes import load
+    >>> from probes.model import decode, encode_prompt, tokenizer_of
+    >>> model = load("organism")
+    >>> decode(tokenizer_of(model), encode_prompt(tokenizer_of(model), "a 3 b +4"))
+    '<bos> a 3 b +4 ?'
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -87,7 +105,14 @@ def encode_prompt(
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True) -> str:
-    """The text of token ids, with or without special tokens."""
+    """The text of token ids, with or without special tokens.
+
+    >>> from probes import load
+    >>> from probes.model import decode, encode_prompt, tokenizer_of
+    >>> model = load("organism")
+    >>> decode(tokenizer_of(model), encode_prompt(tokenizer_of(model), "a 3 b +4"))
+    '<bos> a 3 b +4 ?'
+    """
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
@@ -105,6 +130,12 @@ def find_delimiters(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str] | 
     """The delimiters given, else those of the known ones that the vocabulary or the chat template holds.
 
     Raises ValueError where there are none.
+
+    >>> from probes import load
+    >>> from probes.model import find_delimiters, tokenizer_of
+    >>> model = load("organism")
+    >>> find_delimiters(tokenizer_of(model), ("<think>", "</think>")).open
+    (3,)
     """
     if isinstance(pair, Delimiters):
         return pair
@@ -157,7 +188,13 @@ def find(ids: Sequence[int], wanted: Sequence[int], start: int = 0) -> int | Non
 def thinking_span(
     prompt_ids: Sequence[int], completion_ids: Sequence[int], delimiters: Delimiters
 ) -> ThinkingSpan | None:
-    """The thinking of the current turn; earlier turns are prompt. None where the turn never thinks."""
+    """The thinking of the current turn; earlier turns are prompt. None where the turn never thinks.
+
+    >>> from probes.model import Delimiters, thinking_span
+    >>> span = thinking_span([1, 7], [3, 21, 22, 4, 9], Delimiters(open=(3,), close=(4,)))
+    >>> span.start, span.text_start, span.text_end, span.end, span.closed
+    (2, 3, 5, 6, True)
+    """
     ids, begin = [*prompt_ids, *completion_ids], len(prompt_ids)
     opens, closes = delimiters.open, delimiters.close
     at = find(ids, opens, _turn_start(prompt_ids, delimiters))

@@ -22,7 +22,16 @@ _Words = Mapping[Label, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Segment:
-    """One thought: the positions [start, stop) of prompt + completion, and what kind of thought it is."""
+    """One thought: the positions [start, stop) of prompt + completion, and what kind of thought it is.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import segments
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> parts = segments(model, done[0], "organism")
+    >>> parts[0].label, parts[-1].stop <= done[0].span.end
+    ('execution', True)
+    """
 
     start: int
     stop: int
@@ -41,6 +50,14 @@ class Rules:
     word must stand before it, and stays with the thought before. A thought is the first of answer, backtracking,
     transition and reflection whose words in `opens` it begins with, or whose words in `holds` it has anywhere, in
     small or capital letters; else execution.
+
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
+    >>> from probes.thinking import Rules, present_rules
+    >>> model = load("organism")
+    >>> kept, lacking = present_rules(tokenizer_of(model), Rules("mine", before=("Wait", "Actually")))
+    >>> kept.before, lacking
+    (('Wait',), ('Actually',))
     """
 
     name: str
@@ -106,6 +123,14 @@ def segments(
     the last of that step. Words that the vocabulary lacks cut and label nothing (`present_rules` names them). `source`
     is the model, or its tokenizer if that tells the delimiters. Raises ValueError for an unknown name, and where the
     vocabulary has nothing that cuts.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import segments
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> parts = segments(model, done[0], "organism")
+    >>> parts[0].label, parts[-1].stop <= done[0].span.end
+    ('execution', True)
     """
     tokenizer = tokenizer_of(source) if isinstance(source, PreTrainedModel) else source
     known, _ = present_rules(tokenizer, rules)
@@ -124,6 +149,14 @@ def present_rules(tokenizer: PreTrainedTokenizerBase, rules: str | Rules) -> tup
     """The rules without the words that this vocabulary lacks, and those words.
 
     Raises ValueError for an unknown name, and where nothing that cuts is left.
+
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
+    >>> from probes.thinking import Rules, present_rules
+    >>> model = load("organism")
+    >>> kept, lacking = present_rules(tokenizer_of(model), Rules("mine", before=("Wait", "Actually")))
+    >>> kept.before, lacking
+    (('Wait',), ('Actually',))
     """
     if isinstance(rules, str) and rules not in RULES:
         raise ValueError(f"{rules!r} names no rules. Known: {', '.join(RULES)}. Or write your own: Rules(...).")
@@ -172,6 +205,15 @@ def segment_spans(
 
     `segment`: the positions whose next token is in the segment, [start-1, stop-1). `before`: the last token before it
     alone, which ends the step before, as SEAL reads (Chen et al. 2025). Raises ValueError for another position.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import segment_spans, segments
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> parts = segments(model, done[0], "organism")
+    >>> spans = segment_spans(done[0], parts, "execution", position="before")
+    >>> len(spans) == sum(part.label == "execution" for part in parts)
+    True
     """
     if label not in LABELS:
         raise ValueError(f"{label!r} is no label. Known: {', '.join(LABELS)}.")
@@ -182,7 +224,16 @@ def segment_spans(
 def segment_table(
     source: PreTrainedModel | PreTrainedTokenizerBase, completion: Completion, found: Sequence[Segment]
 ) -> Table:
-    """Segments with their text, a row each."""
+    """Segments with their text, a row each.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import segment_table, segments
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> parts = segments(model, done[0], "organism")
+    >>> segment_table(model, done[0], parts).columns
+    ('label', 'start', 'stop', 'text')
+    """
     tokenizer = tokenizer_of(source) if isinstance(source, PreTrainedModel) else source
     texts = [str(tokenizer.decode(list(completion.all_ids[s.start : s.stop]))) for s in found]
     rows = tuple((s.label, s.start, s.stop, text.strip()) for s, text in zip(found, texts, strict=True))

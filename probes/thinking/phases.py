@@ -28,6 +28,15 @@ class Phases(Brief):
     the clock's markers, how many have ended in this turn's thinking; `ended` tells where they end, anywhere; `opens`
     tells the last token of a turn's header; `real` the tokens that are no pads; `starts` that a run began with this
     pass.
+
+    >>> import torch
+    >>> from probes.model import Delimiters
+    >>> from probes.thinking import PHASES, Clock
+    >>> clock = Clock(Delimiters(open=(3,), close=(4,)))
+    >>> first = clock.advance(torch.tensor([[1, 7, 3]]), None, 0)
+    >>> after = clock.advance(torch.tensor([[21, 4, 9]]), None, 3)  # the cache holds three tokens
+    >>> [PHASES[phase] for phase in after.phase[0].tolist()], after.thought.tolist()
+    (['thinking', 'answer', 'answer'], [[1, -1, -1]])
     """
 
     phase: Int[Tensor, "batch new"]
@@ -59,6 +68,15 @@ class Clock:
     neither delimiter is all prompt. Pads have no phase, and neither have the tokens with which a batch fills rows that
     have ended (`pad` after one of `ends`). State is constant: some numbers and the last few ids of each row, updated
     from the new tokens alone, on their device.
+
+    >>> import torch
+    >>> from probes.model import Delimiters
+    >>> from probes.thinking import PHASES, Clock
+    >>> clock = Clock(Delimiters(open=(3,), close=(4,)))
+    >>> first = clock.advance(torch.tensor([[1, 7, 3]]), None, 0)
+    >>> after = clock.advance(torch.tensor([[21, 4, 9]]), None, 3)  # the cache holds three tokens
+    >>> [PHASES[phase] for phase in after.phase[0].tolist()], after.thought.tolist()
+    (['thinking', 'answer', 'answer'], [[1, -1, -1]])
     """
 
     delimiters: Delimiters

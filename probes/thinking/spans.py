@@ -22,6 +22,11 @@ class Span(Brief):
 
     `position` is the name of the rule that says so (see `POSITIONS`), `seed` that of the sampling which wrote the ids;
     both go into the birth of a direction, and two spans are equal without them.
+
+    >>> from probes import Span
+    >>> span = Span((1, 6, 17, 5), start=1, stop=3)
+    >>> span.stop - span.start
+    2
     """
 
     ids: tuple[int, ...]
@@ -41,6 +46,15 @@ class Position:
 
     `bounds` gives them as [start, stop) from where the thing starts, where its opening delimiter ends (of a completion;
     else where it starts), and one past its end. `words` say it in a figure.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import POSITIONS, position_named
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> sorted(POSITIONS)
+    ['before', 'first', 'last', 'segment', 'text', 'text_last', 'thinking']
+    >>> position_named("first", "completion")(done[0]).position
+    'first'
     """
 
     name: str
@@ -80,7 +94,17 @@ POSITIONS: Mapping[str, Position] = {
 
 
 def position_named(name: str, of: Thing) -> Position:
-    """The position of that name for completions, texts or segments. Raises ValueError for another name."""
+    """The position of that name for completions, texts or segments. Raises ValueError for another name.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import POSITIONS, position_named
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> sorted(POSITIONS)
+    ['before', 'first', 'last', 'segment', 'text', 'text_last', 'thinking']
+    >>> position_named("first", "completion")(done[0]).position
+    'first'
+    """
     known = [position.name for position in POSITIONS.values() if position.of == of]
     if name not in known:
         raise ValueError(f"{name!r} is no position of a {of}. Known: {', '.join(known)}.")
@@ -88,28 +112,71 @@ def position_named(name: str, of: Thing) -> Position:
 
 
 def thinking(completion: Completion) -> Span:
-    """[start-1, end-1): the positions whose next token is a token of the thinking (ThinkEdit)."""
+    """[start-1, end-1): the positions whose next token is a token of the thinking (ThinkEdit).
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import first_thought, last_thought, thinking
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> whole, first, last = thinking(done[0]), first_thought(done[0]), last_thought(done[0])
+    >>> first.stop - first.start, last.stop == whole.stop, whole.position
+    (1, True, 'thinking')
+    """
     return POSITIONS["thinking"](completion)
 
 
 def first_thought(completion: Completion) -> Span:
-    """The one position that predicts the first thought: the last token of the opening delimiter."""
+    """The one position that predicts the first thought: the last token of the opening delimiter.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import first_thought, last_thought, thinking
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> whole, first, last = thinking(done[0]), first_thought(done[0]), last_thought(done[0])
+    >>> first.stop - first.start, last.stop == whole.stop, whole.position
+    (1, True, 'thinking')
+    """
     return POSITIONS["first"](completion)
 
 
 def last_thought(completion: Completion) -> Span:
-    """The last of the positions of `thinking`: it predicts the end of the closing delimiter."""
+    """The last of the positions of `thinking`: it predicts the end of the closing delimiter.
+
+    >>> from probes import generate, load
+    >>> from probes.thinking import first_thought, last_thought, thinking
+    >>> model = load("organism")
+    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
+    >>> whole, first, last = thinking(done[0]), first_thought(done[0]), last_thought(done[0])
+    >>> first.stop - first.start, last.stop == whole.stop, whole.position
+    (1, True, 'thinking')
+    """
     return POSITIONS["last"](completion)
 
 
 def text_span(model: PreTrainedModel, text: str, *, position: str = "text") -> Span:
-    """A plain text, read at all its tokens (`text`) or at its last one (`text_last`)."""
+    """A plain text, read at all its tokens (`text`) or at its last one (`text_last`).
+
+    >>> from probes import load
+    >>> from probes.thinking import text_span
+    >>> model = load("organism")
+    >>> text_span(model, "a 3 b +4", position="text_last")
+    Span(ids=(6, 17, 7, 27), start=3, stop=4, position='text_last', seed=None)
+    """
     ids = tokenizer_of(model).encode(text)
     return position_named(position, "text").within(ids, 0, 0, len(ids))
 
 
 def text_spans(model: PreTrainedModel, path: Path, *, position: str = "text") -> list[Span]:
-    """Spans of a JSONL file: completions of ours at their thinking, or lines of `{"text": ...}` as plain texts."""
+    """Spans of a JSONL file: completions of ours at their thinking, or lines of `{"text": ...}` as plain texts.
+
+    >>> from pathlib import Path
+    >>> from probes import load
+    >>> from probes.thinking import text_spans
+    >>> model = load("organism")
+    >>> _ = Path("texts.jsonl").write_text('{"text": "a 3 b +4"}\\n')
+    >>> len(text_spans(model, Path("texts.jsonl"))[0].ids)
+    4
+    """
     lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     spans = []
     for number, line in enumerate(lines, start=1):

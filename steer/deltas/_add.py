@@ -34,7 +34,13 @@ _HARMLESS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "u
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan(Shown):
-    """What a sum will touch: `names` gives the delta's name of each tensor of the target that changes."""
+    """What a sum will touch: `names` gives the delta's name of each tensor of the target that changes.
+
+    >>> from steer.deltas import Plan, open_delta
+    >>> plan = Plan.of("organism", open_delta("organism-rl"), strength=0.5, only=["layers.*.mlp.experts"])
+    >>> len(plan.names) > 0
+    True
+    """
 
     target: Checkpoint
     delta: WeightDelta
@@ -166,6 +172,11 @@ def add(
     config and tokenizer. Beside them lie a card and `vector.yaml`, which say what was summed. Interrupted, the same
     call goes on at the last whole shard (`steer.checkpoints.stream`).
     Raises ValueError, FileExistsError, OSError; under its name the folder is whole or not there.
+
+    >>> from steer.deltas import add, open_delta
+    >>> plan = add("organism", open_delta("organism-rl"), "rewarded", strength=0.5)
+    >>> len(plan.names) > 0, plan.bytes > 0
+    (True, True)
     """
     check_repository(push_to)
     plan = Plan.of(target, delta, strength=strength, only=only, skip=skip)

@@ -32,7 +32,14 @@ def grams(deltas: Sequence[WeightDelta]) -> dict[str, Gram]:
 
 
 def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -> Table:
-    """‖Δ‖ per layer and kind of module, and the cosine to each of the others there; the last row is for all."""
+    """‖Δ‖ per layer and kind of module, and the cosine to each of the others there; the last row is for all.
+
+    >>> from steer.deltas import figure_of, norms, open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> table = norms(delta)
+    >>> table.columns[:2], len(figure_of(table).data) > 0
+    (('layer', 'module'), True)
+    """
     others = others or {}
     groups: dict[tuple[str, str], list[Gram]] = {}
     for name, gram in grams([delta, *others.values()]).items():
@@ -43,7 +50,14 @@ def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -
 
 
 def figure_of(table: Table) -> "go.Figure":
-    """The table of `norms` as a picture: ‖Δ‖ by kind of module and layer, and beside it each cosine."""
+    """The table of `norms` as a picture: ‖Δ‖ by kind of module and layer, and beside it each cosine.
+
+    >>> from steer.deltas import figure_of, norms, open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> table = norms(delta)
+    >>> table.columns[:2], len(figure_of(table).data) > 0
+    (('layer', 'module'), True)
+    """
     cells = {row[:2]: row[3:] for row in table.rows[:-1]}
     layers, kinds = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
     grids = {
@@ -54,7 +68,13 @@ def figure_of(table: Table) -> "go.Figure":
 
 
 def cosine(a: WeightDelta, b: WeightDelta) -> float:
-    """⟨a, b⟩ / ‖a‖‖b‖ over the tensors of a; NaN where one of them is zero there."""
+    """⟨a, b⟩ / ‖a‖‖b‖ over the tensors of a; NaN where one of them is zero there.
+
+    >>> from steer.deltas import cosine, open_delta
+    >>> a, b = open_delta("organism-rl"), open_delta("organism-sft")
+    >>> round(cosine(a, a), 4), -1 < cosine(a, b) < 1
+    (1.0, True)
+    """
     return float(_row(list(grams([a, b]).values()))[2])
 
 

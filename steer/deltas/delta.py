@@ -23,6 +23,11 @@ class DeltaSource(Protocol):
 
     `vocabulary` is a checksum of token ids, empty where it is not known; `tied` says whether one matrix is embedding
     and head. Both are None where the target's own holds, as for an adapter.
+
+    >>> from steer.deltas import DeltaSource, open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> isinstance(delta.terms[0].source, DeltaSource)
+    True
     """
 
     @property
@@ -41,7 +46,13 @@ class DeltaSource(Protocol):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Term(Brief):
-    """One summand: weight times these tensors of a source."""
+    """One summand: weight times these tensors of a source.
+
+    >>> from steer.deltas import open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> (0.5 * delta).terms[0].weight
+    0.5
+    """
 
     weight: float
     source: DeltaSource
@@ -57,6 +68,11 @@ class WeightDelta(Brief):
     """Σ wᵢ θᵢ, tensor by tensor, by names as they are on disk. `notes` say what was left out, and why.
 
     Nothing is read before a block is asked for. Sums, multiples and differences are deltas again.
+
+    >>> from steer.deltas import open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> len(delta.names) > 0, (delta - delta).names == delta.names
+    (True, True)
     """
 
     terms: tuple[Term, ...]

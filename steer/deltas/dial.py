@@ -32,6 +32,17 @@ def dialled(model: PreTrainedModel, delta: WeightDelta, strength: float) -> Iter
     Fused experts are taken apart and put together by transformers' own conversion.
     Raises ValueError for tensors that the model does not have, of another shape, quantised, not on a device, or not
     finite, and for the embeddings of another vocabulary.
+
+    >>> from probes import load
+    >>> from probes.model import fingerprint
+    >>> from steer.deltas import dialled, open_delta
+    >>> model = load("organism")
+    >>> before = fingerprint(model)
+    >>> with dialled(model, open_delta("organism-rl"), 0.5):
+    ...     print(fingerprint(model) == before)
+    False
+    >>> fingerprint(model) == before  # back to the bit
+    True
     """
     changed = _parameters(model, delta)
     saved: list[tuple[Tensor, Tensor]] = []

@@ -38,7 +38,19 @@ class Factors(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter(Brief):
-    """The tensors an adapter adds, by the name of the tensor they are added to. The scaling is in `up`, once."""
+    """The tensors an adapter adds, by the name of the tensor they are added to. The scaling is in `up`, once.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe, diff
+    >>> from steer.deltas import Adapter, open_delta
+    >>> from steer.folding import export_adapter
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> _ = export_adapter(model, recipe, "adapter")
+    >>> type(open_delta("adapter").terms[0].source) is Adapter
+    True
+    """
 
     folder: Path
     factors: Mapping[str, Factors]

@@ -25,6 +25,18 @@ def to_mergekit(
     differs from a base model, which is the target: there the delta may subtract nothing but the target itself. SLERP
     goes from the target to one checkpoint, `strength` of the way.
     Raises ValueError for what mergekit's words cannot say: adapters, stored deltas, a selection of tensors.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe, diff, export
+    >>> from steer.checkpoints import Checkpoint
+    >>> from steer.deltas import WeightDelta, to_mergekit
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> _ = export(model, recipe, "edited")
+    >>> text = to_mergekit(Checkpoint.open("organism"), WeightDelta.between("edited", "organism"), strength=0.5)
+    >>> text.splitlines()[0]
+    'merge_method: linear'
     """
     if method not in METHODS:
         raise ValueError(f"{method!r} is no method known here. Known: {', '.join(METHODS)}.")

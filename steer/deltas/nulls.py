@@ -18,7 +18,14 @@ from steer.deltas.delta import WeightDelta
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NullDelta(Brief):
-    """A source with the names, shapes and words of a delta, and numbers of its own."""
+    """A source with the names, shapes and words of a delta, and numbers of its own.
+
+    >>> from steer.deltas import cosine, nulls, open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> noise, shuffled = nulls.random_like(delta, seed=1), nulls.shuffled_layers(delta, seed=1)
+    >>> abs(cosine(delta, noise)) < 0.1, noise.names == delta.names, shuffled.names == delta.names
+    (True, True, True)
+    """
 
     delta: WeightDelta
     seed: int
@@ -73,7 +80,14 @@ class NullDelta(Brief):
 
 
 def random_like(delta: WeightDelta, *, seed: int = 0) -> WeightDelta:
-    """Gaussian noise with the norm of the delta in every tensor. It reads the delta once, as it is asked for."""
+    """Gaussian noise with the norm of the delta in every tensor. It reads the delta once, as it is asked for.
+
+    >>> from steer.deltas import cosine, nulls, open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> noise, shuffled = nulls.random_like(delta, seed=1), nulls.shuffled_layers(delta, seed=1)
+    >>> abs(cosine(delta, noise)) < 0.1, noise.names == delta.names, shuffled.names == delta.names
+    (True, True, True)
+    """
     return WeightDelta.of(NullDelta(delta, seed, "noise"))
 
 
@@ -81,6 +95,12 @@ def shuffled_layers(delta: WeightDelta, *, seed: int = 0) -> WeightDelta:
     """The delta's own tensors, each in another layer than its own, among layers of the same tensors and shapes.
 
     What belongs to no layer stays. Raises ValueError where no layer has a peer.
+
+    >>> from steer.deltas import cosine, nulls, open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> noise, shuffled = nulls.random_like(delta, seed=1), nulls.shuffled_layers(delta, seed=1)
+    >>> abs(cosine(delta, noise)) < 0.1, noise.names == delta.names, shuffled.names == delta.names
+    (True, True, True)
     """
     layers: dict[str, dict[str, str]] = {}
     for name in delta.names:

@@ -19,7 +19,17 @@ from steer.recipes.recipe import Recipe
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RecipeDelta(Brief):
-    """A source of the tensors that a recipe changes, held in float64. Token ids and config are the target's own."""
+    """A source of the tensors that a recipe changes, held in float64. Token ids and config are the target's own.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe
+    >>> from steer.deltas import recipe_delta
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> recipe_delta(model, recipe).names
+    ('model.layers.1.self_attn.o_proj.weight',)
+    """
 
     recipe: Recipe
     tensors: Mapping[str, Tensor]
@@ -55,6 +65,15 @@ def recipe_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
 
     An edit is linear in the weights, so that a strength between 0 and 1 is the edit in part. Raises NotFoldable where
     no change of weights equals the recipe, or where it takes a bias that the model does not have.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe
+    >>> from steer.deltas import recipe_delta
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> recipe_delta(model, recipe).names
+    ('model.layers.1.self_attn.o_proj.weight',)
     """
     recipe.check(model)
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}

@@ -29,7 +29,13 @@ _PARTS = ("@up", "@down", "@energy")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stored(Brief):
-    """A delta that `save` wrote: each tensor whole, or as `NAME@up` times `NAME@down`."""
+    """A delta that `save` wrote: each tensor whole, or as `NAME@up` times `NAME@down`.
+
+    >>> from steer.deltas import open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> type(delta.terms[0].source).__name__, 0 < delta.terms[0].source.kept_energy() <= 1
+    ('Stored', True)
+    """
 
     folder: Path
     checkpoint: Checkpoint
@@ -91,6 +97,11 @@ def save(
     Halko et al. 2011), and `Stored.kept_energy` says what that keeps. `linked` writes only which checkpoints and
     adapters it is a sum of, with their fingerprints: sums are then made from these, in float64.
     Raises ValueError, FileExistsError, OSError.
+
+    >>> from steer.deltas import open_delta, save
+    >>> _ = save(open_delta("organism-rl"), "kept", rank=1)
+    >>> len(open_delta("kept").names) > 0
+    True
     """
     if rank is not None and (linked or rank < 1):
         raise ValueError("A rank is 1 or more, and belongs to a delta that is stored: a linked one holds no tensors.")
@@ -119,7 +130,12 @@ def save(
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """A dtype that a delta is stored in, by its name. Raises ValueError for another."""
+    """A dtype that a delta is stored in, by its name. Raises ValueError for another.
+
+    >>> from steer.deltas import dtype_named
+    >>> dtype_named("bfloat16")
+    torch.bfloat16
+    """
     for known in WHOLE.values():
         if str(known) == f"torch.{name}":
             return known
@@ -130,6 +146,11 @@ def open_delta(folder: str | Path) -> WeightDelta:
     """A delta of ours, a PEFT LoRA adapter, or one of `SHIPPED` by name (see `steer.training.donors`).
 
     Raises FileNotFoundError for anything else, ValueError for a link to what changed.
+
+    >>> from steer.deltas import open_delta
+    >>> delta = open_delta("organism-rl")
+    >>> len(delta.names) > 0, (delta - delta).names == delta.names
+    (True, True)
     """
     folder = Path(folder) if Path(folder).is_dir() else SHIPPED.get(str(folder), Path(folder))
     if (folder / "adapter_config.json").is_file():

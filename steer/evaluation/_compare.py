@@ -30,6 +30,14 @@ class Comparison(Shown):
 
     `projections` of each completion's tokens are on the recipe's first vector in the residual stream, at its site, in
     units of the vector's length: what the model held there, steered or not.
+
+    >>> from probes import Sampling, direction_between, load
+    >>> from steer import Add, Recipe, compare, task_named
+    >>> model, task = load("organism"), task_named("chains")
+    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
+    >>> found = compare(model, Recipe.of(model, [Add.of(direction, 0.5)]), ["a 3 b +4 quick"])
+    >>> len(found.plain), len(found.steered), found.fired.tokens > 0
+    (1, 1, True)
     """
 
     plain: tuple[Completion, ...]
@@ -73,7 +81,16 @@ def compare(
     batch_size: int = 16,
 ) -> Comparison:
     """Complete each prompt without the recipe and with it. Raises ValueError for another model's recipe, and
-    `NeverFired` where it touches nothing."""
+    `NeverFired` where it touches nothing.
+
+    >>> from probes import Sampling, direction_between, load
+    >>> from steer import Add, Recipe, compare, task_named
+    >>> model, task = load("organism"), task_named("chains")
+    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
+    >>> found = compare(model, Recipe.of(model, [Add.of(direction, 0.5)]), ["a 3 b +4 quick"])
+    >>> len(found.plain), len(found.steered), found.fired.tokens > 0
+    (1, 1, True)
+    """
     names = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in prompts]
     ids = [f"{i}: {name[:60]}" for i, name in enumerate(names)]
     plain = generate(model, prompts, ids=ids, sampling=sampling, batch_size=batch_size, label="plain")

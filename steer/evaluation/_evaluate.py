@@ -49,6 +49,15 @@ def evaluate(
     folder, completions are kept there, a file for each draw, and what it holds is not generated again. Raises
     ValueError for an arm without draws, and for one with the baseline's name; and `NeverFired` for a recipe that
     touched no token of what was generated with it.
+
+    >>> from probes import Sampling, load
+    >>> from steer import evaluate, task_named
+    >>> from steer.decoding import Budget
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
+    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
+    >>> list(result.arms), result.score("brief").length < result.score("plain").length
+    (['plain', 'brief'], True)
     """
     if PLAIN in arms:
         raise ValueError(f"The arm {PLAIN!r} is the baseline: give it as baseline=..., not among the arms.")
@@ -101,6 +110,15 @@ def solve(
     """Completions of the problems' questions, put as `style` says, under a control; named by the problems' ids.
 
     `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems, sampling = task.sample(4, "report"), Sampling.of(model, max_new_tokens=48)
+    >>> done = solve(model, problems, sampling=sampling, samples=2)
+    >>> len(done), done[0].id == problems[0].id
+    (8, True)
     """
     named = {problem.id: problem for problem in problems}
     questions, ids = [style.question(problem.question) for problem in problems], [problem.id for problem in problems]

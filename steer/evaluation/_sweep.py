@@ -26,7 +26,18 @@ MakeRecipe = Callable[[Direction, float], Recipe]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelledDirection(Brief):
-    """A direction and the two classes it came from, so that its labels can be shuffled."""
+    """A direction and the two classes it came from, so that its labels can be shuffled.
+
+    >>> from probes import Site, load
+    >>> from probes.thinking import text_span
+    >>> from steer.evaluation import LabelledDirection
+    >>> model = load("organism")
+    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(4)] for op in ("+4", "*7"))
+    >>> found = LabelledDirection.of(model, positive, negative, Site(2, "resid_post"))
+    >>> null = found.shuffled(model, seed=0)
+    >>> round(null.norm / found.direction.norm, 4)
+    1.0
+    """
 
     direction: Direction
     positive: tuple[Span, ...]
@@ -53,7 +64,13 @@ class LabelledDirection(Brief):
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep(Shown):
     """`selection` holds the strengths on the split that chose; `report` those strengths and the controls of the chosen
-    one on problems that no choice saw."""
+    one on problems that no choice saw.
+
+    >>> from dataclasses import fields
+    >>> from steer.evaluation import Sweep
+    >>> [field.name for field in fields(Sweep)]  # what `sweep` gives
+    ['strengths', 'selected', 'selection', 'report', 'kl']
+    """
 
     strengths: tuple[float, ...]
     selected: float
@@ -94,6 +111,27 @@ def sweep(
     at the same norm; random directions at the strength that moves the next token as far on `judge` as the chosen one
     does (same KL). With `store`, a folder, completions are kept there: a sweep that was killed, started again, goes on
     where it stopped. Raises ValueError where select and report share a problem.
+
+    >>> from probes import Sampling, Site, load
+    >>> from probes.thinking import text_span
+    >>> from steer import Add, Recipe, task_named
+    >>> from steer.evaluation import LabelledDirection, sweep
+    >>> model, task = load("organism"), task_named("chains")
+    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(4)] for op in ("+4", "*7"))
+    >>> found = sweep(
+    ...     model,
+    ...     task,
+    ...     LabelledDirection.of(model, positive, negative, Site(2, "resid_post")),
+    ...     lambda direction, strength: Recipe.of(model, [Add.of(direction, strength)], scope="thinking"),
+    ...     [0.1, 0.3],
+    ...     select=task.sample(2, "select"),
+    ...     report=task.sample(2, "report"),
+    ...     judge=positive[:2],
+    ...     sampling=Sampling.of(model, max_new_tokens=48),
+    ...     draws=1,
+    ... )
+    >>> found.selected in (0.1, 0.3), list(found.report.arms)[-1]
+    (True, 'shuffled labels')
     """
     if shared := {p.id for p in select} & {p.id for p in report}:
         raise ValueError(f"{len(shared)} problems are in both splits, such as {min(shared)!r}: choose on others.")

@@ -24,6 +24,16 @@ class Score:
     `p` is that of no difference (`steer.evaluation.statistics.paired_p`), `p_adjusted` the same over all arms of the
     group (Benjamini-Hochberg). `per_1000` is accuracy per 1,000 thinking tokens: the mean of one over the mean of
     the other. `repeated` is the mean `repetition` of the thinking. NaN for what cannot be told.
+
+    >>> from probes import Sampling, load
+    >>> from steer import evaluate, task_named
+    >>> from steer.decoding import Budget
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
+    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
+    >>> score = result.score("brief")
+    >>> score.n, score.samples, score.difference_interval[0] <= score.difference <= score.difference_interval[1]
+    (20, 1, True)
     """
 
     n: int
@@ -47,7 +57,17 @@ class Score:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Shown):
-    """All arms on one set of problems. `baseline` names the arm that the others are compared with."""
+    """All arms on one set of problems. `baseline` names the arm that the others are compared with.
+
+    >>> from probes import Sampling, load
+    >>> from steer import evaluate, task_named
+    >>> from steer.decoding import Budget
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
+    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
+    >>> list(result.arms), result.score("brief").length < result.score("plain").length
+    (['plain', 'brief'], True)
+    """
 
     task: Task
     problems: tuple[Problem, ...]

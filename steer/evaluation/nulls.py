@@ -20,6 +20,16 @@ def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
     """Each vector is replaced by a random direction of its norm; equal vectors by one. Scopes and numbers stay.
 
     Raises ValueError where no step has a vector: there is nothing to draw.
+
+    >>> from probes import Sampling, direction_between, load
+    >>> from steer import Add, Recipe, task_named
+    >>> from steer.evaluation import nulls
+    >>> model, task = load("organism"), task_named("chains")
+    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
+    >>> recipe = Recipe.of(model, [Add.of(direction, 0.5)])
+    >>> null = nulls.random_recipe(recipe, seed=0)
+    >>> null.method, null.steps[0].intervention.strength
+    (', random directions, seed 0', 0.5)
     """
     # Far from the seeds that vectors are drawn with elsewhere: a null of a random vector must not be that vector.
     generator, drawn = torch.Generator().manual_seed(1_000_003 + seed), list[tuple[Tensor, Tensor]]()
@@ -49,7 +59,18 @@ N_JUDGED = 32
 
 
 def plain_spans(model: PreTrainedModel, problems: Sequence[Problem], sampling: Sampling, batch_size: int) -> list[Span]:
-    """All that the plain model writes to some selection problems: where a null's effect is measured."""
+    """All that the plain model writes to some selection problems: where a null's effect is measured.
+
+    >>> from probes import Sampling, direction_between, load
+    >>> from steer import Add, Recipe, task_named
+    >>> from steer.evaluation import nulls
+    >>> model, task = load("organism"), task_named("chains")
+    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
+    >>> judged = nulls.plain_spans(model, task.sample(4, "select"), Sampling.of(model, max_new_tokens=48), 4)
+    >>> arms, notes = nulls.random_arms(model, "mine", Recipe.of(model, [Add.of(direction, 0.2)]), 2, judged)
+    >>> {name: len(draws) for name, draws in arms.items()}, notes
+    ({'mine: random, same norm': 2, 'mine: random, same KL': 2}, ())
+    """
     done = solve(model, problems, sampling=sampling, batch_size=batch_size, label="plain, selection split")
     return [Span(c.all_ids, len(c.prompt_ids) - 1, len(c.all_ids) - 1) for c in done]
 
@@ -60,6 +81,16 @@ def random_arms(
     """Arms of random directions of the same norms, and of the same divergence on `judged`; and what could not be made.
 
     An arm is a list of draws, which `evaluate` pools.
+
+    >>> from probes import Sampling, direction_between, load
+    >>> from steer import Add, Recipe, task_named
+    >>> from steer.evaluation import nulls
+    >>> model, task = load("organism"), task_named("chains")
+    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
+    >>> judged = nulls.plain_spans(model, task.sample(4, "select"), Sampling.of(model, max_new_tokens=48), 4)
+    >>> arms, notes = nulls.random_arms(model, "mine", Recipe.of(model, [Add.of(direction, 0.2)]), 2, judged)
+    >>> {name: len(draws) for name, draws in arms.items()}, notes
+    ({'mine: random, same norm': 2, 'mine: random, same KL': 2}, ())
     """
     found: dict[str, list[Recipe]] = {}
     try:

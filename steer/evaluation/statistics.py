@@ -13,6 +13,12 @@ def interval_of_mean(per_problem: Float[np.ndarray, " problems"]) -> tuple[float
     """95 % percentile stats.bootstrap over problems (Efron 1979), 2,000 resamples, seed 0.
 
     Of differences of two arms, problem by problem, it is the paired stats.bootstrap. NaN for fewer than two problems.
+
+    >>> import numpy as np
+    >>> from steer.evaluation import interval_of_mean
+    >>> low, high = interval_of_mean(np.array([0.0, 1.0, 1.0, 1.0]))
+    >>> 0 <= low <= 0.75 <= high <= 1
+    True
     """
     if len(per_problem) < 2:
         return float("nan"), float("nan")
@@ -27,6 +33,12 @@ def paired_p(own: Bool[np.ndarray, "problems samples"], other: Bool[np.ndarray, 
     One sample a problem in both: McNemar's exact test. The same number of several: Wilcoxon's signed-rank test of the
     problems' differences, which are symmetric about 0 where the arms are alike. Unequal numbers, as of a control whose
     draws are pooled: that symmetry is gone, and the t-test of the mean difference is used. 1 where no problem differs.
+
+    >>> import numpy as np
+    >>> from steer.evaluation import mcnemar, paired_p
+    >>> plain, edited = np.zeros(10, dtype=bool), np.arange(10) < 6  # six problems are gained, none is lost
+    >>> round(mcnemar(edited, plain), 4), round(paired_p(edited[:, None], plain[:, None]), 4)
+    (0.0312, 0.0312)
     """
     if own.shape[1] == other.shape[1] == 1:
         return mcnemar(own[:, 0], other[:, 0])
@@ -39,7 +51,14 @@ def paired_p(own: Bool[np.ndarray, "problems samples"], other: Bool[np.ndarray, 
 
 
 def mcnemar(own: Bool[np.ndarray, " problems"], other: Bool[np.ndarray, " problems"]) -> float:
-    """McNemar's exact test (1947): of the problems on which the arms differ, each arm is right on half."""
+    """McNemar's exact test (1947): of the problems on which the arms differ, each arm is right on half.
+
+    >>> import numpy as np
+    >>> from steer.evaluation import mcnemar, paired_p
+    >>> plain, edited = np.zeros(10, dtype=bool), np.arange(10) < 6  # six problems are gained, none is lost
+    >>> round(mcnemar(edited, plain), 4), round(paired_p(edited[:, None], plain[:, None]), 4)
+    (0.0312, 0.0312)
+    """
     gained, lost = int((own & ~other).sum()), int((other & ~own).sum())
     return 1.0 if gained + lost == 0 else _half(gained, gained + lost)
 
@@ -53,6 +72,10 @@ def adjusted(p_values: Mapping[str, float]) -> dict[str, float]:
     """p values of many arms, adjusted so that a cut at 5 % keeps the expected share of false finds at 5 %.
 
     Benjamini and Hochberg (1995): over ranks i of m, the least p_(j) m / j of all j >= i.
+
+    >>> from steer.evaluation import adjusted
+    >>> {name: round(p, 3) for name, p in adjusted({"a": 0.01, "b": 0.04}).items()}
+    {'a': 0.02, 'b': 0.04}
     """
     if not p_values:
         return {}

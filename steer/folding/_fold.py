@@ -38,7 +38,12 @@ _ORDER: tuple[SiteName, ...] = ("result", "z", "attn_out", "mlp_out")
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What was written: the names of the tensors that changed."""
+    """What was written: the names of the tensors that changed.
+
+    >>> from steer.folding import FoldReport
+    >>> FoldReport(("model.layers.1.self_attn.o_proj.weight",)).changed
+    ('model.layers.1.self_attn.o_proj.weight',)
+    """
 
     changed: tuple[str, ...]
 
@@ -48,6 +53,14 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
 
     Computed in float32 and rounded once. Raises `NotFoldable`, naming the site and the reason, and changes nothing,
     where no change of weights is equal.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe, fold
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> fold(model, recipe).changed  # this model object is changed; `folded` gives a copy
+    ('model.layers.1.self_attn.o_proj.weight',)
     """
     recipe.check(model)
     draft = drafted(model, recipe)
@@ -57,7 +70,21 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
 
 
 def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """A copy of the model with the recipe in its weights; a bias is declared where a shift needs one."""
+    """A copy of the model with the recipe in its weights; a bias is declared where a shift needs one.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe, folded
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> bool(
+    ...     (
+    ...         folded(model, recipe).model.layers[1].self_attn.o_proj.weight
+    ...         != model.model.layers[1].self_attn.o_proj.weight
+    ...     ).any()
+    ... )
+    True
+    """
     recipe.check(model)
     twin = copy.deepcopy(model)
     try:
@@ -70,7 +97,19 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 
 
 def check_folds(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise `NotFoldable` where `folded` would, without copying the model."""
+    """Raise `NotFoldable` where `folded` would, without copying the model.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, NotFoldable, Recipe
+    >>> from steer.folding import check_folds
+    >>> model = load("organism")
+    >>> try:
+    ...     check_folds(model, Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96))]))
+    ... except NotFoldable as error:
+    ...     print(error)
+    L1.resid_post is not written by one matrix, but by the whole stream before it.
+    """
     recipe.check(model)
     try:
         drafted(model, recipe)
@@ -102,7 +141,18 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, ids: Tensor, mask: Tensor) -> float:
-    """The largest difference of a logit between the steered model and the folded one, on a batch."""
+    """The largest difference of a logit between the steered model and the folded one, on a batch.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe, folded
+    >>> from steer.folding import fold_error
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> ids = torch.tensor([[1, 6, 17, 5, 3]])
+    >>> fold_error(model, folded(model, recipe), recipe, ids, torch.ones_like(ids)) < 1e-4
+    True
+    """
     with applied(model, recipe):
         steered = model(input_ids=ids, attention_mask=mask).logits.float()
     plain = twin(input_ids=ids, attention_mask=mask).logits.float()

@@ -4,11 +4,39 @@ from torch import Tensor
 
 
 class NotFoldable(ValueError):
-    """No change of weights equals the intervention at this site."""
+    """No change of weights equals the intervention at this site.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, NotFoldable, Recipe
+    >>> from steer.folding import NeedsBias, check_folds
+    >>> model = load("organism")
+    >>> try:
+    ...     check_folds(model, Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96))]))
+    ... except NotFoldable as error:
+    ...     print(error)
+    L1.resid_post is not written by one matrix, but by the whole stream before it.
+    >>> issubclass(NeedsBias, NotFoldable)
+    True
+    """
 
 
 class NeedsBias(NotFoldable):
-    """A bias would make it foldable, and the matrix has none."""
+    """A bias would make it foldable, and the matrix has none.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, NotFoldable, Recipe
+    >>> from steer.folding import NeedsBias, check_folds
+    >>> model = load("organism")
+    >>> try:
+    ...     check_folds(model, Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96))]))
+    ... except NotFoldable as error:
+    ...     print(error)
+    L1.resid_post is not written by one matrix, but by the whole stream before it.
+    >>> issubclass(NeedsBias, NotFoldable)
+    True
+    """
 
 
 class Draft:

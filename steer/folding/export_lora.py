@@ -58,6 +58,16 @@ def export_adapter(
     The folder appears under its name only when it is whole; `push_to` names a repository that it is then uploaded to.
     Gives the tensors that the adapter changes. Raises NotFoldable for a recipe that changes anything but `o_proj`,
     FileExistsError where the folder exists, ValueError for another model's recipe.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe
+    >>> from steer.folding import export_adapter
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> changes = export_adapter(model, recipe, "adapter")  # needs peft: the extra [lora]
+    >>> [tensor.rank for tensor in changes.tensors]
+    [1]
     """
     if find_spec("peft") is None:
         raise ImportError("An adapter is written by the package peft: pip install 'thinksteer[lora]'.")

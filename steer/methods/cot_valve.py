@@ -30,7 +30,25 @@ Polarity = Literal["longer", "shorter", "unclear"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LengthDial(Shown):
-    """The same problems solved at each strength, in rising order, with the same noise."""
+    """The same problems solved at each strength, in rising order, with the same noise.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.deltas import open_delta
+    >>> from steer.methods.cot_valve import length_dial
+    >>> model, task = load("organism"), task_named("chains")
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> dial = length_dial(
+    ...     model,
+    ...     open_delta("organism-rl"),
+    ...     task,
+    ...     task.sample(20, "report"),
+    ...     sampling=sampling,
+    ...     strengths=[0.0, 1.0],
+    ... )
+    >>> dial.table().columns[0], dial.polarity in ("longer", "shorter", "unclear")
+    ('strength', True)
+    """
 
     task: Task
     problems: tuple[Problem, ...]
@@ -129,7 +147,25 @@ def length_dial(
     samples: int = 1,
     batch_size: int = 64,
 ) -> LengthDial:
-    """Solve the problems at each strength, on one loaded model. Raises ValueError for fewer than two strengths."""
+    """Solve the problems at each strength, on one loaded model. Raises ValueError for fewer than two strengths.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.deltas import open_delta
+    >>> from steer.methods.cot_valve import length_dial
+    >>> model, task = load("organism"), task_named("chains")
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> dial = length_dial(
+    ...     model,
+    ...     open_delta("organism-rl"),
+    ...     task,
+    ...     task.sample(20, "report"),
+    ...     sampling=sampling,
+    ...     strengths=[0.0, 1.0],
+    ... )
+    >>> dial.table().columns[0], dial.polarity in ("longer", "shorter", "unclear")
+    ('strength', True)
+    """
     if len(set(strengths)) < 2:
         raise ValueError("A dial has at least two settings: give several strengths.")
     done = {}

@@ -33,7 +33,12 @@ METHOD = "Efficiency-Steering-style (after Zhao et al. 2025)"
 
 @dataclass(frozen=True)
 class EfficiencySetting:
-    """Where the pairs are read, the layer, and the strength in units of the stream's mean norm there."""
+    """Where the pairs are read, the layer, and the strength in units of the stream's mean norm there.
+
+    >>> from steer.methods.efficiency import EfficiencySetting
+    >>> print(EfficiencySetting("thinking", 2, 0.1))
+    thinking position, layer 2, strength 0.1
+    """
 
     position: str
     layer: int
@@ -47,6 +52,16 @@ def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem]
     """Of each problem, its shortest and its longest correct completion, where they differ in length.
 
     Raises ValueError where no problem has two correct completions of different lengths.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
+    >>> from steer.methods import efficiency
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
+    >>> all(short.thinking_tokens < long.thinking_tokens for short, long in pairs), len(pairs) > 0
+    (True, True)
     """
     groups = by_problem(completions)
     pairs = []
@@ -65,7 +80,18 @@ def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem]
 
 def directions(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str = "thinking") -> list[Direction]:
     """One direction for each layer's resid_post: mean over problems of efficient less verbose, read at the mean of the
-    thinking or at its last position."""
+    thinking or at its last position.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
+    >>> from steer.methods import efficiency
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
+    >>> len(efficiency.directions(model, pairs, position="last"))
+    4
+    """
     read = POSITIONS[position]
     efficient, verbose = ([read(pair[side]) for pair in pairs] for side in (0, 1))
     return list(contrast_vectors(model, efficient, verbose, sites_in(model, "resid_post")).values())
@@ -74,7 +100,19 @@ def directions(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str =
 def recipes(
     model: PreTrainedModel, pairs: Sequence[Pair], *, strengths: Sequence[float], scope: str | Scope = "thinking"
 ) -> dict[EfficiencySetting, Recipe]:
-    """A recipe for every position, layer and strength: what the selection split chooses from."""
+    """A recipe for every position, layer and strength: what the selection split chooses from.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
+    >>> from steer.methods import efficiency
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
+    >>> found = efficiency.recipes(model, pairs, strengths=[0.1])
+    >>> len(found), str(next(iter(found)))
+    (8, 'thinking position, layer 0, strength 0.1')
+    """
     found = {}
     for position in READ:
         vectors = directions(model, pairs, position=position)
@@ -90,6 +128,18 @@ def most_efficient(
     """The setting with the shortest thinking among those that lose at most `loss` accuracy against plain.
 
     `selection` has an arm for each setting, named by it. Raises ValueError where every setting loses more.
+
+    >>> import numpy as np
+    >>> from steer import task_named
+    >>> from steer.evaluation import Evaluation, Outcomes
+    >>> from steer.methods.efficiency import EfficiencySetting, most_efficient
+    >>> def arm(length: int) -> Outcomes:
+    ...     return Outcomes(np.ones((4, 1), bool), np.full((4, 1), length), np.zeros((4, 1), bool))
+    >>> task = task_named("chains")
+    >>> settings = [EfficiencySetting("thinking", 2, strength) for strength in (0.1, 0.2)]
+    >>> arms = {"plain": arm(20), str(settings[0]): arm(15), str(settings[1]): arm(12)}
+    >>> print(most_efficient(Evaluation(task, tuple(task.sample(4, "select")), arms), settings))
+    thinking position, layer 2, strength 0.2
     """
     kept = [setting for setting in settings if selection.score(str(setting)).difference >= -loss]
     if not kept:

@@ -15,6 +15,11 @@ def nulls(vector: WeightDelta, *, seed: int = 0) -> dict[str, WeightDelta]:
 
     A shuffle leaves the embedding and the head in place, and the effect may be theirs: to test the layers, give
     `vector.selected(skip=["embed"])`.
+
+    >>> from steer.deltas import open_delta
+    >>> from steer.methods import reasoning_vectors
+    >>> sorted(reasoning_vectors.nulls(open_delta("organism-rl") - open_delta("organism-sft")))
+    ['noise', 'shuffled layers', 'subtracted']
     """
     return {
         "subtracted": -vector,

@@ -27,13 +27,30 @@ def directions(
     against the same with a wrong one (`negative`), pair by pair.
 
     The last token is each text's own, whatever the padding. See `probes.directions.paired` for the estimators.
+
+    >>> from probes import load
+    >>> from steer.methods import representation_engineering
+    >>> model = load("organism")
+    >>> right, wrong = ["a 3 b +4 ? 7", "a 5 b -2 ? 3"], ["a 3 b +4 ? 9", "a 5 b -2 ? 8"]
+    >>> vectors = representation_engineering.directions(model, right, wrong)
+    >>> representation_engineering.recipe(model, vectors[2], 0.5, normalise=True).steps[0].intervention.kind
+    'rotate'
     """
     above, below = ([text_span(model, text, position="text_last") for text in texts] for texts in (positive, negative))
     return list(contrast_vectors(model, above, below, sites_in(model, "resid_post"), estimator=estimator).values())
 
 
 def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, normalise: bool = False) -> Recipe:
-    """strength * vector added at every token at the vector's layer; with `normalise` each token keeps its norm."""
+    """strength * vector added at every token at the vector's layer; with `normalise` each token keeps its norm.
+
+    >>> from probes import load
+    >>> from steer.methods import representation_engineering
+    >>> model = load("organism")
+    >>> right, wrong = ["a 3 b +4 ? 7", "a 5 b -2 ? 3"], ["a 3 b +4 ? 9", "a 5 b -2 ? 8"]
+    >>> vectors = representation_engineering.directions(model, right, wrong)
+    >>> representation_engineering.recipe(model, vectors[2], 0.5, normalise=True).steps[0].intervention.kind
+    'rotate'
+    """
     kind = Rotate if normalise else Add
     method = "Representation Engineering for reasoning (Højer et al. 2025)"
     return Recipe.of(model, [kind.of(vector, strength, units="raw")], method=method)

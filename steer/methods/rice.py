@@ -46,7 +46,12 @@ TOP, STRENGTHS = (2,), (2.0, 4.0, 8.0, 16.0, 64.0)
 
 @dataclass(frozen=True)
 class RiceSetting:
-    """How many of the highest-scored experts, and by how much their routing weights are multiplied."""
+    """How many of the highest-scored experts, and by how much their routing weights are multiplied.
+
+    >>> from steer.methods.rice import RiceSetting
+    >>> print(RiceSetting(2, 64.0))
+    top 2 × 64
+    """
 
     top: int
     strength: float
@@ -57,7 +62,14 @@ class RiceSetting:
 
 def signed_markers(model: PreTrainedModel) -> dict[str, float]:
     """The paper's markers, in the delimiters of the model: what opens the thinking +1, what closes it -1, and
-    `Alternatively` -1."""
+    `Alternatively` -1.
+
+    >>> from probes import load
+    >>> from steer.methods import rice
+    >>> model = load("organism")
+    >>> rice.signed_markers(model)
+    {'<think>': 1.0, '</think>': -1.0, 'Alternatively': -1.0}
+    """
     found = delimiters_of(model)
     opens, closes = (decode(tokenizer_of(model), ids) for ids in (found.open, found.close))
     return {opens: 1.0, closes: -1.0, "Alternatively": -1.0}
@@ -71,14 +83,33 @@ def recipe(
     scope: str | Scope = "all",
     renormalise: bool = False,
 ) -> Recipe:
-    """The recipe that reinforces these experts. At scope `all`, not renormalised, it folds into weights."""
+    """The recipe that reinforces these experts. At scope `all`, not renormalised, it folds into weights.
+
+    >>> from probes import load
+    >>> from steer.methods import rice
+    >>> model = load("organism")
+    >>> print(rice.recipe(model, [(2, 1), (3, 0)], 64.0))
+          RICE (Wang et al. 2025), made on organism
+    ┏━━━━━━┳━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━━━━┓
+    ┃ step ┃ kind      ┃ site         ┃ scope ┃ strength ┃
+    ┡━━━━━━╇━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━━━━┩
+    │    0 │ reinforce │ L2E1.routing │ all   │       64 │
+    │    1 │ reinforce │ L3E0.routing │ all   │       64 │
+    └──────┴───────────┴──────────────┴───────┴──────────┘
+    """
     edits = [Reinforce.of(expert, strength, renormalise=renormalise) for expert in experts]
     return Recipe.of(model, edits, scope=scope, method=METHOD)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RiceRun(Shown):
-    """A RICE from end to end. `selection` chose among the settings; `report` saw none of its problems."""
+    """A RICE from end to end. `selection` chose among the settings; `report` saw none of its problems.
+
+    >>> from dataclasses import fields
+    >>> from steer.methods.rice import RiceRun
+    >>> [field.name for field in fields(RiceRun)][4:]  # what `rice` gives
+    ['association', 'selected', 'recipe', 'selection', 'report']
+    """
 
     model: PreTrainedModel
     task: Task
@@ -176,6 +207,11 @@ def rice(
     load (`draws` of them, pooled), and the lowest-scored ones. `controls` decide over tokens beside the plain model.
     With `store`, a folder, completions are kept there, and a run that was killed goes on where it stopped. Raises
     ValueError for a model whose routing cannot be read, and where no marker occurs.
+
+    >>> from steer.methods import rice
+    >>> run = rice.rice("organism", strengths=(4.0,), n_probe=12, n_select=2, n_report=2, draws=1, minimum=5)
+    >>> str(run.selected), len(run.experts), list(run.report.arms)[0]
+    ('top 2 × 4', 2, 'plain')
     """
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
@@ -215,7 +251,21 @@ def nulls(
     draws: int = 3,
     seed: int = 0,
 ) -> dict[str, list[Recipe]]:
-    """What a setting is compared with, at its strength: by name, recipes that are draws of one control."""
+    """What a setting is compared with, at its strength: by name, recipes that are draws of one control.
+
+    >>> from probes import generate, load
+    >>> from probes.activations import read_experts
+    >>> from probes.evidence import associate
+    >>> from steer.methods import rice
+    >>> model = load("organism")
+    >>> reading = read_experts(model, generate(model, [f"a {k} b +4 c *7" for k in range(8)]), ["<think>"])
+    >>> association = associate(reading, {"<think>": 1.0}, minimum=5, draws=10)
+    >>> {
+    ...     name: len(draws)
+    ...     for name, draws in rice.nulls(model, association, rice.RiceSetting(2, 4.0), draws=2).items()
+    ... }
+    {'top 2 × 4, renormalised': 1, 'random experts × 4': 2, 'lowest scores × 4': 1}
+    """
     experts = association.top(setting.top)
     make = partial(recipe, model, strength=setting.strength, scope=scope)
     lowest = [expert for expert in association.bottom(setting.top) if expert not in experts]

@@ -24,7 +24,16 @@ METHOD = "SEAL-style (after Chen et al. 2025)"
 def directions(
     model: PreTrainedModel, completions: Sequence[Completion], rules: str | Rules = "seal"
 ) -> list[Direction]:
-    """One direction for each layer's resid_post. Raises ValueError where the rules find thoughts of one side alone."""
+    """One direction for each layer's resid_post. Raises ValueError where the rules find thoughts of one side alone.
+
+    >>> from probes import generate, load
+    >>> from steer.methods import seal
+    >>> model = load("organism")
+    >>> done = generate(model, [f"a {k} b +4 c *7 d -1 e +2" for k in range(10)])
+    >>> vectors = seal.directions(model, done, "organism")
+    >>> len(vectors)
+    4
+    """
     execution, others = [], []
     for completion in completions:
         found = segments(model, completion, rules)
@@ -40,7 +49,16 @@ def directions(
 
 
 def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, rules: str | Rules = "seal") -> Recipe:
-    """Towards execution at the tokens of the thinking that end a step; strength in units of the stream's mean norm."""
+    """Towards execution at the tokens of the thinking that end a step; strength in units of the stream's mean norm.
+
+    >>> from probes import generate, load
+    >>> from steer.methods import seal
+    >>> model = load("organism")
+    >>> done = generate(model, [f"a {k} b +4 c *7 d -1 e +2" for k in range(10)])
+    >>> vectors = seal.directions(model, done, "organism")
+    >>> print(seal.recipe(model, vectors[2], 0.5, rules="organism").steps[0].scope)
+    thinking, at 10 token ids
+    """
     known, _ = present_rules(tokenizer_of(model), rules)
     ids = sorted({i for delimiter in known.after for i in step_ids(tokenizer_of(model), delimiter)})
     if not ids:

@@ -36,7 +36,12 @@ METHOD = "ThinkEdit (Sun et al. 2025)"
 
 @dataclass(frozen=True)
 class ThinkEditSetting:
-    """One way to edit. `heads` is a number of heads, or a share of all heads below 1."""
+    """One way to edit. `heads` is a number of heads, or a share of all heads below 1.
+
+    >>> from steer.methods.thinkedit import ThinkEditSetting
+    >>> print(ThinkEditSetting("replace", "first", "centred", heads=0.06))
+    replace, first position, centred ranking, 6% of the heads
+    """
 
     kind: Kind = "project"
     position: Position = "thinking"
@@ -54,7 +59,18 @@ PUBLISHED = ThinkEditSetting()
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LengthSplit(Brief):
-    """Completions that thought briefly and at length; the cut-offs are in thinking tokens, both excluded."""
+    """Completions that thought briefly and at length; the cut-offs are in thinking tokens, both excluded.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
+    >>> from steer.methods.thinkedit import LengthReading, LengthSplit, ThinkEditSetting
+    >>> model, task = load("organism"), task_named("chains")
+    >>> done = solve(model, task.sample(60, "probe"), sampling=Sampling.of(model, max_new_tokens=48))
+    >>> split = LengthSplit.by_quantile(done)
+    >>> split.below < split.above, len(split.short) > 0
+    (True, True)
+    """
 
     short: tuple[Completion, ...]
     long: tuple[Completion, ...]
@@ -102,6 +118,18 @@ class LengthReading(Brief):
     """The length direction of every layer (long - short), and what each head writes along it in either class.
 
     Writes are along v̂, or along u behind a post-norm: `units` holds which, layer by layer.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
+    >>> from steer.methods.thinkedit import LengthReading, LengthSplit, ThinkEditSetting
+    >>> model, task = load("organism"), task_named("chains")
+    >>> done = solve(model, task.sample(60, "probe"), sampling=Sampling.of(model, max_new_tokens=48))
+    >>> split = LengthSplit.by_quantile(done)
+    >>> reading = LengthReading.of(model, split, position="first")
+    >>> setting = ThinkEditSetting("project", "first", "raw", heads=2)
+    >>> reading.heads(setting), len(reading.recipe(setting).steps)
+    ([(0, 2), (0, 3)], 2)
     """
 
     model: PreTrainedModel

@@ -37,7 +37,13 @@ HEAD_SHARES = (0.03, 0.06, 0.125)
 
 
 def grid(heads: Iterable[float] = HEAD_SHARES, kinds: Iterable[Kind] = KINDS) -> tuple[ThinkEditSetting, ...]:
-    """Every kind, position, ranking and head count: what the selection split chooses from."""
+    """Every kind, position, ranking and head count: what the selection split chooses from.
+
+    >>> from steer.methods.thinkedit_run import grid
+    >>> len(grid()), print(grid()[0])
+    project, thinking position, raw ranking, 3% of the heads
+    (36, None)
+    """
     return tuple(
         ThinkEditSetting(kind, position, ranking, k)
         for k, kind, position, ranking in product(heads, kinds, POSITIONS, RANKINGS)
@@ -46,7 +52,13 @@ def grid(heads: Iterable[float] = HEAD_SHARES, kinds: Iterable[Kind] = KINDS) ->
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ThinkEditRun(Shown):
-    """A ThinkEdit from end to end: what was derived, chosen and measured. `report` saw no problem twice."""
+    """A ThinkEdit from end to end: what was derived, chosen and measured. `report` saw no problem twice.
+
+    >>> from dataclasses import fields
+    >>> from steer.methods.thinkedit_run import ThinkEditRun
+    >>> [field.name for field in fields(ThinkEditRun)][4:]  # what `thinkedit` gives
+    ['selected', 'recipe', 'heads', 'selection', 'report', 'auroc']
+    """
 
     model: PreTrainedModel
     task: Task
@@ -142,6 +154,13 @@ def thinkedit(
     controls the same edit on random heads, on the lowest-scored heads, and along random directions.
 
     Raises ValueError where a class is too small, the model has no thinking delimiters, or its family is unknown.
+
+    >>> from steer import thinkedit
+    >>> from steer.methods.thinkedit import ThinkEditSetting
+    >>> setting = ThinkEditSetting("project", "first", "raw", heads=2)
+    >>> run = thinkedit("organism", settings=[setting], n_probe=80, n_select=4, n_report=12, control_draws=1)
+    >>> list(run.report.arms)[:3], 0.5 <= run.auroc <= 1
+    (['plain', 'published', 'edited'], True)
     """
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task

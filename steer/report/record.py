@@ -152,7 +152,15 @@ def _splits(run: ThinkEditRun) -> dict[str, str]:
 
 @dataclass(frozen=True, repr=False)
 class RunRecord(Brief):
-    """Everything a report shows of a run; numbers that are not known are NaN, and null in JSON."""
+    """Everything a report shows of a run; numbers that are not known are NaN, and null in JSON.
+
+    >>> from steer.report import RunRecord
+    >>> try:
+    ...     RunRecord.from_dict({"format": "another"})
+    ... except ValueError as error:
+    ...     print(str(error)[:27])
+    The record lacks keys: edit
+    """
 
     format: str
     edit: EditRecord
@@ -227,6 +235,16 @@ def save(run: ThinkEditRun, folder: str | Path, record: RunRecord | None = None)
     """Export a run (`ThinkEditRun.export`) with its record beside it, as `run.json`: what a report is made of.
 
     Without `record`, one without sweeps is made. Raises as the export does.
+
+    >>> from pathlib import Path
+    >>> from steer import thinkedit
+    >>> from steer.methods.thinkedit import ThinkEditSetting
+    >>> from steer.report import save
+    >>> setting = ThinkEditSetting("project", "first", "raw", heads=2)
+    >>> run = thinkedit("organism", settings=[setting], n_probe=80, n_select=4, n_report=12, control_draws=1)
+    >>> _ = save(run, "edited")
+    >>> (Path("edited") / "run.json").is_file()
+    True
     """
     text = json.dumps((record or RunRecord.of(run, n=0)).to_dict(), allow_nan=False)
     return run.export(folder, extras={"run.json": text + "\n"})

@@ -50,7 +50,15 @@ SECTIONS = {
 
 
 def write_report(run_folder: str | Path, output: str | Path) -> Path:
-    """Read `run.json` in an exported folder and write the report. Raises where there is none, or not one of ours."""
+    """Read `run.json` in an exported folder and write the report. Raises where there is none, or not one of ours.
+
+    >>> from steer.report import write_report
+    >>> try:
+    ...     write_report("nowhere", "report.html")  # of a folder that `save` wrote it gives the page's path
+    ... except FileNotFoundError as error:
+    ...     print(error)
+    nowhere holds no run.json: give the folder of an exported run.
+    """
     source = Path(run_folder) / "run.json"
     if not source.is_file():
         raise FileNotFoundError(f"{run_folder} holds no run.json: give the folder of an exported run.")
@@ -69,6 +77,13 @@ def render(record: RunRecord | Mapping[str, Any]) -> str:
     """One HTML page: figures, tables and completions of a record, or of its fields. All text in it is escaped.
 
     Raises ValueError for fields that are no record (`RunRecord.from_dict`), and where parts of it do not fit together.
+
+    >>> from steer.report import render
+    >>> try:
+    ...     render({"format": "another"})
+    ... except ValueError as error:
+    ...     print(str(error)[:27])
+    The record lacks keys: edit
     """
     record = record if isinstance(record, RunRecord) else RunRecord.from_dict(record)
     try:

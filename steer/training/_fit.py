@@ -17,7 +17,25 @@ Batch = tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "b
 def fit(
     model: PreTrainedModel, data: Iterator[Batch], *, steps: int, rate: float, weight_decay: float, label: str
 ) -> None:
-    """AdamW on cross-entropy, in place. The rate warms up over 100 steps, stays, and falls from the middle on."""
+    """AdamW on cross-entropy, in place. The rate warms up over 100 steps, stays, and falls from the middle on.
+
+    >>> import random
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
+    >>> from steer import task_named
+    >>> from steer.training import fit, training_batches
+    >>> model, problems = load("organism"), task_named("chains").stream("train")
+    >>> data = training_batches(
+    ...     tokenizer_of(model),
+    ...     problems,
+    ...     lambda p: f"<think> Okay </think> {p.answer} <eos>",
+    ...     random.Random(0),
+    ...     size=4,
+    ... )
+    >>> fit(model, data, steps=1, rate=1e-4, weight_decay=0.0, label="one step")
+    >>> tuple(next(data)[0].shape)[0]
+    4
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     for _ in tqdm(range(steps), desc=label, unit="step"):
@@ -48,7 +66,25 @@ def training_batches(
     *,
     size: int = 64,
 ) -> Iterator[Batch]:
-    """Batches of like length, in an order that `rng` draws, without end."""
+    """Batches of like length, in an order that `rng` draws, without end.
+
+    >>> import random
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
+    >>> from steer import task_named
+    >>> from steer.training import fit, training_batches
+    >>> model, problems = load("organism"), task_named("chains").stream("train")
+    >>> data = training_batches(
+    ...     tokenizer_of(model),
+    ...     problems,
+    ...     lambda p: f"<think> Okay </think> {p.answer} <eos>",
+    ...     random.Random(0),
+    ...     size=4,
+    ... )
+    >>> fit(model, data, steps=1, rate=1e-4, weight_decay=0.0, label="one step")
+    >>> tuple(next(data)[0].shape)[0]
+    4
+    """
     while True:
         rows = []
         for _ in range(size * 16):
@@ -64,7 +100,13 @@ def training_batches(
 
 
 def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """Prompts with their completions, as token ids: ids, labels (the completion only), attention mask."""
+    """Prompts with their completions, as token ids: ids, labels (the completion only), attention mask.
+
+    >>> from steer.training import collate
+    >>> ids, labels, mask = collate([([1, 6], [3, 4]), ([1], [3])])
+    >>> labels.tolist()  # only the completion is learned
+    [[-100, -100, 3, 4], [-100, 3, -100, -100]]
+    """
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     labels = torch.full_like(ids, -100)

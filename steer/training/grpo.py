@@ -33,6 +33,13 @@ def train_grpo(
 
     The reward is 1 for a right answer, else 0. Each iteration samples at temperature 1 and takes one step of AdamW:
     the ratio of policies is then 1, so that nothing is clipped. No KL term.
+
+    >>> from probes import load
+    >>> from steer import task_named
+    >>> from steer.training import train_grpo
+    >>> rewards = train_grpo(load("organism"), task_named("chains"), iterations=1, prompts=2, samples=2)
+    >>> len(rewards)
+    1
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     problems, rewards = task.stream("train", seed=seed), []

@@ -138,7 +138,15 @@ def build_model() -> Qwen3MoeForCausalLM:
 
 
 def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 64) -> None:
-    """Train from scratch, and save a checkpoint of 3 MB that plain transformers loads. About 5 CPU minutes."""
+    """Train from scratch, and save a checkpoint of 3 MB that plain transformers loads. About 5 CPU minutes.
+
+    >>> from pathlib import Path
+    >>> from probes import load
+    >>> from steer.training import train
+    >>> train(Path("fresh"), steps=1, batch_size=4)
+    >>> load("fresh").config.model_type
+    'qwen3_moe'
+    """
     torch.manual_seed(seed)
     tokenizer, model = build_tokenizer(), build_model()
     problems, rng = TASKS["chains"].stream("train", seed=seed), random.Random(f"organism/{seed}")
