@@ -129,7 +129,7 @@ def effect_curve(
     >>> from steer import Add, Recipe
     >>> from steer.runtime import Choice, effect_curve, prompt_spans
     >>> model, site = load("organism"), Site(3, "resid_post")
-    >>> choices = [Choice(span, (3, 56), correct=0) for span in prompt_spans(model, ["a 3 b +4 c *7"])]  # <think> or Okay
+    >>> choices = [Choice(span, (3, 56), correct=0) for span in prompt_spans(model, ["a 3 b +4 c *7"])]
     >>> curve = effect_curve(model, lambda s: Recipe.of(model, [Add(site, torch.arange(96.0), s)]), choices, [0.0, 0.5])
     >>> [(effect.strength, round(effect.kl[0], 2)) for effect in curve.effects]
     [(0.0, 0.0), (0.5, 0.09)]
