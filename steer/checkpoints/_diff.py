@@ -71,13 +71,13 @@ def diff(a: str | Path, b: str | Path) -> Difference:
     """
     files_a, files_b = tensor_files(a), tensor_files(b)
     names = sorted(files_a.keys() | files_b.keys())
-    found = []
+    differences = []
     for name in tqdm(names, desc="comparing", unit="tensor", delay=2, leave=False):
         x, y = (_read(files[name], name) if name in files else None for files in (files_a, files_b))
         difference = _compare(name, x, y)
         if difference is not None:
-            found.append(difference)
-    return Difference(tuple(found), len(names))
+            differences.append(difference)
+    return Difference(tuple(differences), len(names))
 
 
 def tensor_files(source: str | Path) -> dict[str, Path]:

@@ -75,10 +75,13 @@ class Shard(Brief):
         with path.open("rb") as file:
             length = file.read(8)
             header = length + file.read(int.from_bytes(length, "little"))
-        words = json.loads(header[8:])
-        words.pop("__metadata__", None)
-        found = [TensorInfo(name, w["dtype"], tuple(w["shape"]), *w["data_offsets"]) for name, w in words.items()]
-        return cls(path, header, tuple(sorted(found, key=lambda place: (place.begin, place.end))))
+        fields = json.loads(header[8:])
+        fields.pop("__metadata__", None)
+        tensors = [
+            TensorInfo(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in fields.items()
+        ]
+        return cls(path, header, tuple(sorted(tensors, key=lambda place: (place.begin, place.end))))
 
     @cached_property
     def file(self) -> Any:
@@ -257,8 +260,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_index(index: Path, named: Mapping[str, str], shards: Sequence[Shard]) -> None:
-    held = {(place.name, shard.path.name) for shard in shards for place in shard.places}
-    if odd := sorted(set(named.items()) ^ held):
+    stored = {(place.name, shard.path.name) for shard in shards for place in shard.places}
+    if odd := sorted(set(named.items()) ^ stored):
         name, file = odd[0]
-        what = "names it, but the shard lacks it" if (name, file) not in held else "does not name it there"
+        what = "names it, but the shard lacks it" if (name, file) not in stored else "does not name it there"
         raise ValueError(f"{index} and its shards disagree on {name} in {file}: the index {what} ({len(odd)} in all).")

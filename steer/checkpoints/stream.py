@@ -77,13 +77,13 @@ def stream(
 
 def header_of(entries: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
     """The head of a safetensors file with these tensors (name, dtype in its words, shape), in this order."""
-    words: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     at = 0
     for name, dtype, shape in entries:
         end = at + prod(shape) * WHOLE[dtype].itemsize
-        words[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(words).encode()
+    text = json.dumps(fields).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
     return len(text).to_bytes(8, "little") + text
 
@@ -131,9 +131,9 @@ def _stage(output: Path, job: Mapping[str, Any]) -> Iterator[tuple[Path, dict[st
         except OSError as error:
             if not done:
                 shutil.rmtree(stage)
-            kept = f"{len(done)} whole shards are kept in {stage}: the same command goes on there." if done else ""
+            note = f"{len(done)} whole shards are kept in {stage}: the same command goes on there." if done else ""
             reason = error.strerror or str(error)
-            raise OSError(f"{output} was not written: {reason}. {kept}".rstrip()) from error
+            raise OSError(f"{output} was not written: {reason}. {note}".rstrip()) from error
         except Exception:
             shutil.rmtree(stage)  # the same inputs would end here again
             raise
@@ -150,13 +150,13 @@ def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
     if not path.is_file():
         _note(stage, job, {})
         return {}
-    words = json.loads(path.read_text())
-    if words["job"] != json.loads(json.dumps(job)):
+    progress = json.loads(path.read_text())
+    if progress["job"] != json.loads(json.dumps(job)):
         raise ValueError(
             f"{stage} holds the unfinished work of another command, or of other inputs. Remove it, or name another "
             "output."
         )
-    out: dict[str, int] = words["done"]
+    out: dict[str, int] = progress["done"]
     return out
 
 

@@ -139,9 +139,9 @@ class _Hold(LogitsProcessor):
         self.insert = insert
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
-        rows, held = self.insert.rows, self.insert.fresh & self.insert.rows.thinking
-        scores = _added(scores, rows.ends, held, -math.inf)
-        return _added(scores, rows.close[-1:], held & (rows.closing == len(rows.close) - 1), -math.inf)
+        rows, where = self.insert.rows, self.insert.fresh & self.insert.rows.thinking
+        scores = _added(scores, rows.ends, where, -math.inf)
+        return _added(scores, rows.close[-1:], where & (rows.closing == len(rows.close) - 1), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -190,5 +190,5 @@ class _Bias(LogitsProcessor):
 
 def _added(scores: Scores, tokens: Tensor, where: Tensor, amount: float) -> Scores:
     """`amount` added to the scores of some tokens in some rows."""
-    own = scores[:, tokens]
-    return scores.index_copy(1, tokens, torch.where(where[:, None], own + amount, own))
+    logits = scores[:, tokens]
+    return scores.index_copy(1, tokens, torch.where(where[:, None], logits + amount, logits))

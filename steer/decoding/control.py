@@ -67,8 +67,10 @@ class Together:
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         """The processors of one run: of each control in turn."""
-        own = [control.processors(model, rows) for control in self.controls]
-        return Processors(tuple(p for o in own for p in o.before), tuple(p for o in own for p in o.after))
+        parts = [control.processors(model, rows) for control in self.controls]
+        return Processors(
+            tuple(p for part in parts for p in part.before), tuple(p for part in parts for p in part.after)
+        )
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.controls))
@@ -105,10 +107,10 @@ class Controlled(Brief):
 @dataclass(frozen=True, eq=False)
 class _Run:
     rows: DecodingState
-    own: Processors
+    control: Processors
 
     def processors(self, draw: LogitsProcessorList) -> LogitsProcessorList:
-        return LogitsProcessorList([_Follow(self.rows), *self.own.before, *draw, *self.own.after])
+        return LogitsProcessorList([_Follow(self.rows), *self.control.before, *draw, *self.control.after])
 
     def events(self) -> list[tuple[Event, ...]]:
         return self.rows.events()
@@ -147,12 +149,12 @@ class ControlLog(Shown):
     @classmethod
     def of(cls, completions: Iterable[Completion]) -> "ControlLog":
         """Raises ValueError where the completions were not written under one control."""
-        held = list(completions)
-        names = sorted({c.decoding for c in held})
+        rows = list(completions)
+        names = sorted({c.decoding for c in rows})
         if len(names) != 1 or not names[0]:
             told = ", ".join(name or "no control" for name in names) or "nothing"
             raise ValueError(f"A log is of completions under one control, but these were written under {told}.")
-        return cls(names[0], {(c.id, c.sample): c.events for c in held})
+        return cls(names[0], {(c.id, c.sample): c.events for c in rows})
 
     def positions(self, kind: str) -> dict[tuple[str, int], tuple[int, ...]]:
         """By id and sample, where something of a kind was done."""

@@ -28,8 +28,8 @@ class StatedAnswer:
     pattern: str = RESULT
 
     def __call__(self, thoughts: list[str]) -> str | None:
-        found = re.findall(self.pattern, thoughts[-1])
-        return found[-1] if found else None
+        answers = re.findall(self.pattern, thoughts[-1])
+        return answers[-1] if answers else None
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Converge:
 
     def __str__(self) -> str:
         verifier = getattr(self.verifier, "__qualname__", None) or repr(self.verifier)
-        own = (
+        fields = (
             f"m={self.m}",
             f"verifier={verifier}",
             f"markers={self.markers}",
             f"guide={self.guide!r}",
             f"every={self.every}",
         )
-        return f"Converge({', '.join(own)})"
+        return f"Converge({', '.join(fields)})"
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         """The processors of one run."""
@@ -206,7 +206,7 @@ def _single_tokens(model: PreTrainedModel, word: str) -> set[int]:
         for w in (word, word.capitalize())
         for way in (w, " " + w)
     ]
-    found = {ids[0] for way, ids in ways if len(ids) == 1 and decode(tokenizer, ids).strip() == way.strip()}
-    if not found:
+    tokens = {ids[0] for way, ids in ways if len(ids) == 1 and decode(tokenizer, ids).strip() == way.strip()}
+    if not tokens:
         raise ValueError(f"The vocabulary of {tokenizer.name_or_path!r} has no token for {word!r}: name another judge.")
-    return found
+    return tokens

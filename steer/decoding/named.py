@@ -11,31 +11,31 @@ from steer.decoding.prompts import PromptStyle, ellipsis, empty_thinking, length
 T = TypeVar("T")
 
 
-def control_named(words: str) -> DecodingControl:
+def control_named(name: str) -> DecodingControl:
     """`budget:100`, `budget:100/20`, `wait:2`, `close:-3` or `converge:3`. Raises ValueError for anything else.
 
     >>> from steer.decoding import control_named
     >>> control_named("budget:100/20")
     Budget(thinking=100, solution=20)
     """
-    kind, _, rest = words.partition(":")
+    kind, _, rest = name.partition(":")
     known: dict[str, Callable[[], DecodingControl]] = {
         "budget": lambda: Budget(*(int(tokens) if tokens else None for tokens in rest.split("/"))),
         "wait": lambda: BudgetForcing(int(rest)),
         "close": lambda: CloseBias(float(rest)),
         "converge": lambda: Converge(int(rest)),
     }
-    return _made(known, kind, words, "a decoding control: budget:THINKING[/SOLUTION], wait:N, close:BIAS, converge:M")
+    return _made(known, kind, name, "a decoding control: budget:THINKING[/SOLUTION], wait:N, close:BIAS, converge:M")
 
 
-def prompt_named(words: str) -> PromptStyle:
+def prompt_named(name: str) -> PromptStyle:
     """`step-by-step`, `ellipsis`, `empty-thinking`, `thinking-off` or `length:100`. Raises ValueError otherwise.
 
     >>> from steer.decoding import prompt_named
     >>> prompt_named("length:100").question("What is 3 + 4?")
     'What is 3 + 4? Think for 100 tokens.'
     """
-    kind, _, rest = words.partition(":")
+    kind, _, rest = name.partition(":")
     known: dict[str, Callable[[], PromptStyle]] = {
         "step-by-step": step_by_step,
         "ellipsis": ellipsis,
@@ -43,13 +43,13 @@ def prompt_named(words: str) -> PromptStyle:
         "thinking-off": thinking_off,
         "length": lambda: length_tag(int(rest)),
     }
-    return _made(known, kind, words, f"a prompt: {', '.join(known)}:TOKENS")
+    return _made(known, kind, name, f"a prompt: {', '.join(known)}:TOKENS")
 
 
-def _made(known: Mapping[str, Callable[[], T]], kind: str, words: str, what: str) -> T:
+def _made(known: Mapping[str, Callable[[], T]], kind: str, name: str, what: str) -> T:
     try:
         return known[kind]()
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{words!r} is not {what}.") from error
+        raise ValueError(f"{name!r} is not {what}.") from error
     except ValueError as error:
-        raise ValueError(f"{words!r} is not {what}. {error}") from error
+        raise ValueError(f"{name!r} is not {what}. {error}") from error

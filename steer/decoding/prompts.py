@@ -42,8 +42,8 @@ class PromptStyle:
         delimiters = delimiters_of(model)
         prompt = encode_prompt(tokenizer_of(model), self.question(""), template=self.template)
         opened = thinking_span(prompt, [], delimiters) is not None
-        words = words_ids(tokenizer_of(model), self.thought, "thought") if self.thought else ()
-        return (*(() if opened else delimiters.open), *words, *(delimiters.close if self.closed else ()))
+        thought = words_ids(tokenizer_of(model), self.thought, "thought") if self.thought else ()
+        return (*(() if opened else delimiters.open), *thought, *(delimiters.close if self.closed else ()))
 
 
 def ellipsis(words: str = "...\n") -> PromptStyle:

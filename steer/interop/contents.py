@@ -73,20 +73,20 @@ def notes(recipe: Recipe) -> str:
     return json.dumps({"method": recipe.method, "model": recipe.model})
 
 
-def recipe_of(model: PreTrainedModel, steps: Sequence[Step], path: Path, said: str | None, method: str = "") -> Recipe:
+def recipe_of(model: PreTrainedModel, steps: Sequence[Step], path: Path, noted: str | None, method: str = "") -> Recipe:
     """The recipe that a file holds, checked against the model. `said` are the notes that we left in it, if we did.
 
     Raises ValueError where the notes name another model, or a vector does not fit.
     """
     identity = identity_of(model)
-    if said is not None:
-        words = _parse(said, f"What ThinkSteer noted in {path}")
-        check_mapping(words, f"What ThinkSteer noted in {path}")
-        check_keys(words, ("method", "model"), f"What ThinkSteer noted in {path}")
-        if not isinstance(words["model"], dict) or not isinstance(words["method"], str):
+    if noted is not None:
+        fields = _parse(noted, f"What ThinkSteer noted in {path}")
+        check_mapping(fields, f"What ThinkSteer noted in {path}")
+        check_keys(fields, ("method", "model"), f"What ThinkSteer noted in {path}")
+        if not isinstance(fields["model"], dict) or not isinstance(fields["method"], str):
             raise ValueError(f"What ThinkSteer noted in {path} is malformed: make the file again.")
-        check_keys(words["model"], identity, f"The model noted in {path}")
-        identity, method = words["model"], words["method"]
+        check_keys(fields["model"], identity, f"The model noted in {path}")
+        identity, method = fields["model"], fields["method"]
     recipe = Recipe(tuple(steps), identity, method)
     recipe.check(model)
     return recipe
@@ -100,13 +100,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
-def check_mapping(words: Any, where: str) -> None:
-    if not isinstance(words, dict) or not all(isinstance(key, str) for key in words):
-        raise ValueError(f"{where} is {type(words).__name__}, where a mapping of words was expected.")
+def check_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{where} is {type(value).__name__}, where a mapping of words was expected.")
 
 
-def number_in(words: Mapping[str, Any], key: str, where: str) -> float:
-    value = words[key]
+def number_in(fields: Mapping[str, Any], key: str, where: str) -> float:
+    value = fields[key]
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} has {key} {value!r}, which is no number.")
     return float(value)

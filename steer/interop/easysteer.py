@@ -64,8 +64,8 @@ def read(path: Path, model: PreTrainedModel) -> Recipe:
     check_keys({"conflict": "priority", "debug": False, **whole}, ("vectors", "conflict", "debug"), str(path))
     if not isinstance(whole["vectors"], list) or not whole["vectors"]:
         raise ValueError(f"{path} holds no list of vectors.")
-    found = [_steps(words, f"Vector {i} in {path}", path.parent) for i, words in enumerate(whole["vectors"])]
-    layers = [step.intervention.site.layer for steps in found for step in steps]
+    groups = [_steps(fields, f"Vector {i} in {path}", path.parent) for i, fields in enumerate(whole["vectors"])]
+    layers = [step.intervention.site.layer for steps in groups for step in steps]
     conflict = whole.get("conflict", "priority")
     if len(set(layers)) < len(layers) and conflict != "sequential":
         twice = next(layer for layer in layers if layers.count(layer) > 1)
@@ -73,7 +73,7 @@ def read(path: Path, model: PreTrainedModel) -> Recipe:
             f"{path} steers layer {twice} with several vectors under the conflict rule {conflict!r}, and steps of a "
             "recipe add up, as under 'sequential'."
         )
-    steps = [step for each in found for step in each]
+    steps = [step for each in groups for step in each]
     return recipe_of(model, steps, path, None, str(whole["vectors"][0].get("name") or "a request of EasySteer"))
 
 
@@ -120,29 +120,29 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _steps(words: Any, where: str, folder: Path) -> list[Step]:
-    check_mapping(words, where)
-    if ("data" in words) == ("source" in words):
+def _steps(fields: Any, where: str, folder: Path) -> list[Step]:
+    check_mapping(fields, where)
+    if ("data" in fields) == ("source" in fields):
         raise ValueError(f"{where} needs either data or a source.")
-    origin = "data" if "data" in words else "source"
-    check_keys({**_DEFAULTS, "algorithm": "direct", **words}, (*_DEFAULTS, "algorithm", "apply", origin), where)
-    words = {**_DEFAULTS, "algorithm": "direct", **words}
-    if words["params"]:
+    origin = "data" if "data" in fields else "source"
+    check_keys({**_DEFAULTS, "algorithm": "direct", **fields}, (*_DEFAULTS, "algorithm", "apply", origin), where)
+    fields = {**_DEFAULTS, "algorithm": "direct", **fields}
+    if fields["params"]:
         raise ValueError(f"{where} has params, and the algorithms that we read have none.")
-    scope = _scope(words["apply"], where)
-    directions = _beside(words["source"], where, folder) if origin == "source" else _payload_in(words["data"], where)
-    wanted = list(directions) if words["layers"] is None else words["layers"]
+    scope = _scope(fields["apply"], where)
+    directions = _beside(fields["source"], where, folder) if origin == "source" else _payload_in(fields["data"], where)
+    wanted = list(directions) if fields["layers"] is None else fields["layers"]
     if not isinstance(wanted, list):
         raise ValueError(f"{where} has layers {wanted!r}, which are no list.")
-    steps = [Step(_intervention(words, k, v, where), scope) for k, v in sorted(directions.items()) if k in wanted]
+    steps = [Step(_intervention(fields, k, v, where), scope) for k, v in sorted(directions.items()) if k in wanted]
     if not steps:
-        raise ValueError(f"{where} steers the layers {words['layers']}, and its vectors are for {list(directions)}.")
+        raise ValueError(f"{where} steers the layers {fields['layers']}, and its vectors are for {list(directions)}.")
     return steps
 
 
-def _intervention(words: dict[str, Any], layer: int, vector: Tensor, where: str) -> Intervention:
-    site, scale = Site(layer, "resid_post"), number_in(words, "scale", where)
-    match words["algorithm"], words["normalize"]:
+def _intervention(fields: dict[str, Any], layer: int, vector: Tensor, where: str) -> Intervention:
+    site, scale = Site(layer, "resid_post"), number_in(fields, "scale", where)
+    match fields["algorithm"], fields["normalize"]:
         case "direct", False:
             return Add(site, vector, scale)
         case "direct", True:
@@ -150,8 +150,8 @@ def _intervention(words: dict[str, Any], layer: int, vector: Tensor, where: str)
         case "erase", False if scale != 0:
             return Ablate(site, vector)  # whatever the scale
     raise ValueError(
-        f"{where} has algorithm {words['algorithm']!r}, normalize {words['normalize']!r} and scale {scale:g}. A recipe "
-        "holds direct with either, and erase without normalize."
+        f"{where} has algorithm {fields['algorithm']!r}, normalize {fields['normalize']!r} and scale {scale:g}. "
+        "A recipe holds direct with either, and erase without normalize."
     )
 
 

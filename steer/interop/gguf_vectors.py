@@ -56,14 +56,14 @@ def read(path: Path, model: PreTrainedModel, *, shift: int = 0) -> Recipe:
     the model has not.
     """
     directions, facts = directions_in(path)
-    said = facts.pop(f"{OURS}.recipe", None)
+    noted = facts.pop(f"{OURS}.recipe", None)
     steps = []
     for layer, vector in sorted(directions.items()):
         if layer + shift < 0:
             raise ValueError(f"{path} steers layer {layer}, which shift={shift} moves below layer 0.")
         steps.append(Step(Add(Site(layer + shift, "resid_post"), vector)))
     method = ", ".join(["control vector", *(f"{key} {value}" for key, value in facts.items())])
-    return recipe_of(model, steps, path, None if said is None else str(said), method)
+    return recipe_of(model, steps, path, None if noted is None else str(noted), method)
 
 
 def directions_in(path: Path) -> tuple[dict[int, Float[Tensor, " d_model"]], dict[str, Any]]:
@@ -85,12 +85,12 @@ def directions_in(path: Path) -> tuple[dict[int, Float[Tensor, " d_model"]], dic
         raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}. Known: those of {', '.join(_NAMESPACES)}.")
     directions = {}
     for name, (kind, shape, data) in tensors.items():
-        found = re.fullmatch(r"direction\.(0|[1-9]\d{0,5})", name)
-        if found is None:
+        match = re.fullmatch(r"direction\.(0|[1-9]\d{0,5})", name)
+        if match is None:
             raise ValueError(f"{path} holds a tensor {name!r}, and a control vector holds direction.<layer> alone.")
         if kind != "F32" or len(shape) != 1:
             raise ValueError(f"{name} in {path} is {kind} of shape {shape}, and a direction is F32 of one dimension.")
-        directions[int(found[1])] = torch.from_numpy(data)
+        directions[int(match[1])] = torch.from_numpy(data)
     if not directions:
         raise ValueError(f"{path} holds no directions.")
     return directions, {key: value for key, value in fields.items() if not key.startswith("GGUF.")}

@@ -58,16 +58,16 @@ def read(path: Path, model: PreTrainedModel) -> Recipe:
         raise ValueError(f"{path} is no whole torch file of plain tensors ({reason}). Make it again.") from error
     if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
         raise ValueError(f"{path} holds no modules by name.")
-    said, steps = None, []
+    noted, steps = None, []
     for name, entry in entries.items():
         where = f"{name} in {path}"
         check_mapping(entry, where)
-        said = entry.get(OURS, said)
-        words = {"bias": None, "head_index": None, "steering_coefficient": 1.0, **entry}
-        words.pop(OURS, None)
-        check_keys(words, _KEYS, where)
-        steps.append(Step(_intervention(words, _site(model, name, path), where)))
-    return recipe_of(model, steps, path, None if said is None else str(said), "a steered model of lm-eval")
+        noted = entry.get(OURS, noted)
+        fields = {"bias": None, "head_index": None, "steering_coefficient": 1.0, **entry}
+        fields.pop(OURS, None)
+        check_keys(fields, _KEYS, where)
+        steps.append(Step(_intervention(fields, _site(model, name, path), where)))
+    return recipe_of(model, steps, path, None if noted is None else str(noted), "a steered model of lm-eval")
 
 
 def _row(recipe: Recipe, model: PreTrainedModel | None) -> Architecture:
@@ -102,20 +102,20 @@ def _entry(action: str, vector: Tensor, coefficient: float, recipe: Recipe) -> d
     return {**dict(zip(_KEYS, values, strict=True)), OURS: notes(recipe)}
 
 
-def _intervention(words: dict[str, Any], site: Site, where: str) -> Add | Ablate:
-    vector, bias = (_vector(words[key], f"{key} of {where}") for key in ("steering_vector", "bias"))
-    if vector is None or words["head_index"] is not None:
+def _intervention(fields: dict[str, Any], site: Site, where: str) -> Add | Ablate:
+    vector, bias = (_vector(fields[key], f"{key} of {where}") for key in ("steering_vector", "bias"))
+    if vector is None or fields["head_index"] is not None:
         raise ValueError(f"{where} needs a steering_vector and no head_index: its module has no heads to index.")
-    strength = number_in(words, "steering_coefficient", where)
-    if words["action"] == "add" and bias is None:
+    strength = number_in(fields, "steering_coefficient", where)
+    if fields["action"] == "add" and bias is None:
         return Add(site, vector, strength)
-    if words["action"] == "clamp":
+    if fields["action"] == "clamp":
         unit = vector / vector.norm()
         if bias is not None and len(bias) != len(unit):
             raise ValueError(f"{where} has a bias of {len(bias)} entries and a vector of {len(unit)}.")
         target = strength if bias is None else strength + float(bias @ unit)
         return Ablate(site, vector, target=target)
-    raise ValueError(f"{where} has action {words['action']!r}. Known: add without a bias, and clamp.")
+    raise ValueError(f"{where} has action {fields['action']!r}. Known: add without a bias, and clamp.")
 
 
 def _vector(value: Any, where: str) -> Tensor | None:

@@ -44,7 +44,7 @@ def write(recipe: Recipe, path: Path) -> None:
         raise ValueError("The vectors of the recipe differ in width, so they do not fit one model.")
     rows = torch.stack(list(directions.values())).contiguous()
     data = _zstd().ZstdCompressor().compress(rows.numpy().astype("<f4").tobytes())
-    words = {
+    fields = {
         "activations": {
             "data": base64.b64encode(data).decode(),
             "dtype": "float32",
@@ -57,7 +57,7 @@ def write(recipe: Recipe, path: Path) -> None:
         OURS: notes(recipe),
     }
     with staged_file(path) as stage:
-        stage.write_text(json.dumps(words))
+        stage.write_text(json.dumps(fields))
 
 
 def read(path: Path, model: PreTrainedModel) -> Recipe:
@@ -68,50 +68,50 @@ def read(path: Path, model: PreTrainedModel) -> Recipe:
     whole = read_json(path)
     vectors = whole if isinstance(whole, list) else [whole]
     steps: list[Step] = []
-    said = None
-    for number, words in enumerate(vectors):
+    noted = None
+    for number, fields in enumerate(vectors):
         where = f"Vector {number} in {path}"
-        check_mapping(words, where)
-        said = words.get(OURS, said)
-        words = {**_DEFAULTS, **{key: value for key, value in words.items() if key != OURS}}
-        check_keys(words, _KEYS, where)
-        steps += _steps(words, where)
+        check_mapping(fields, where)
+        noted = fields.get(OURS, noted)
+        fields = {**_DEFAULTS, **{key: value for key, value in fields.items() if key != OURS}}
+        check_keys(fields, _KEYS, where)
+        steps += _steps(fields, where)
     if not steps:
         raise ValueError(f"{path} holds no steering vectors.")
-    return recipe_of(model, steps, path, None if said is None else str(said), "a steering vector of vllm-lens")
+    return recipe_of(model, steps, path, None if noted is None else str(noted), "a steering vector of vllm-lens")
 
 
-def _steps(words: dict[str, Any], where: str) -> list[Step]:
+def _steps(fields: dict[str, Any], where: str) -> list[Step]:
     for key in ("norm_match", "position_indices"):
-        if words[key]:
-            raise ValueError(f"{where} has {key} {words[key]!r}, and an Add adds one vector at every position.")
-    rows, layers = _tensor(words["activations"], f"activations in {where}"), words["layer_indices"]
+        if fields[key]:
+            raise ValueError(f"{where} has {key} {fields[key]!r}, and an Add adds one vector at every position.")
+    rows, layers = _tensor(fields["activations"], f"activations in {where}"), fields["layer_indices"]
     if rows.ndim != 2:
         raise ValueError(f"{where} has activations of shape {tuple(rows.shape)}, and an Add has no positions.")
     if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
         raise ValueError(f"{where} has layer_indices {layers!r}, which are no layers.")
     if len(layers) != len(rows) or len(set(layers)) < len(layers):
         raise ValueError(f"{where} has {len(rows)} rows for the layers {layers}: each needs its own.")
-    scale = number_in(words, "scale", where)
+    scale = number_in(fields, "scale", where)
     return [Step(Add(Site(layer, "resid_post"), row, scale)) for layer, row in zip(layers, rows, strict=True)]
 
 
-def _tensor(words: Any, where: str) -> Float[Tensor, "..."]:
+def _tensor(fields: Any, where: str) -> Float[Tensor, "..."]:
     """No more is unpacked than the shape tells. Raises ValueError where the bytes are not those."""
-    check_mapping(words, where)
-    check_keys(words, _TENSOR, where)
-    kind, shape = (words["dtype"], words["original_dtype"]), words["shape"]
-    if kind not in list(_DTYPES) or words["compression"] != "zstd":
+    check_mapping(fields, where)
+    check_keys(fields, _TENSOR, where)
+    kind, shape = (fields["dtype"], fields["original_dtype"]), fields["shape"]
+    if kind not in list(_DTYPES) or fields["compression"] != "zstd":
         known = "; ".join(f"{a} as {b}" for a, b in _DTYPES)
-        raise ValueError(f"{where} is {kind[0]} as {kind[1]}, packed by {words['compression']}. Known: {known}; zstd.")
+        raise ValueError(f"{where} is {kind[0]} as {kind[1]}, packed by {fields['compression']}. Known: {known}; zstd.")
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"{where} has shape {shape!r}, which is none.")
     dtype, zstd = _DTYPES[kind], _zstd()
     size = math.prod(shape) * dtype.itemsize
     try:
-        packed = base64.b64decode(words["data"], validate=True)
-        if (held := zstd.frame_content_size(packed)) != size:
-            raise ValueError(f"it holds {held} bytes")
+        packed = base64.b64decode(fields["data"], validate=True)
+        if (length := zstd.frame_content_size(packed)) != size:
+            raise ValueError(f"it holds {length} bytes")
         data = zstd.ZstdDecompressor().decompress(packed)
     except (binascii.Error, TypeError, ValueError, MemoryError, zstd.ZstdError) as error:
         raise ValueError(f"{where} is no {kind[1]} of shape {shape}: {error}. Make it again.") from error

@@ -79,14 +79,14 @@ def calibrated(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], kl
                 f"No strength up to {LARGEST_FACTOR:g} times the recipe's moves the next token by {kl} nats on these "
                 "prompts. Does its scope reach the positions that are read?"
             )
-    found = scaled(recipe, math.exp(optimize.brentq(excess, low, high, xtol=1e-3)))
-    reached = divergence(model, found, spans)
+    result = scaled(recipe, math.exp(optimize.brentq(excess, low, high, xtol=1e-3)))
+    reached = divergence(model, result, spans)
     if not 0.9 < reached / kl < 1.1:
         raise ValueError(
             f"The divergence on these {len(spans)} prompts jumps past {kl} nats, to {reached:.3g}, at strength "
-            f"{found.steps[0].intervention.strength:.3g}. Give more prompts, or another target."
+            f"{result.steps[0].intervention.strength:.3g}. Give more prompts, or another target."
         )
-    return found
+    return result
 
 
 def with_ratio(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], ratio: float) -> Recipe:

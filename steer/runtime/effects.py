@@ -124,11 +124,15 @@ def effect_curve(
     Answers are told by their first tokens alone: raises ValueError where two candidates of a prompt share one, or where
     there are no prompts.
 
-    >>> import torch >>> from probes import Site, load >>> from steer import Add, Recipe >>> from steer.runtime import
-    Choice, effect_curve, prompt_spans >>> model, site = load("organism"), Site(3, "resid_post") >>> choices =
-    [Choice(span, (3, 56), correct=0) for span in prompt_spans(model, ["a 3 b +4 c *7"])]  # <think> or Okay >>> curve =
-    effect_curve(model, lambda s: Recipe.of(model, [Add(site, torch.arange(96.0), s)]), choices, [0.0, 0.5]) >>>
-    [(effect.strength, round(effect.kl[0], 2)) for effect in curve.effects] [(0.0, 0.0), (0.5, 0.09)]
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.runtime import Choice, effect_curve, prompt_spans
+    >>> model, site = load("organism"), Site(3, "resid_post")
+    >>> choices = [Choice(span, (3, 56), correct=0) for span in prompt_spans(model, ["a 3 b +4 c *7"])]
+    >>> curve = effect_curve(model, lambda s: Recipe.of(model, [Add(site, torch.arange(96.0), s)]), choices, [0.0, 0.5])
+    >>> [(effect.strength, round(effect.kl[0], 2)) for effect in curve.effects]
+    [(0.0, 0.0), (0.5, 0.09)]
     """
     if not choices:
         raise ValueError("A curve is measured on prompts, but none was given.")

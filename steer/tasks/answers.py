@@ -24,8 +24,8 @@ def stated(text: str) -> str | None:
     if box is not None:
         return box
     for pattern in (_HASHES, _ANSWER_IS):
-        if found := pattern.findall(text):
-            return str(found[-1]).strip(" \t*")
+        if pieces := pattern.findall(text):
+            return str(pieces[-1]).strip(" \t*")
     return None
 
 
@@ -46,10 +46,10 @@ def number_of(text: str) -> Fraction | None:
     It may be written `1,234`, `-5`, `$3.50` or `3/4`.
     """
     piece = stated(text)
-    found = _NUMBER.findall(_THIN.sub("", text if piece is None else piece))
-    if not found:
+    numbers = _NUMBER.findall(_THIN.sub("", text if piece is None else piece))
+    if not numbers:
         return None
-    digits = re.sub(r"[,$\s]", "", found[-1 if piece is None else 0])
+    digits = re.sub(r"[,$\s]", "", numbers[-1 if piece is None else 0])
     try:
         return (
             Fraction(digits) if "/" not in digits else Fraction(digits.split("/")[0]) / Fraction(digits.split("/")[1])
@@ -62,7 +62,7 @@ def letter_of(text: str) -> str | None:
     """The letter an answer chooses: of what it states, else the last in round brackets or alone on its line."""
     piece = stated(text)
     if piece is not None:
-        found = _LETTER.match(piece)
-        return found.group(1) if found else None
+        match = _LETTER.match(piece)
+        return match.group(1) if match else None
     letters = [a or b for a, b in _LAST_LETTER.findall(text)]
     return letters[-1] if letters else None

@@ -26,8 +26,8 @@ def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool
         case "exact":
             return answer.split() == problem.answer.split()
         case "number":
-            said = number_of(answer)
-            return said is not None and said == number_of(problem.answer)
+            number = number_of(answer)
+            return number is not None and number == number_of(problem.answer)
         case "choice":
             return letter_of(answer) == problem.answer
         case "gym":
@@ -43,7 +43,7 @@ def _equal_as_mathematics(gold: str, answer: str) -> bool:
         raise ImportError("Mathematical answers are graded by math-verify: pip install 'thinksteer[math]'.") from error
     box, piece = last_boxed(answer), stated(answer) or answer
     tex = "\\" in piece and "$" not in piece
-    said = f"\\boxed{{{box}}}" if box is not None else f"${piece}$" if tex else piece
+    statement = f"\\boxed{{{box}}}" if box is not None else f"${piece}$" if tex else piece
     # Without time-outs, as these work on the main thread only.
-    wanted, given = parse(f"${gold}$", parsing_timeout=None), parse(said, parsing_timeout=None)
+    wanted, given = parse(f"${gold}$", parsing_timeout=None), parse(statement, parsing_timeout=None)
     return bool(verify(wanted, given, timeout_seconds=None))

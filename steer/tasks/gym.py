@@ -40,8 +40,8 @@ def scores_fully(answer: str, problem: Problem) -> bool:
     if "entry" not in facts:
         raise ValueError(f"The problem {problem.id!r} is not of reasoning-gym, whose rules are asked to score it.")
     piece = stated(answer)
-    said = answer.strip() if piece is None else piece
-    return float(_dataset(facts["dataset"], 0, 1).score_answer(answer=said, entry=facts["entry"])) >= 1.0
+    statement = answer.strip() if piece is None else piece
+    return float(_dataset(facts["dataset"], 0, 1).score_answer(answer=statement, entry=facts["entry"])) >= 1.0
 
 
 @lru_cache(maxsize=1)

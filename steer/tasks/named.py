@@ -47,11 +47,11 @@ def _task_from_file(path: Path) -> Task:
         if not line.strip():
             continue
         try:
-            words = json.loads(line)
+            fields = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
-        check_keys(words, ("question", "answer"), f"Line {number} of {path}")
-        problems.append(Problem(words["question"], words["question"], str(words["answer"])))
+        check_keys(fields, ("question", "answer"), f"Line {number} of {path}")
+        problems.append(Problem(fields["question"], fields["question"], str(fields["answer"])))
     if not problems:
         raise ValueError(f"{path} holds no problems.")
 

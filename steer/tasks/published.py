@@ -67,10 +67,10 @@ def _rows(source: Dataset, path: Path | None) -> list[Row]:
     if not any(file.stat().st_size for file in path.rglob("*") if file.is_file()):
         raise ValueError(f"{path} holds no problems.")
     configs = datasets.get_dataset_config_names(str(path))
-    found = datasets.load_dataset(str(path), source.config if source.config in configs else None)
-    if source.split not in found:
-        raise ValueError(f"{path} has no split {source.split!r}. It has: {', '.join(found)}.")
-    return list(found[source.split])
+    splits = datasets.load_dataset(str(path), source.config if source.config in configs else None)
+    if source.split not in splits:
+        raise ValueError(f"{path} has no split {source.split!r}. It has: {', '.join(splits)}.")
+    return list(splits[source.split])
 
 
 def _gsm8k(row: Row, _: random.Random) -> Problem:

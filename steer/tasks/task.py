@@ -59,14 +59,16 @@ class Task:
 
     def sample(self, n: int, split: Split, *, seed: int = 0) -> list[Problem]:
         """n different problems of one split. Raises ValueError where there are fewer."""
-        found: dict[str, Problem] = {}
+        problems: dict[str, Problem] = {}
         for problem in self.stream(split, seed=seed):
-            if len(found) == n:
+            if len(problems) == n:
                 break
-            found.setdefault(problem.id, problem)
-        if len(found) < n:
-            raise ValueError(f"Task {self.name} has {len(found)} problems in split {split!r}, but {n} were asked for.")
-        return list(found.values())
+            problems.setdefault(problem.id, problem)
+        if len(problems) < n:
+            raise ValueError(
+                f"Task {self.name} has {len(problems)} problems in split {split!r}, but {n} were asked for."
+            )
+        return list(problems.values())
 
     def stream(self, split: Split, *, seed: int = 0) -> Iterator[Problem]:
         """The problems of one split, repeats included; without end where the task makes its own."""
