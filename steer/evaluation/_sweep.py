@@ -128,10 +128,10 @@ def sweep(
     ...     report=task.sample(2, "report"),
     ...     judge=positive[:2],
     ...     sampling=Sampling.of(model, max_new_tokens=48),
-    ...     draws=1,
+    ...     draws=0,
     ... )
-    >>> found.selected in (0.1, 0.3), list(found.report.arms)[-1]
-    (True, 'shuffled labels')
+    >>> found.selected in (0.1, 0.3), list(found.report.arms)
+    (True, ['plain', 'strength +0.1', 'strength +0.3'])
     """
     if shared := {p.id for p in select} & {p.id for p in report}:
         raise ValueError(f"{len(shared)} problems are in both splits, such as {min(shared)!r}: choose on others.")
