@@ -58,6 +58,7 @@ class DecodingState:
 
     @property
     def thinking(self) -> Where:
+        """Rows that are in their thinking."""
         return self.opened & ~self.closed & ~self.done
 
     @property
