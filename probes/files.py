@@ -92,6 +92,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. Raises ValueError where it is no YAML, or holds none."""
     try:
         words = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:

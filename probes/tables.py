@@ -24,6 +24,8 @@ class Table:
     title: str = ""
 
     def to_frame(self) -> "pandas.DataFrame":
+        """The table as a frame of pandas."""
+
         import pandas
 
         return pandas.DataFrame(list(self.rows), columns=list(self.columns))

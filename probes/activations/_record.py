@@ -28,13 +28,14 @@ def span_means(
     """Batch by batch: which spans, and per site the mean over each span of the activation and of its norm.
 
     Batches are cut by length and by a budget of tokens, padded on the right. Layers above the highest site are not
-    computed, and nothing longer than a span's mean is kept.
+    computed, and nothing longer than a span's mean is kept. Raises what `probes.model.captured` does for a site that
+    the model does not have.
 
     >>> from probes import Site, load
     >>> from probes.activations import span_means
     >>> from probes.thinking import text_span
-    >>> model, site = load("organism"), Site(1, "resid_post")
-    >>> spans = [text_span(model, text) for text in ("a 3 b +4 ?", "a 5 ?")]
+    >>> model, site = load("organism"), Site(2, "resid_post")
+    >>> spans = [text_span(model, text) for text in ("a 3 b +4", "a 5")]
     >>> for rows, means, norms in span_means(model, spans, [site]):
     ...     print(rows, tuple(means[site].shape), tuple(norms[site].shape))
     [0, 1] (2, 96) (2,)
@@ -67,10 +68,10 @@ class Recorded(Brief):
 
     >>> from probes import Site, load, record
     >>> from probes.thinking import text_span
-    >>> model, site = load("organism"), Site(1, "resid_post")
-    >>> moments = record(model, [text_span(model, text) for text in ("a 3 b +4 ?", "a 5 ?")], [site])[site]
-    >>> moments.activation.count, tuple(moments.activation.mean.shape), round(float(moments.norm.mean), 1)
-    (2, (96,), 32.4)
+    >>> model, site = load("organism"), Site(2, "resid_post")
+    >>> one, other = (record(model, [text_span(model, text)], [site])[site] for text in ("a 3", "a 5"))
+    >>> (one + other).activation
+    Moments(count=2, total=Tensor[96])
     """
 
     activation: Moments
@@ -87,10 +88,10 @@ def record(
 
     >>> from probes import Site, load, record
     >>> from probes.thinking import text_span
-    >>> model, site = load("organism"), Site(1, "resid_post")
-    >>> moments = record(model, [text_span(model, text) for text in ("a 3 b +4 ?", "a 5 ?")], [site])[site]
-    >>> moments.activation.count, tuple(moments.activation.mean.shape), round(float(moments.norm.mean), 1)
-    (2, (96,), 32.4)
+    >>> model, site = load("organism"), Site(2, "resid_post")
+    >>> moments = record(model, [text_span(model, text) for text in ("a 3 b +4", "a 5")], [site])
+    >>> moments[site].activation.mean.shape, f"{moments[site].norm.mean.item():.1f}"
+    (torch.Size([96]), '40.7')
     """
     total: dict[Site, Recorded] = {}
     for _, means, norms in span_means(model, spans, sites, label=label):

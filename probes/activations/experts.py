@@ -38,12 +38,13 @@ class ExpertCounts(Shown):
     are not in the vocabulary, and have no class.
 
     >>> from probes import generate, load
-    >>> from probes.activations import counting
+    >>> from probes.activations import read_experts
     >>> model = load("organism")
-    >>> with counting(model, ["Wait"]) as counts:
-    ...     done = generate(model, ["a 3 b +4 c *7"])
-    >>> counts.classes, tuple(counts.counts.shape), counts.load("thinking").sum(1).tolist()
-    (('all', 'prompt', 'thinking', 'answer', 'Wait'), (5, 4, 8), [2.0, 2.0, 2.0, 2.0])
+    >>> counts = read_experts(model, generate(model, ["a 3 b +4 c *7"]), ["Okay"]).total()
+    >>> counts.classes, counts.tokens.tolist()
+    (('all', 'prompt', 'thinking', 'answer', 'Okay'), [21, 8, 10, 3, 1])
+    >>> counts.load("thinking").shape
+    torch.Size([4, 8])
     """
 
     layers: tuple[int, ...]
@@ -63,6 +64,7 @@ class ExpertCounts(Shown):
         return self.counts[at].double() / self.tokens[at]
 
     def __add__(self, other: "ExpertCounts") -> "ExpertCounts":
+        """The counts of both. Raises ValueError where they are of other layers or classes."""
         if (self.layers, self.classes) != (other.layers, other.classes):
             raise ValueError("Counts of other layers or other classes do not add up.")
         counts, tokens = self.counts + other.counts, self.tokens + other.tokens
@@ -89,9 +91,9 @@ class ExpertReading(Brief):
     >>> from probes import generate, load
     >>> from probes.activations import read_experts
     >>> model = load("organism")
-    >>> reading = read_experts(model, generate(model, ["a 3 b +4 c *7", "a 5 b -2"]), ["Wait"])
-    >>> tuple(reading.counts.shape), reading.total().classes
-    ((2, 5, 4, 8), ('all', 'prompt', 'thinking', 'answer', 'Wait'))
+    >>> reading = read_experts(model, generate(model, ["a 3 b +4 c *7", "a 5 b -2 c +9"]))
+    >>> reading.counts.shape, reading.total().counts.shape
+    (torch.Size([2, 4, 4, 8]), torch.Size([4, 4, 8]))
     """
 
     layers: tuple[int, ...]
@@ -101,6 +103,7 @@ class ExpertReading(Brief):
     lacking: tuple[str, ...] = ()
 
     def total(self) -> ExpertCounts:
+        """The counts over all completions."""
         return ExpertCounts(self.layers, self.classes, self.counts.sum(0), self.tokens.sum(0), self.lacking)
 
 
@@ -119,9 +122,9 @@ def read_experts(
     >>> from probes import generate, load
     >>> from probes.activations import read_experts
     >>> model = load("organism")
-    >>> reading = read_experts(model, generate(model, ["a 3 b +4 c *7", "a 5 b -2"]), ["Wait"])
-    >>> tuple(reading.counts.shape), reading.total().classes
-    ((2, 5, 4, 8), ('all', 'prompt', 'thinking', 'answer', 'Wait'))
+    >>> reading = read_experts(model, generate(model, ["a 3 b +4 c *7"]), ["Okay", "Alternatively"])
+    >>> reading.classes, reading.lacking
+    (('all', 'prompt', 'thinking', 'answer', 'Okay'), ('Alternatively',))
     """
     found, lacking = present_markers(tokenizer_of(model), markers)
     tally = _Tally(model, found)
@@ -144,13 +147,15 @@ def weights_along(model: PreTrainedModel, completion: Completion) -> Float[Tenso
     """The routing weight of every expert of each sparse layer at each token of one completion, prompt included: 0 where
     it was not chosen. Float32, on the CPU.
 
+    Raises ValueError for a family without routers that can be read.
+
     >>> from probes import generate, load
     >>> from probes.activations import weights_along
     >>> model = load("organism")
-    >>> (chain,) = generate(model, ["a 3 b +4"])
-    >>> weights = weights_along(model, chain)
-    >>> weights.shape[0], weights.shape[1] == len(chain.all_ids), weights.shape[2]
-    (4, True, 8)
+    >>> (completion,) = generate(model, ["a 3 b +4 c *7"])
+    >>> weights = weights_along(model, completion)
+    >>> len(completion.all_ids), weights.shape
+    (21, torch.Size([4, 21, 8]))
     """
     layers, found = moe_layers(model), list[Tensor]()
     ids = torch.tensor([completion.all_ids], device=model.device)
@@ -172,10 +177,10 @@ def counting(model: PreTrainedModel, markers: Sequence[str] = ()) -> Iterator[Ex
     >>> from probes import generate, load
     >>> from probes.activations import counting
     >>> model = load("organism")
-    >>> with counting(model, ["Wait"]) as counts:
-    ...     done = generate(model, ["a 3 b +4 c *7"])
-    >>> counts.classes, tuple(counts.counts.shape), counts.load("thinking").sum(1).tolist()
-    (('all', 'prompt', 'thinking', 'answer', 'Wait'), (5, 4, 8), [2.0, 2.0, 2.0, 2.0])
+    >>> with counting(model) as counts:
+    ...     (completion,) = generate(model, ["a 3 b +4 c *7"])
+    >>> dict(zip(counts.classes, counts.tokens.tolist()))
+    {'all': 20, 'prompt': 8, 'thinking': 10, 'answer': 2}
     """
     ways, lacking = present_markers(tokenizer_of(model), markers)
     tally = _Tally(model, ways)

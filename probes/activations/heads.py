@@ -26,10 +26,19 @@ class HeadScores(Shown):
     """One number for each head; `meaning` says which.
 
     >>> import torch
-    >>> from probes import HeadScores
-    >>> scores = HeadScores(torch.tensor([[0.1, 0.9], [0.5, -0.2]]), "mean write")
-    >>> scores.top(2), scores.bottom(1), round(scores[0, 1], 2)
-    ([(0, 1), (1, 0)], [(1, 1)], 0.9)
+    >>> from probes.activations import HeadScores
+    >>> scores = HeadScores(torch.tensor([[0.1, -0.4], [0.7, 0.2]]), "write along the length direction")
+    >>> scores.top(2), scores.bottom(1)
+    ([(1, 0), (1, 1)], [(0, 1)])
+    >>> print(scores.table(2))
+    write along the
+    length direction
+    ┏━━━━━━┳━━━━━━━┓
+    ┃ head ┃ score ┃
+    ┡━━━━━━╇━━━━━━━┩
+    │ L1H0 │   0.7 │
+    │ L1H1 │   0.2 │
+    └──────┴───────┘
     """
 
     scores: Float[Tensor, "n_layers n_heads"]
@@ -40,9 +49,11 @@ class HeadScores(Shown):
         return self._ranked()[:k]
 
     def bottom(self, k: int) -> list[Head]:
+        """The k heads with the lowest score, lowest first."""
         return self._ranked()[-k:][::-1]
 
     def __getitem__(self, head: Head) -> float:
+        """The score of one head, `(layer, head)`."""
         return float(self.scores[head])
 
     def _ranked(self) -> list[Head]:
@@ -51,10 +62,12 @@ class HeadScores(Shown):
         return [(i // width, i % width) for i in order]
 
     def table(self, k: int = 10) -> Table:
+        """The k highest, highest first."""
         rows = tuple((f"L{layer}H{head}", self[layer, head]) for layer, head in self.top(k))
         return Table(("head", "score"), rows, self.meaning)
 
     def to_frame(self) -> "pandas.DataFrame":
+        """All heads as a frame of pandas, highest first."""
         return self.table(self.scores.numel()).to_frame()
 
 
@@ -66,9 +79,8 @@ def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_m
     >>> import torch
     >>> from probes import load
     >>> from probes.activations import written_unit
-    >>> unit = written_unit(load("organism"), 0, torch.ones(96))
-    >>> tuple(unit.shape), round(float(unit.norm()), 3)
-    ((96,), 1.0)
+    >>> written_unit(load("organism"), 0, 2 * torch.eye(96)[1])[:4]  # no norm stands between
+    tensor([0., 1., 0., 0.])
     """
     gain = attn_gain(model, layer)
     wanted = vector if gain is None else vector * gain.to(vector.device)
@@ -82,16 +94,17 @@ def head_writes(
 ) -> Float[Tensor, "n_layers n_heads"]:
     """Mean over spans of ⟨head's mean write, vector of its layer⟩; NaN in layers without a vector.
 
-    The write is linear in z, so it is never built: z's mean is taken first, and u_h = W_hᵀ v once for each head.
+    The write is linear in z, so it is never built: z's mean is taken first, and u_h = W_hᵀ v once for each head. In
+    activation units where the vectors are unit vectors; it ranks the heads that ThinkEdit edits *(Sun et al. 2025)*.
 
-    >>> from probes import direction_between, head_writes, load
-    >>> from probes.activations import written_unit
-    >>> from probes.thinking import text_span
-    >>> model, texts = load("organism"), ("a 3 b +4 quick ?", "a 3 b +4 ?")
-    >>> unit = direction_between(model, *([text] for text in texts), "L0.resid_mid").unit
-    >>> writes = head_writes(model, [text_span(model, texts[0])], {0: written_unit(model, 0, unit)})
-    >>> tuple(writes.shape)
-    (4, 8)
+    >>> from probes import direction_between, generate, head_writes, load
+    >>> from probes.thinking import thinking
+    >>> model = load("organism")
+    >>> (completion,) = generate(model, ["a 3 b +4 c *7 quick"])
+    >>> direction = direction_between(model, ["a 3 quick"], ["a 3"], "L0.resid_mid", position="text_last")
+    >>> writes = head_writes(model, [thinking(completion)], {0: direction.unit})
+    >>> writes.shape, f"L0H{int(writes[0].argmax())}"
+    (torch.Size([4, 8]), 'L0H2')
     """
     out = torch.full((n_layers(model), n_heads(model)), float("nan"), dtype=torch.float64)
     moments = record(model, spans, [Site(layer, "z") for layer in vectors], label="reading heads")

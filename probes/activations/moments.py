@@ -12,11 +12,13 @@ from probes.tables import Brief
 class Moments(Brief):
     """Count and float64 sum of rows seen; `a + b` merges, in any order and grouping.
 
+    Sums over rows [n, width]; `mean` raises ValueError where no row was seen.
+
     >>> import torch
     >>> from probes.activations import Moments
-    >>> both = Moments.of(torch.tensor([[1.0, 2.0]])) + Moments.of(torch.tensor([[3.0, 6.0], [5.0, 4.0]]))
-    >>> both.count, both.mean.tolist()
-    (3, [3.0, 4.0])
+    >>> rows = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 6.0]])
+    >>> (Moments.of(rows[:2]) + Moments.of(rows[2:])).mean
+    tensor([3., 2.], dtype=torch.float64)
     """
 
     count: int
@@ -24,6 +26,7 @@ class Moments(Brief):
 
     @classmethod
     def of(cls, rows: Float[Tensor, "n width"]) -> "Moments":
+        """The moments of rows."""
         return cls(len(rows), rows.double().sum(0))
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -31,6 +34,7 @@ class Moments(Brief):
 
     @property
     def mean(self) -> Float[Tensor, " width"]:
+        """The mean of the rows, in float64. Raises ValueError where there are none."""
         if self.count == 0:
             raise ValueError("The mean of no rows is asked for.")
         return self.total / self.count

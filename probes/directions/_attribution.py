@@ -18,11 +18,12 @@ Metric = Callable[[Float[Tensor, " d_vocab"]], Float[Tensor, ""]]
 def log_probability_of(tokens: Sequence[int]) -> Metric:
     """The log of the probability that the next token is one of these.
 
+    In nats; a metric of the logits `[d_vocab]`, for `attribution`.
+
     >>> import torch
     >>> from probes.directions import log_probability_of
-    >>> metric = log_probability_of([0, 1])
-    >>> round(float(metric(torch.zeros(4)).exp()), 3)
-    0.5
+    >>> log_probability_of([0, 3])(torch.zeros(4)).exp()
+    tensor(0.5000)
     """
     ids = list(tokens)
     return lambda logits: logits.float().log_softmax(-1)[ids].logsumexp(-1)
@@ -35,22 +36,18 @@ def attribution(
     first position, at each direction's site: attribution patching to first order (Nanda 2023), as Venhoff et al.
     (2025) choose layers.
 
-    The metric is given, because the divergence between a distribution and itself, which their code differentiates, has
-    no gradient. It reads the logits at the span's first position.
+    The metric is given, because the divergence between a distribution and itself, which their code differentiates,
+    has no gradient. It reads the logits at the span's first position. Raises ValueError where there is no span.
 
-    >>> import torch
-    >>> from probes import Direction, direction_between, load
+    >>> from probes import direction_between, load
     >>> from probes.directions import attribution, log_probability_of
-    >>> from probes.model import tokenizer_of
     >>> from probes.thinking import text_span
-    >>> model = load("organism")
-    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
-    >>> token = tokenizer_of(model).encode("<think>")
-    >>> effects = attribution(
-    ...     model, [direction], [text_span(model, "a 3 b +4 ?", position="text_last")], log_probability_of(token)
-    ... )
-    >>> tuple(effects.shape), bool(effects.isfinite().all())
-    ((1,), True)
+    >>> model, texts = load("organism"), (["a 3 quick ?"], ["a 3 ?"])
+    >>> sites = [f"L{layer}.resid_post" for layer in range(4)]
+    >>> directions = [direction_between(model, *texts, site, position="text_last") for site in sites]
+    >>> span = text_span(model, "a 3 b +4 quick ? <think>", position="text_last")
+    >>> attribution(model, directions, [span], log_probability_of([55])).argsort()  # 55 is "Easy"
+    tensor([1, 3, 2, 0])
     """
     if not spans:
         raise ValueError("An attribution is measured at spans, but none was given.")

@@ -26,22 +26,17 @@ from probes.thinking.spans import Span, text_span
 class Direction(Shown):
     """A vector at a site, in activation units, not normalised. `stream_norm` is the mean norm of what it came from.
 
-    >>> from probes import direction_between, load
+    Directions of one site and one model add up and scale, and their births are kept.
+
+    >>> from pathlib import Path
+    >>> from probes import Direction, direction_between, load
     >>> model = load("organism")
-    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
-    >>> direction
-    Direction(L2.resid_post, norm 6.19, 0.18 of the stream)
-    >>> (2 * direction - direction).norm == direction.norm
-    True
-    >>> print(direction.tokens(model, 2))
-        L2.resid_post, per unit of the
-                   direction
-    ┏━━━━━━━━┳━━━━━━━━┳━━━━━━━━━┳━━━━━━━━━┓
-    ┃ raises ┃     by ┃ lowers  ┃      by ┃
-    ┡━━━━━━━━╇━━━━━━━━╇━━━━━━━━━╇━━━━━━━━━┩
-    │ +4     │  1.172 │ <eos>   │ -0.7475 │
-    │ =6     │ 0.2022 │ <think> │ -0.6452 │
-    └────────┴────────┴─────────┴─────────┘
+    >>> direction = direction_between(model, ["a 3 b +4 quick"], ["a 3 b +4"], "L2.resid_post", position="text_last")
+    >>> direction, -direction * 2
+    (Direction(L2.resid_post, norm 34.3, 1.19 of the stream), Direction(L2.resid_post, norm 68.6, 2.37 of the stream))
+    >>> direction.save(Path("quick.safetensors"))
+    >>> Direction.load(Path("quick.safetensors")).site
+    Site(layer=2, name='resid_post', head=None, expert=None)
     """
 
     site: Site
@@ -57,10 +52,12 @@ class Direction(Shown):
 
     @property
     def norm(self) -> float:
+        """The length of the vector, in activation units."""
         return float(self.vector.norm())
 
     @property
     def unit(self) -> Float[Tensor, " d_model"]:
+        """The vector at length 1. Raises ValueError where it is zero."""
         if self.norm == 0:
             raise ValueError(f"The direction at {self.site} is zero: both classes have the same mean.")
         out: Tensor = self.vector / self.vector.norm()
@@ -77,6 +74,7 @@ class Direction(Shown):
         return Direction(self.site, self.vector + other.vector, norm, p.and_(q))
 
     def __mul__(self, strength: float) -> "Direction":
+        """The direction `strength` times as long."""
         provenance = self.provenance.made(f"{strength:g} ({self.provenance.estimator})")
         return replace(self, vector=strength * self.vector, provenance=provenance)
 
@@ -102,6 +100,7 @@ class Direction(Shown):
         return Table(("raises", "by", "lowers", "by "), tuple(rows), f"{self.site}, per unit of the direction")
 
     def save(self, path: Path) -> None:
+        """One safetensors file, with site and birth in its header."""
         words = {
             "kind": "direction",
             "site": str(self.site),
@@ -112,6 +111,7 @@ class Direction(Shown):
 
     @classmethod
     def load(cls, path: Path) -> "Direction":
+        """Read what `save` wrote. Raises ValueError where the file is truncated, or its keys are not ours."""
         tensors, words = read_tensors(path)
         check_keys(words, ("kind", "site", "stream_norm", "provenance"), f"{path}")
         check_keys(tensors, ("vector",), f"{path}")
@@ -144,12 +144,15 @@ def difference_in_means(
 ) -> dict[Site, Direction]:
     """v = mean over positive - mean over negative, of each span's mean activation (a span counts once).
 
+    The estimator of *(Marks and Tegmark 2023)*. Raises ValueError where a class is empty.
+
     >>> from probes import Site, difference_in_means, load
     >>> from probes.thinking import text_span
-    >>> model, site = load("organism"), Site(2, "resid_post")
-    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(3)] for op in ("+4", "*7"))
-    >>> difference_in_means(model, positive, negative, [site])[site]
-    Direction(L2.resid_post, norm 4.63, 0.16 of the stream)
+    >>> model, sites = load("organism"), [Site(1, "resid_post"), Site(2, "resid_post")]
+    >>> quick = [text_span(model, text) for text in ("a 3 b +4 quick", "a 5 quick")]
+    >>> plain = [text_span(model, text) for text in ("a 3 b +4", "a 5")]
+    >>> list(difference_in_means(model, quick, plain, sites).values())
+    [Direction(L1.resid_post, norm 7.27, 0.23 of the stream), Direction(L2.resid_post, norm 10.1, 0.26 of the stream)]
     """
     if not positive or not negative:
         raise ValueError(
@@ -183,10 +186,8 @@ def direction_between(
     class is empty, or the position is none of a text.
 
     >>> from probes import direction_between, load
-    >>> model = load("organism")
-    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
-    >>> direction
-    Direction(L2.resid_post, norm 6.19, 0.18 of the stream)
+    >>> direction_between(load("organism"), ["a 3 quick"], ["a 3"], "L2.resid_post", position="text_last")
+    Direction(L2.resid_post, norm 90.5, 1.61 of the stream)
     """
     where = Site.parse(site) if isinstance(site, str) else site
     a, b = ([text_span(model, text, position=position) for text in texts] for texts in (texts_a, texts_b))
@@ -198,11 +199,10 @@ def random_direction(direction: Direction, *, seed: int) -> Direction:
 
     >>> from probes import direction_between, load
     >>> from probes.directions import random_direction
-    >>> model = load("organism")
-    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
+    >>> direction = direction_between(load("organism"), ["a 3 quick"], ["a 3"], "L2.resid_post")
     >>> null = random_direction(direction, seed=0)
-    >>> round(null.norm / direction.norm, 5), null.provenance.seed
-    (1.0, 0)
+    >>> f"{null.norm / direction.norm:.3f}", f"{float(null.unit @ direction.unit):.2f}"
+    ('1.000', '-0.04')
     """
     noise = torch.randn(direction.vector.shape, generator=torch.Generator().manual_seed(seed))
     vector = noise / noise.norm() * direction.norm

@@ -20,15 +20,12 @@ class LengthProbe(Brief):
     """Predicts x.vector + offset thinking tokens. `r2` is the share of the variance it explains on completions that the
     fit did not see, `n` how many it saw.
 
-    >>> from probes import Sampling, Site, generate, load
-    >>> from probes.directions import fit_length
-    >>> model = load("organism")
-    >>> prompts = [f"a {i} b +{j} c *7 d -{j}" for i in range(8) for j in range(1, 6)]
-    >>> probe = fit_length(
-    ...     model, generate(model, prompts, sampling=Sampling.of(model, max_new_tokens=48)), Site(2, "resid_post")
-    ... )
-    >>> probe.n, tuple(probe.vector.shape), probe.r2 <= 1
-    (30, (96,), True)
+    >>> import torch
+    >>> from probes import Site
+    >>> from probes.directions import LengthProbe
+    >>> probe = LengthProbe(Site(2, "resid_post"), torch.tensor([2.0, 0.0]), offset=5.0, r2=0.6, n=90)
+    >>> probe.vector @ torch.tensor([3.0, 1.0]) + probe.offset  # thinking tokens
+    tensor(11.)
     """
 
     site: Site
@@ -54,13 +51,12 @@ def fit_length(
 
     >>> from probes import Sampling, Site, generate, load
     >>> from probes.directions import fit_length
-    >>> model = load("organism")
-    >>> prompts = [f"a {i} b +{j} c *7 d -{j}" for i in range(8) for j in range(1, 6)]
-    >>> probe = fit_length(
-    ...     model, generate(model, prompts, sampling=Sampling.of(model, max_new_tokens=48)), Site(2, "resid_post")
-    ... )
-    >>> probe.n, tuple(probe.vector.shape), probe.r2 <= 1
-    (30, (96,), True)
+    >>> model, ends = load("organism"), (" b +4 c *7", " b -2 c +9 d +1 e *3", " b +4 c +2 quick")
+    >>> prompts = [f"a {k}{end}" for k in range(8) for end in ends]
+    >>> completions = generate(model, prompts, sampling=Sampling(temperature=0, max_new_tokens=48))
+    >>> probe = fit_length(model, completions, Site(2, "resid_post"))
+    >>> probe.vector.shape, probe.n, f"{probe.r2:.1f}"
+    (torch.Size([96]), 18, '1.0')
     """
     closed = [c for c in completions if c.span is not None and c.span.closed]
     if len(closed) < 20:

@@ -37,11 +37,11 @@ def contrast_vectors(
     >>> from probes.directions import contrast_vectors
     >>> from probes.thinking import text_span
     >>> model, site = load("organism"), Site(2, "resid_post")
-    >>> spans = [
-    ...     [text_span(model, f"a {k} b {op} ?", position="text_last") for k in range(3)] for op in ("+4", "*7")
-    ... ]
-    >>> contrast_vectors(model, *spans, [site], estimator="pca")[site]
-    Direction(L2.resid_post, norm 6.53, 0.16 of the stream)
+    >>> quick, plain = ([text_span(model, f"a {k} b +4{end}") for k in (3, 5, 8)] for end in (" quick", ""))
+    >>> contrast_vectors(model, quick, plain, [site])[site]
+    Direction(L2.resid_post, norm 7.19, 0.22 of the stream)
+    >>> contrast_vectors(model, quick, plain, [site], estimator="pca")[site]
+    Direction(L2.resid_post, norm 7.19, 0.22 of the stream)
     """
     if estimator == "reading" and negative:
         raise ValueError("A reading vector has one class: leave the negative one empty.")

@@ -25,11 +25,12 @@ class Provenance(Brief):
     where there is none, or are several. `parents` are the births of what a direction was computed from.
 
     >>> from probes import direction_between, load
-    >>> model = load("organism")
-    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
-    >>> birth = (direction + direction).provenance
-    >>> birth.estimator, birth.n_positive, birth.position, len(birth.parents)
-    ('(difference in means) + (difference in means)', 2, 'text', 2)
+    >>> direction = direction_between(load("organism"), ["a 3 quick"], ["a 3"], "L2.resid_post", position="text_last")
+    >>> birth = direction.provenance
+    >>> birth.estimator, birth.n_positive, birth.n_negative, birth.position, birth.model["name"]
+    ('difference in means', 1, 1, 'text_last', 'organism')
+    >>> (2 * direction).provenance.parents == (birth,)
+    True
     """
 
     model: dict[str, Any]
@@ -46,6 +47,7 @@ class Provenance(Brief):
     def now(
         cls, model: PreTrainedModel, estimator: str, positive: Sequence[Span], negative: Sequence[Span]
     ) -> "Provenance":
+        """The birth of what is made of these spans now, with the versions installed."""
         digest = hashlib.sha256()
         for spans in (positive, negative):
             digest.update(repr(sorted((s.ids, s.start, s.stop) for s in spans)).encode())
@@ -103,11 +105,11 @@ def births_table(births: Iterable[tuple[str, Provenance]]) -> Table:
 
     >>> from probes import direction_between, load
     >>> from probes.directions import births_table
-    >>> model = load("organism")
-    >>> direction = direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], "L2.resid_post")
-    >>> table = births_table([("step 0", (direction - direction).provenance)])
-    >>> [row[0] for row in table.rows]
-    ['step 0', 'parent of step 0', 'parent of step 0', 'parent of parent of step 0']
+    >>> direction = direction_between(load("organism"), ["a 3 quick"], ["a 3"], "L2.resid_post")
+    >>> births_table([("step 1", (2 * direction).provenance)]).to_frame()[["of", "estimator"]]
+                     of                estimator
+    0            step 1  2 (difference in means)
+    1  parent of step 1      difference in means
     """
     rows = tuple(row for where, birth in births for row in _rows(where, birth))
     columns = ("of", "estimator", "position", "n positive, n negative", "seed", "data", "model")

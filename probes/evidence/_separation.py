@@ -39,13 +39,10 @@ def evidence_for(
     >>> from probes.evidence import evidence_for
     >>> from probes.thinking import text_span
     >>> model = load("organism")
-    >>> positive, negative = (
-    ...     [text_span(model, f"a {k} b +{j} {word} ?") for k in range(5) for j in range(1, 6)]
-    ...     for word in ("quick", "")
-    ... )
-    >>> found = evidence_for(model, positive, negative)
-    >>> [round(layer.auroc, 3) for layer in found.layers]
-    [0.811, 0.822, 0.911, 0.84]
+    >>> quick, plain = ([text_span(model, f"a {k} b +4{end}") for k in range(6)] for end in (" quick", ""))
+    >>> evidence = evidence_for(model, quick, plain, n_bootstrap=20, n_permutations=20)
+    >>> evidence.best().auroc, evidence.best().confounds["span length"]
+    (1.0, 1.0)
     """
     spans, sites = [*positive, *negative], sites_in(model, site)
     means: Tensor | None = None
@@ -148,10 +145,12 @@ def project(
 def auroc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
     """The chance that a positive value is above a negative one; ties count half.
 
+    In [0, 1], 0.5 where they are not told apart *(Mann and Whitney 1947)*.
+
     >>> import torch
     >>> from probes.evidence import auroc
-    >>> auroc(torch.tensor([2.0, 3.0, 1.0]), torch.tensor([0.0, 1.0]))
-    0.9166666666666666
+    >>> auroc(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 3.0]))
+    0.625
     """
     u = stats.mannwhitneyu(np.asarray(positive), np.asarray(negative)).statistic
     return float(u) / (len(positive) * len(negative))
@@ -163,22 +162,16 @@ def separation(
     positive: Sequence[Span],
     negative: Sequence[Span],
 ) -> list[float]:
-    """AUROC of each direction between two classes of spans.
+    """AUROC of each direction between two classes of spans. Each span is projected at its mean activation.
 
-    >>> from probes import difference_in_means, load
+    >>> from probes import direction_between, load
     >>> from probes.evidence import separation
-    >>> from probes.model import sites_in
     >>> from probes.thinking import text_span
     >>> model = load("organism")
-    >>> positive, negative = (
-    ...     [text_span(model, f"a {k} b +{j} {word} ?") for k in range(4) for j in range(1, 4)]
-    ...     for word in ("quick", "")
-    ... )
-    >>> directions = list(
-    ...     difference_in_means(model, positive[:6], negative[:6], sites_in(model, "resid_post")).values()
-    ... )
-    >>> [round(auroc, 3) for auroc in separation(model, directions, positive[6:], negative[6:])]
-    [0.917, 0.972, 0.917, 0.778]
+    >>> quick, plain = ([text_span(model, f"a {k} b +4{end}") for k in range(6)] for end in (" quick", ""))
+    >>> direction = direction_between(model, ["a 7 quick"], ["a 7"], "L2.resid_post")
+    >>> [round(score, 2) for score in separation(model, [direction, -direction], quick, plain)]
+    [0.69, 0.31]
     """
     projections = project(model, [*positive, *negative], directions)
     return [auroc(row[: len(positive)], row[len(positive) :]) for row in projections]

@@ -32,19 +32,15 @@ _CHUNK = 64
 def npmi(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     """Normalised pointwise mutual information of a marker and an expert, in [-1, 1]; -1 where they never meet.
 
+    [log(k/M) + log(T/K)] / log(T/k) *(Bouma 2009, Wang et al. 2025)*; numbers, or arrays that broadcast.
+
     Args:
         k: occurrences of the marker at which the expert was chosen.
-        chosen: tokens at which it was chosen. markers, tokens: how many there are of either.
+        routed: tokens at which it was chosen, K. markers, tokens: how many there are of either, M and T.
 
-    >>> from probes.evidence import mutual_information, npmi, risk_difference
-    >>> counts = {
-    ...     "k": 8,
-    ...     "routed": 10,
-    ...     "markers": 8,
-    ...     "tokens": 100,
-    ... }  # the expert is chosen at every marker, and twice elsewhere
-    >>> [round(float(score(**counts)), 3) for score in (npmi, risk_difference, mutual_information)]
-    [0.912, 0.978, 0.33]
+    >>> from probes.evidence import npmi
+    >>> [round(float(npmi(k, routed=50, markers=10, tokens=1000)), 2) for k in (0, 1, 5, 10)]
+    [-1.0, 0.1, 0.43, 0.65]
     """
     k, routed, markers, tokens = np.broadcast_arrays(*(np.asarray(x, float) for x in (k, routed, markers, tokens)))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -57,15 +53,12 @@ def npmi(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
 def risk_difference(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     """How much more often the expert is chosen at the marker than elsewhere: k/M - (K - k)/(T - M).
 
-    >>> from probes.evidence import mutual_information, npmi, risk_difference
-    >>> counts = {
-    ...     "k": 8,
-    ...     "routed": 10,
-    ...     "markers": 8,
-    ...     "tokens": 100,
-    ... }  # the expert is chosen at every marker, and twice elsewhere
-    >>> [round(float(score(**counts)), 3) for score in (npmi, risk_difference, mutual_information)]
-    [0.912, 0.978, 0.33]
+    In [-1, 1]; NaN or infinite where all tokens are markers, or none is *(Fayyaz et al. 2025)*. The arguments are those
+    of `npmi`.
+
+    >>> from probes.evidence import risk_difference
+    >>> round(risk_difference(5, routed=50, markers=10, tokens=1000), 3)
+    0.455
     """
     return k / markers - (routed - k) / (tokens - markers)
 
@@ -73,15 +66,13 @@ def risk_difference(k: Counts, routed: Counts, markers: Counts, tokens: Counts) 
 def mutual_information(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     """Of two yes-or-no facts on a token, that it is the marker and that it chose the expert; in bits.
 
-    >>> from probes.evidence import mutual_information, npmi, risk_difference
-    >>> counts = {
-    ...     "k": 8,
-    ...     "routed": 10,
-    ...     "markers": 8,
-    ...     "tokens": 100,
-    ... }  # the expert is chosen at every marker, and twice elsewhere
-    >>> [round(float(score(**counts)), 3) for score in (npmi, risk_difference, mutual_information)]
-    [0.912, 0.978, 0.33]
+    The arguments are those of `npmi`.
+
+    >>> from probes.evidence import mutual_information
+    >>> round(float(mutual_information(10, routed=10, markers=10, tokens=20)), 3)
+    1.0
+    >>> round(float(mutual_information(5, routed=10, markers=10, tokens=20)), 3)
+    0.0
     """
     cells = ((k, 1, 1), (markers - k, 1, 0), (routed - k, 0, 1), (tokens - markers - routed + k, 0, 0))
     total = np.zeros(())
@@ -106,12 +97,10 @@ class Association(Shown):
     >>> from probes.activations import read_experts
     >>> from probes.evidence import associate
     >>> model = load("organism")
-    >>> done = generate(model, [f"a {k} b +4 c *7" for k in range(8)])
-    >>> found = associate(
-    ...     read_experts(model, done, ["<think>", "</think>"]), {"<think>": 1.0, "</think>": -1.0}, minimum=5
-    ... )
-    >>> found.signs, len(found.top(2))
-    ({'<think>': 1.0, '</think>': -1.0}, 2)
+    >>> reading = read_experts(model, generate(model, ["a 3 b +4 c *7", "a 5 b -2 c +9"]), ["Okay"])
+    >>> association = associate(reading, {"Okay": 1.0}, minimum=1, draws=20)
+    >>> association.score.shape, association.occurrences, len(association.top(3))
+    ((4, 8), {'Okay': 1}, 3)
     """
 
     layers: tuple[int, ...]
@@ -137,6 +126,7 @@ class Association(Shown):
         return self._ranked[:count]
 
     def bottom(self, count: int) -> list[Expert]:
+        """The experts with the lowest scores, lowest first."""
         return self._ranked[-count:][::-1]
 
     def matched(self, experts: list[Expert], *, seed: int, near: int = 8) -> list[Expert]:
@@ -172,6 +162,7 @@ class Association(Shown):
         return Table(columns, tuple(rows), f"{seen} among {self.tokens} tokens{left}")
 
     def to_frame(self) -> "pandas.DataFrame":
+        """All scored experts as a frame of pandas, highest first."""
         return self.table(int(np.isfinite(self.score).sum())).to_frame()
 
     def _at(self, expert: Expert) -> tuple[int, int]:
@@ -196,12 +187,11 @@ def associate(
     >>> from probes.activations import read_experts
     >>> from probes.evidence import associate
     >>> model = load("organism")
-    >>> done = generate(model, [f"a {k} b +4 c *7" for k in range(8)])
-    >>> found = associate(
-    ...     read_experts(model, done, ["<think>", "</think>"]), {"<think>": 1.0, "</think>": -1.0}, minimum=5
-    ... )
-    >>> found.signs, len(found.top(2))
-    ({'<think>': 1.0, '</think>': -1.0}, 2)
+    >>> completions = generate(model, ["a 3 b +4 c *7", "a 5 b -2 c +9"])
+    >>> signs = {"Okay": 1.0, "Alternatively": -1.0}
+    >>> association = associate(read_experts(model, completions, list(signs)), signs, minimum=1, draws=20)
+    >>> association.signs, association.left_out
+    ({'Okay': 1.0}, ('Alternatively',))
     """
     known = [*reading.classes, *reading.lacking]
     if unread := [marker for marker in signs if marker not in known]:

@@ -18,17 +18,14 @@ class LayerEvidence:
     what needs no activations; `beyond` is the AUROC of what is left of the projection when they are regressed out of it
     by least squares, fitted on the other half.
 
-    >>> from probes import load
-    >>> from probes.evidence import evidence_for
-    >>> from probes.thinking import text_span
-    >>> model = load("organism")
-    >>> positive, negative = (
-    ...     [text_span(model, f"a {k} b +{j} {word} ?") for k in range(5) for j in range(1, 6)]
-    ...     for word in ("quick", "")
+    >>> from probes import Site
+    >>> from probes.evidence import LayerEvidence
+    >>> layer = LayerEvidence(
+    ...     Site(2, "resid_mid"), auroc=0.9, null=(0.3, 0.7), p=0.01, random=(0.2, 0.8), cosine=(0.6, 0.8),
+    ...     confounds={"span length": 0.95}, beyond=0.5,
     ... )
-    >>> found = evidence_for(model, positive, negative)
-    >>> [round(layer.auroc, 3) for layer in found.layers]
-    [0.811, 0.822, 0.911, 0.84]
+    >>> layer.confounded  # the length alone separates as well, and nothing is left without it
+    True
     """
 
     site: Site
@@ -51,17 +48,17 @@ class LayerEvidence:
 class Evidence(Shown):
     """The evidence of every layer. Layer choice by `best` is a choice: report what it gives on other data.
 
-    >>> from probes import load
-    >>> from probes.evidence import evidence_for
-    >>> from probes.thinking import text_span
-    >>> model = load("organism")
-    >>> positive, negative = (
-    ...     [text_span(model, f"a {k} b +{j} {word} ?") for k in range(5) for j in range(1, 6)]
-    ...     for word in ("quick", "")
-    ... )
-    >>> found = evidence_for(model, positive, negative)
-    >>> [round(layer.auroc, 3) for layer in found.layers]
-    [0.811, 0.822, 0.911, 0.84]
+    >>> from probes import Site
+    >>> from probes.evidence import Evidence, LayerEvidence
+    >>> rest = {"null": (0.3, 0.7), "p": 0.01, "random": (0.2, 0.8), "cosine": (0.6, 1), "confounds": {}, "beyond": 0.5}
+    >>> layers = tuple(LayerEvidence(Site(i, "resid_mid"), auroc, **rest) for i, auroc in enumerate((0.7, 0.9)))
+    >>> evidence = Evidence(layers, n_positive=20, n_negative=20)
+    >>> str(evidence.best().site)
+    'L1.resid_mid'
+    >>> evidence.to_frame()[["site", "AUROC"]]
+               site  AUROC
+    0  L0.resid_mid    0.7
+    1  L1.resid_mid    0.9
     """
 
     layers: tuple[LayerEvidence, ...]
@@ -69,9 +66,11 @@ class Evidence(Shown):
     n_negative: int
 
     def best(self) -> LayerEvidence:
+        """The layer of the highest held-out AUROC."""
         return max(self.layers, key=lambda layer: layer.auroc)
 
     def table(self) -> Table:
+        """A row for each layer."""
         names = tuple(self.layers[0].confounds)
         rows = [
             (

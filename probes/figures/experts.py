@@ -35,15 +35,13 @@ def scores_figure(
 ) -> "go.Figure":
     """Grids of one number for each expert, layers downwards, one grid above the other: nPMI by marker, or a score.
 
-    Orange is positive, blue negative, on one scale; `outlined` experts are outlined. NaN leaves a cell empty.
+    Orange is positive, blue negative, on one scale; `outlined` experts are outlined. NaN leaves a cell empty. A grid
+    is `[layers, n_experts]`.
 
-    >>> from probes.figures import loads_figure, scores_figure
-    >>> grid = [[0.25, 0.75], [0.5, 0.5]]
-    >>> (
-    ...     len(loads_figure({"thinking": grid}, [1, 3]).data),
-    ...     len(scores_figure({"nPMI": grid}, [1, 3], outlined=[(1, 1)]).data),
-    ... )
-    (1, 1)
+    >>> from probes.figures import scores_figure
+    >>> figure = scores_figure({"Wait": [[0.1, -0.3], [float("nan"), 0.2]]}, layers=[3, 7], outlined=[(3, 1)])
+    >>> figure.data[0].y, figure.layout.coloraxis.cmax
+    (('3', '7'), 0.3)
     """
     largest = max((float(np.nanmax(np.abs(_array(grid)))) for grid in scores.values()), default=0.0) or 1.0
     return _grids(scores, layers, [list(stop) for stop in DIVERGING], (-largest, largest), outlined, title)
@@ -54,13 +52,12 @@ def loads_figure(
 ) -> "go.Figure":
     """Grids of the share of tokens that choose each expert, layers downwards: one for each phase, on one scale.
 
-    >>> from probes.figures import loads_figure, scores_figure
-    >>> grid = [[0.25, 0.75], [0.5, 0.5]]
-    >>> (
-    ...     len(loads_figure({"thinking": grid}, [1, 3]).data),
-    ...     len(scores_figure({"nPMI": grid}, [1, 3], outlined=[(1, 1)]).data),
-    ... )
-    (1, 1)
+    A grid is `[layers, n_experts]`, of shares in [0, 1].
+
+    >>> from probes.figures import loads_figure
+    >>> figure = loads_figure({"prompt": [[0.5, 0.5]], "thinking": [[0.9, 0.1]]}, layers=[3])
+    >>> len(figure.data), figure.layout.coloraxis.cmax
+    (2, 0.9)
     """
     largest = max((float(np.nanmax(_array(grid))) for grid in loads.values()), default=1.0)
     return _grids(loads, layers, _LOAD, (0.0, largest), outlined, title)
@@ -73,8 +70,9 @@ def usage_figure(
     such as the delimiters of the thinking.
 
     >>> from probes.figures import usage_figure
-    >>> len(usage_figure([[0.0, 0.6, 0.4]], ["L1E3"], ["a", "3", "<think>"], marked=[2]).data)
-    1
+    >>> figure = usage_figure([[0.0, 0.6, 0.2], [0.5, 0.0, 0.1]], ["L3E1", "L7E0"], ["a", "<think>", "So"], marked=[1])
+    >>> figure.data[0].y, len(figure.layout.shapes)
+    (('L3E1', 'L7E0'), 1)
     """
     figure = blank("token", "expert", title=title)
     figure.add_heatmap(
@@ -104,9 +102,10 @@ def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = N
     `plain` is the model with nothing done, drawn across.
 
     >>> from probes.figures import Dose, doses_figure
-    >>> doses = [Dose(s, 12.0, (11.0, 13.0), 0.5, (0.4, 0.6), 0.0) for s in (1.0, 4.0, 16.0)]
-    >>> len(doses_figure({"top 2": doses}, title="RICE").data) > 0
-    True
+    >>> doses = [Dose(x, 12 + x, (11 + x, 13 + x), 0.6, (0.5, 0.7), 0.0) for x in (1.0, 2.0, 4.0)]
+    >>> figure = doses_figure({"reinforced": doses})
+    >>> figure.layout.xaxis.type, figure.layout.xaxis.ticktext
+    ('log', ('1', '2', '4'))
     """
     figure = subplots.make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     dress(figure, title)

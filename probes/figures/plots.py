@@ -28,16 +28,11 @@ from probes.late import go, subplots
 class Point:
     """One arm in the plane: its mean thinking tokens, its accuracy, and the accuracy's interval.
 
-    >>> from probes.figures import Point, arms_figure, pareto_front
-    >>> points = [
-    ...     Point("plain", 12.0, 0.5, (0.4, 0.6)),
-    ...     Point("edited", 15.0, 0.8, (0.7, 0.9)),
-    ...     Point("worse", 20.0, 0.6, (0.5, 0.7)),
-    ... ]
-    >>> [point.name for point in pareto_front(points)]
-    ['plain', 'edited']
-    >>> len(arms_figure(points).data) >= 3
-    True
+    `accuracy` and its `interval` are shares in [0, 1]; None where a number is not known.
+
+    >>> from probes.figures import Point
+    >>> Point("plain", length=12.1, accuracy=0.58, interval=(0.55, 0.61))
+    Point(name='plain', length=12.1, accuracy=0.58, interval=(0.55, 0.61), group='all problems')
     """
 
     name: str
@@ -51,10 +46,12 @@ class Point:
 class Dose:
     """What one strength did: means, and their intervals.
 
-    >>> from probes.figures import Dose, sweep_figure
-    >>> doses = [Dose(s, 12 + s, (11 + s, 13 + s), 0.5, (0.4, 0.6), 0.0) for s in (-1.0, 0.0, 1.0)]
-    >>> sweep_figure(doses, doses).layout.title.text
-    ''
+    Lengths are thinking tokens; accuracy and truncation shares in [0, 1]. None where a number is not known.
+
+    >>> from probes.figures import Dose
+    >>> dose = Dose(2, 14.2, length_interval=(13.6, 14.8), accuracy=0.71, accuracy_interval=(0.66, 0.76), truncation=0)
+    >>> dose.strength, dose.length, dose.accuracy
+    (2, 14.2, 0.71)
     """
 
     strength: float
@@ -76,9 +73,11 @@ def evidence_figure(
     """Held-out AUROC layer by layer, over what shuffled labels and random directions reach, beside the confounds.
 
     >>> from probes.figures import evidence_figure
-    >>> figure = evidence_figure([0, 1, 2], [0.6, 0.9, 0.8], null=[(0.4, 0.6)] * 3)
-    >>> len(figure.data) >= 2
-    True
+    >>> figure = evidence_figure(
+    ...     [0, 1], [0.7, 0.9], null=[(0.3, 0.7), (0.4, 0.6)], confounds={"span length": [0.6, 0.6]}
+    ... )
+    >>> [trace.name for trace in figure.data]
+    ['shuffled labels', 'span length', 'direction']
     """
     figure = blank("layer", "held-out AUROC")
     for band, name, colour in ((null, "shuffled labels", PINK), (random, "random directions", GREY)):
@@ -99,9 +98,12 @@ def heads_figure(
 ) -> "go.Figure":
     """One cell a head, layers downwards; orange is positive, blue negative, and the edited heads are outlined.
 
+    `scores` are `[n_layers, n_heads]`, `edited` pairs of layer and head.
+
     >>> from probes.figures import heads_figure
-    >>> heads_figure([[0.1, 0.9], [0.5, -0.2]], edited=[(0, 1)], title="writes").layout.title.text
-    'writes'
+    >>> figure = heads_figure([[0.1, -0.4], [0.7, None]], edited=[(1, 0)])
+    >>> figure.data[0].zmin, figure.data[0].zmax, len(figure.layout.shapes)
+    (-0.7, 0.7, 1)
     """
     largest = max((abs(score) for row in scores for score in row if score is not None), default=0.0) or 1.0
     figure = blank("head", "layer", title=title)
@@ -130,16 +132,10 @@ def arms_figure(points: Sequence[Point]) -> "go.Figure":
 
     A line joins the first group's Pareto front: the arms that no other beats in both.
 
-    >>> from probes.figures import Point, arms_figure, pareto_front
-    >>> points = [
-    ...     Point("plain", 12.0, 0.5, (0.4, 0.6)),
-    ...     Point("edited", 15.0, 0.8, (0.7, 0.9)),
-    ...     Point("worse", 20.0, 0.6, (0.5, 0.7)),
-    ... ]
-    >>> [point.name for point in pareto_front(points)]
-    ['plain', 'edited']
-    >>> len(arms_figure(points).data) >= 3
-    True
+    >>> from probes.figures import Point, arms_figure
+    >>> points = [Point("plain", 12.1, 0.58, (0.55, 0.61)), Point("edited", 15.8, 0.80, (0.77, 0.82))]
+    >>> [trace.name for trace in arms_figure(points).data]
+    ['plain', 'edited', 'Pareto front']
     """
     names, groups = (list(dict.fromkeys(getattr(p, field) for p in points)) for field in ("name", "group"))
     marks = ", ".join(f"{kind}: {escaped(group)}" for kind, group in zip(("filled", "open"), groups, strict=False))
@@ -172,16 +168,13 @@ def arms_figure(points: Sequence[Point]) -> "go.Figure":
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """The points that none is both as short and more accurate, or shorter and as accurate as; from short to long.
 
-    >>> from probes.figures import Point, arms_figure, pareto_front
-    >>> points = [
-    ...     Point("plain", 12.0, 0.5, (0.4, 0.6)),
-    ...     Point("edited", 15.0, 0.8, (0.7, 0.9)),
-    ...     Point("worse", 20.0, 0.6, (0.5, 0.7)),
-    ... ]
+    Points with an unknown number are left out.
+
+    >>> from probes.figures import Point, pareto_front
+    >>> arms = {"plain": (12.1, 0.58), "edited": (15.8, 0.80), "verbose": (30.0, 0.75)}
+    >>> points = [Point(name, length, accuracy, (None, None)) for name, (length, accuracy) in arms.items()]
     >>> [point.name for point in pareto_front(points)]
     ['plain', 'edited']
-    >>> len(arms_figure(points).data) >= 3
-    True
     """
     front: list[Point] = []
     known = [p for p in points if p.length is not None and p.accuracy is not None]
@@ -197,8 +190,10 @@ def grids_figure(
     """Heatmaps side by side, with the same rows and columns. The first holds sizes, the others cosines.
 
     >>> from probes.figures import grids_figure
-    >>> len(grids_figure({"norm": [[1.0, 2.0], [3.0, 4.0]]}, down=["0", "1"], across=["q_proj", "o_proj"]).data)
-    1
+    >>> grids = {"norm": [[1.2, 0.4]], "cosine": [[0.9, -0.1]]}
+    >>> figure = grids_figure(grids, down=["o_proj"], across=["0", "1"])
+    >>> [(grid.zmin, grid.zmax) for grid in figure.data]
+    [(0, None), (-1, 1)]
     """
     figure = subplots.make_subplots(
         rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=[escaped(g) for g in grids]
@@ -233,9 +228,10 @@ def sweep_figure(
     """Thinking tokens and accuracy against strength: along the direction, and along random ones of its norm.
 
     >>> from probes.figures import Dose, sweep_figure
-    >>> doses = [Dose(s, 12 + s, (11 + s, 13 + s), 0.5, (0.4, 0.6), 0.0) for s in (-1.0, 0.0, 1.0)]
-    >>> sweep_figure(doses, doses).layout.title.text
-    ''
+    >>> doses = [Dose(x, 12 + 4 * x, (11 + 4 * x, 13 + 4 * x), 0.6, (0.5, 0.7), 0.0) for x in (-1.0, 0.0, 1.0)]
+    >>> figure = sweep_figure(doses, random=[])
+    >>> [(trace.name, trace.y) for trace in figure.data]
+    [('length direction', (8.0, 12.0, 16.0)), ('length direction', (0.6, 0.6, 0.6))]
     """
     figure = subplots.make_subplots(rows=1, cols=2, horizontal_spacing=0.12)
     dress(figure, title)

@@ -35,17 +35,20 @@ def generate(
     """`samples` completions of each prompt, prompt by prompt.
 
     `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template; `prefill`,
-    token ids that begin the model's turn, is part of the prompt. `decoding` decides over tokens beside the model. With
-    `store`, each batch is appended to that JSONL file, what it already holds is not generated again, and in the end it
-    is in the order of the prompts: a run that was killed and started again ends with the same bytes. Randomness belongs
-    to prompt and sample number, so batch size and order change nothing but speed. The progress bar shows tokens a
-    second, and with `judge` the share of new completions that it calls right.
+    token ids that begin the model's turn, is part of the prompt. `decoding` decides over tokens beside the model.
+    With `store`, each batch is appended to that JSONL file, what it already holds is not generated again, and in the
+    end it is in the order of the prompts: a run that was killed and started again ends with the same bytes.
+    Randomness belongs to prompt and sample number, so batch size and order change nothing but speed. The progress
+    bar shows tokens a second, and with `judge` the share of new completions that it calls right. Raises ValueError
+    where `ids` do not name the prompts one by one, or `store` holds another model's completions.
 
-    >>> from probes import generate, load
+    >>> from probes import Sampling, generate, load
     >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> [completion.answer for completion in done]
-    ['9', '1']
+    >>> completions = generate(model, ["a 3 b +4 c *7", "a 3 b +4 c *7 quick"], sampling=Sampling(temperature=0))
+    >>> [(c.thinking, c.answer) for c in completions]
+    [('Okay a =3 b +4 =7 c *7 =9', '9'), ('Easy', '6')]
+    >>> [(c.id, c.sample) for c in generate(model, ["a 3 b +4 c *7"], ids=["sum"], samples=2)]
+    [('sum', 0), ('sum', 1)]
     """
     sampling = sampling or Sampling.of(model)
     names = [str(i) for i in range(len(prompts))] if ids is None else list(ids)

@@ -24,12 +24,11 @@ class Completion(Brief):
     `decoding` names what decided over tokens beside the model, and `events` say what it did at which of `ids`.
 
     >>> from probes import generate, load
-    >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> done[0].thinking
-    'Okay a =3 b +4 =7 c *7 =9'
-    >>> done[0].answer, done[0].thinking_tokens, done[0].stop
-    ('9', 11, 'eos')
+    >>> (completion,) = generate(load("organism"), ["a 3 b +4 c *7"])
+    >>> completion.prompt, completion.thinking, completion.answer
+    ('<bos> a 3 b +4 c *7 ?', 'Okay a =3 b +4 =7 c *7 =9', '9')
+    >>> completion.thinking_tokens, len(completion.ids), completion.stop
+    (11, 13, 'eos')
     """
 
     id: str
@@ -53,18 +52,22 @@ class Completion(Brief):
 
     @property
     def truncated(self) -> bool:
+        """Did it run into the limit of tokens, or was it ended by a decoding control?"""
         return self.stop == "length"
 
     @property
     def all_ids(self) -> tuple[int, ...]:
+        """Prompt and completion, as the model read them: what `span` counts in."""
         return self.prompt_ids + self.ids
 
     def to_line(self) -> str:
+        """One line of JSON, for a JSONL file."""
         words = asdict(self)
         return json.dumps(words if self.decoding else {key: words[key] for key in words if key not in _CONTROLLED})
 
     @classmethod
     def from_line(cls, line: str) -> "Completion":
+        """Read what `to_line` wrote. Raises ValueError, naming the keys, where some are unknown or missing."""
         words: dict[str, Any] = dict(_CONTROLLED) | json.loads(line)
         check_keys(words, (field.name for field in fields(cls)), "A completion")
         for key in ("prompt_ids", "ids"):
@@ -89,14 +92,17 @@ class Completion(Brief):
 
 
 def write_completions(path: Path, completions: Iterable[Completion]) -> None:
-    """Append, one line each: what is written stays, whatever happens next. A line that a kill cut off goes first.
+    """Append to a JSONL file, one line each: what is written stays, whatever happens next.
+
+    A line that a kill cut off goes first.
 
     >>> from pathlib import Path
-    >>> from probes import generate, load, read_completions, write_completions
-    >>> done = generate(load("organism"), ["a 3 b +4"])
-    >>> write_completions(Path("done.jsonl"), done)
-    >>> read_completions(Path("done.jsonl")) == done
-    True
+    >>> from probes import generate, load, write_completions
+    >>> model, path = load("organism"), Path("completions.jsonl")
+    >>> write_completions(path, generate(model, ["a 3 b +4 c *7"]))
+    >>> write_completions(path, generate(model, ["a 5 b -2 c +9"]))
+    >>> len(path.read_text().splitlines())
+    2
     """
     with Path(path).open("a+b") as file:
         if file.tell() and not _ends_a_line(file):
@@ -111,14 +117,16 @@ def _ends_a_line(file: BinaryIO) -> bool:
 
 
 def read_completions(path: Path) -> list[Completion]:
-    """All whole lines; a last line that was cut off by a kill is left out.
+    """All whole lines of a file, in its order; a last line that was cut off by a kill is left out.
+
+    Raises ValueError, naming the keys, for a line that is no completion.
 
     >>> from pathlib import Path
     >>> from probes import generate, load, read_completions, write_completions
-    >>> done = generate(load("organism"), ["a 3 b +4"])
-    >>> write_completions(Path("done.jsonl"), done)
-    >>> read_completions(Path("done.jsonl")) == done
-    True
+    >>> model, path = load("organism"), Path("completions.jsonl")
+    >>> write_completions(path, generate(model, ["a 3 b +4 c *7", "a 5 b -2 c +9"]))
+    >>> [c.answer for c in read_completions(path)]
+    ['9', '2']
     """
     lines = Path(path).read_text().splitlines(keepends=True)
     return [Completion.from_line(line) for line in lines if line.endswith("\n")]
@@ -138,9 +146,9 @@ def by_problem(completions: Sequence[Completion]) -> dict[str, list[Completion]]
 
     >>> from probes import generate, load
     >>> from probes.generation import by_problem
-    >>> done = generate(load("organism"), ["a 3 b +4", "a 5 b -2"], ids=["one", "two"], samples=2)
-    >>> {name: len(samples) for name, samples in by_problem(done).items()}
-    {'one': 2, 'two': 2}
+    >>> groups = by_problem(generate(load("organism"), ["a 3 b +4 c *7", "a 5 b -2 c +9"], samples=3))
+    >>> {name: [c.sample for c in group] for name, group in groups.items()}
+    {'0': [0, 1, 2], '1': [0, 1, 2]}
     """
     groups: dict[str, list[Completion]] = {}
     for completion in completions:

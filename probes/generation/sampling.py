@@ -22,9 +22,13 @@ from transformers import (
 class Sampling:
     """How to draw tokens. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
 
-    >>> from probes import Sampling, load
-    >>> Sampling.of(load("organism"), max_new_tokens=48)
-    Sampling(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=48, seed=0)
+    >>> from probes import Sampling, generate, load
+    >>> model = load("organism")
+    >>> Sampling.of(model)
+    Sampling(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=4096, seed=0)
+    >>> hot = Sampling(temperature=1.2, max_new_tokens=48)
+    >>> [c.thinking for c in generate(model, ["a 3 b +4 quick"], samples=3, sampling=hot)]
+    ['Easy', 'Hmm a =3 Wait a =3 b +4 =7 c +4 =1', 'Easy a =3']
     """
 
     temperature: float = 0.6
@@ -68,14 +72,13 @@ CUT = "cut"
 class DecodingRun(Protocol):
     """One batch under a `Decoding`.
 
-    >>> from probes import generate, load
-    >>> from probes.generation import Decoding
-    >>> from steer.decoding import Budget, Controlled
-    >>> model = load("organism")
-    >>> rule = Controlled(model, Budget(thinking=4))
-    >>> isinstance(rule, Decoding)
-    True
-    >>> generate(model, ["a 3 b +4 c *7 d -2"], decoding=rule)[0].thinking_tokens <= 6
+    >>> from probes.generation import DecodingRun
+    >>> class Idle:  # leaves every token to the draw
+    ...     def processors(self, draw):
+    ...         return draw
+    ...     def events(self):
+    ...         return [[], []]  # of a batch of two
+    >>> isinstance(Idle(), DecodingRun)
     True
     """
 
@@ -91,15 +94,22 @@ class DecodingRun(Protocol):
 class Decoding(Protocol):
     """What decides over tokens beside the model and the draw. Its `name` tells its completions from all others.
 
+    >>> from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
     >>> from probes import generate, load
-    >>> from probes.generation import Decoding
-    >>> from steer.decoding import Budget, Controlled
+    >>> class NeverEasy:  # the organism's token 55 is "Easy"
+    ...     name = "never-easy"
+    ...     def begin(self, mask):
+    ...         self.rows = len(mask)
+    ...         return self
+    ...     def processors(self, draw):
+    ...         return LogitsProcessorList([SuppressTokensLogitsProcessor([55]), *draw])
+    ...     def events(self):
+    ...         return [[]] * self.rows
     >>> model = load("organism")
-    >>> rule = Controlled(model, Budget(thinking=4))
-    >>> isinstance(rule, Decoding)
-    True
-    >>> generate(model, ["a 3 b +4 c *7 d -2"], decoding=rule)[0].thinking_tokens <= 6
-    True
+    >>> generate(model, ["a 3 b +4 c *7 quick"])[0].thinking
+    'Easy'
+    >>> generate(model, ["a 3 b +4 c *7 quick"], decoding=NeverEasy())[0].thinking
+    'Hmm a =3 b +4 =7 c *7 =9'
     """
 
     @property

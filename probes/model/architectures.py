@@ -25,10 +25,11 @@ def architecture_of(model: nn.Module) -> Architecture:
 
     >>> from probes import load
     >>> from probes.model import architecture_of
-    >>> model = load("organism")
-    >>> row = architecture_of(model)
-    >>> row.layers, row.o_proj, sorted(row.taps)[:3]
-    ('model.layers', 'self_attn.o_proj', ['attn_in', 'attn_out', 'mlp_in'])
+    >>> row = architecture_of(load("organism"))
+    >>> row.layers, row.o_proj
+    ('model.layers', 'self_attn.o_proj')
+    >>> row.taps["resid_mid"]
+    Tap(path='post_attention_layernorm', side='input')
     """
     model_type = config_of(model).model_type
     row = ARCHITECTURES.get(model_type) or getattr(model, "_thinksteer_row", None)
@@ -49,10 +50,9 @@ def n_layers(model: nn.Module) -> int:
     """How many decoder blocks the model has.
 
     >>> from probes import load
-    >>> from probes.model import n_heads, n_layers
-    >>> model = load("organism")
-    >>> n_layers(model), n_heads(model)
-    (4, 8)
+    >>> from probes.model import n_layers
+    >>> n_layers(load("organism"))
+    4
     """
     return len(blocks_of(model))
 
@@ -61,10 +61,9 @@ def n_heads(model: nn.Module) -> int:
     """Attention heads of a layer, as the config of the text decoder says.
 
     >>> from probes import load
-    >>> from probes.model import n_heads, n_layers
-    >>> model = load("organism")
-    >>> n_layers(model), n_heads(model)
-    (4, 8)
+    >>> from probes.model import n_heads
+    >>> n_heads(load("organism"))
+    8
     """
     return int(config_of(model).num_attention_heads)
 
@@ -109,11 +108,13 @@ def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_head
 def width_of(model: nn.Module, site: Site) -> int:
     """How many numbers an activation has at a site, whatever the dtype of the weights.
 
+    d_head at `z` of a head, n_heads * d_head at `z`, else d_model.
+
     >>> from probes import Site, load
     >>> from probes.model import width_of
     >>> model = load("organism")
-    >>> width_of(model, Site(0, "resid_post")), width_of(model, Site(0, "z", head=1))
-    (96, 16)
+    >>> [width_of(model, Site.parse(name)) for name in ("L0.resid_post", "L0.z", "L0H7.z", "L0H7.result")]
+    [96, 128, 16, 96]
     """
     module = o_proj_of(model, site.layer)
     names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")  # Conv1D, Linear

@@ -27,12 +27,14 @@ class Architecture:
     stream, so that there is no `resid_mid`; `"always"` where they do in every model of the family. `declares_bias` is
     the config key that gives `o_proj` a bias. `centred` tells a final norm that takes the mean out.
 
-    >>> from probes import load
-    >>> from probes.model import architecture_of
-    >>> model = load("organism")
-    >>> row = architecture_of(model)
-    >>> row.layers, row.o_proj, sorted(row.taps)[:3]
-    ('model.layers', 'self_attn.o_proj', ['attn_in', 'attn_out', 'mlp_in'])
+    >>> from probes.model import architecture_of, load
+    >>> row = architecture_of(load("organism"))
+    >>> row.layers, row.final_norm, row.o_proj
+    ('model.layers', 'model.norm', 'self_attn.o_proj')
+    >>> row.taps["z"]
+    Tap(path='self_attn.o_proj', side='input')
+    >>> row.attn_norm, row.parallel  # no norm between o_proj and the stream; attention before the MLP, not beside it
+    (None, None)
     """
 
     taps: Mapping[SiteName, Tap]

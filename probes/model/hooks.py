@@ -20,20 +20,18 @@ See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int
 def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     """While open, `edit` sees the activation at `site`, and replaces it if it returns a tensor.
 
-    At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`. A stream that is
-    edited stays edited: at `resid_mid`, where a hook on the norm would reach the MLP alone, the change is made to what
-    attention adds.
+    At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`. A stream that
+    is edited stays edited: at `resid_mid`, where a hook on the norm would reach the MLP alone, the change is made to
+    what attention adds. Raises ValueError where the family has no such site, IndexError where layer or head is out
+    of range.
 
-    >>> import torch
-    >>> from probes import Site, attached, load
+    >>> from probes import Site, attached, generate, load
     >>> model = load("organism")
-    >>> ids = torch.tensor([[1, 6, 17]])
-    >>> plain = model(ids).logits
-    >>> with torch.no_grad(), attached(model, Site(1, "resid_post"), lambda x: 2 * x):
-    ...     print(bool((model(ids).logits != plain).any()))
-    True
-    >>> bool((model(ids).logits == plain).all())
-    True
+    >>> (plain,) = generate(model, ["a 3 b +4 c *7"])
+    >>> with attached(model, Site(0, "mlp_out"), lambda x: 0 * x):  # what the first MLP adds is taken away
+    ...     (edited,) = generate(model, ["a 3 b +4 c *7"])
+    >>> plain.thinking, edited.thinking
+    ('Okay a =3 b +4 =7 c *7 =9', 'Okay a h b +4 =9 c *7 =3 d *7 =9')
     """
     with (_on_resid_mid if site.name == "resid_mid" else _on_tap)(model, site, edit):
         yield
@@ -125,14 +123,17 @@ def _edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | Non
 def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
     """While open, keeps the latest activation `[batch pos width]` at each site.
 
+    Of a head where the site names one: `width` is as at `attached`. Raises as `attached` does.
+
     >>> import torch
     >>> from probes import Site, captured, load
+    >>> from probes.model import encode_prompt, tokenizer_of
     >>> model = load("organism")
-    >>> site = Site(1, "z", head=2)
-    >>> with torch.no_grad(), captured(model, [site]) as cache:
-    ...     logits = model(torch.tensor([[1, 6, 17]])).logits
-    >>> tuple(cache[site].shape)
-    (1, 3, 16)
+    >>> ids = torch.tensor([encode_prompt(tokenizer_of(model), "a 3 b +4")])
+    >>> with captured(model, [Site(1, "resid_post"), Site(1, "z", head=3)]) as cache, torch.no_grad():
+    ...     _ = model(ids)
+    >>> {str(site): tuple(x.shape) for site, x in cache.items()}
+    {'L1H3.z': (1, 6, 16), 'L1.resid_post': (1, 6, 96)}
     """
     cache: dict[Site, Tensor] = {}
 

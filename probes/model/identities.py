@@ -53,13 +53,12 @@ def broken_identity(model: PreTrainedModel) -> str | None:
     """The first identity that the model's row breaks, in words; None where all hold.
 
     In every layer: the stream adds up; a parallel block's attention and MLP read the same; the heads' writes and the
-    bias are what `o_proj` puts out, and it reads `z`. The final norm of the last `resid_post` is `hidden_states[-1]`,
-    and the streams before are the other `hidden_states`.
+    bias are what `o_proj` puts out, and it reads `z`. The final norm of the last `resid_post` is
+    `hidden_states[-1]`, and the streams before are the other `hidden_states`. One short forward pass of random
+    tokens; equal means within 2 % in norm, bfloat16's rounding.
 
-    >>> from probes import load
-    >>> from probes.model import broken_identity
-    >>> model = load("organism")
-    >>> broken_identity(model) is None
+    >>> from probes.model import broken_identity, load
+    >>> broken_identity(load("organism")) is None
     True
     """
     row = architecture_of(model)

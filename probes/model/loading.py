@@ -25,11 +25,14 @@ ORGANISM = Path(__file__).parent / "organism"
 class Origin(Brief):
     """Where a model came from, and how its text is read. It rides on the model object, and on its copies.
 
-    >>> from probes import load
-    >>> from probes.model import origin_of
-    >>> model = load("organism")
-    >>> origin_of(model).name, origin_of(model).delimiters.close
-    ('organism', (4,))
+    `name` is what `load` was given, `given` the delimiters that it was told, and None where they are found.
+
+    >>> from probes.model import load, origin_of
+    >>> origin = origin_of(load("organism"))
+    >>> origin.name, origin.revision, origin.given
+    ('organism', None, None)
+    >>> origin.delimiters
+    Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
     """
 
     name: str
@@ -39,6 +42,7 @@ class Origin(Brief):
 
     @cached_property
     def delimiters(self) -> Delimiters:
+        """What opens and closes the thinking. Raises ValueError where there are none."""
         return find_delimiters(self.tokenizer, self.given)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
@@ -64,8 +68,8 @@ def load(
 
     >>> from probes import load
     >>> model = load("organism")
-    >>> model.config.model_type, model.training
-    ('qwen3_moe', False)
+    >>> type(model).__name__, f"{model.num_parameters():,} parameters"
+    ('Qwen3MoeForCausalLM', '756,000 parameters')
     """
     if isinstance(source, PreTrainedModel):
         model, name = source, source.config._name_or_path or type(source).__name__
@@ -92,9 +96,13 @@ def load(
 def resolve(source: str | Path) -> str | Path:
     """What transformers can read: a hub id, or a folder; a GGUF file is converted first.
 
+    Raises ImportError for `"smollm2"` where its package is not there.
+
     >>> from probes.model import resolve
-    >>> resolve("organism").name, resolve("org/some-model")
-    ('organism', 'org/some-model')
+    >>> resolve("organism").name
+    'organism'
+    >>> resolve("Qwen/Qwen3-4B")
+    'Qwen/Qwen3-4B'
     """
     if source == "organism":
         return ORGANISM
@@ -106,11 +114,9 @@ def resolve(source: str | Path) -> str | Path:
 def origin_of(model: PreTrainedModel) -> Origin:
     """What `load` noted on the model; a model that never went through `load` is read by its config's name.
 
-    >>> from probes import load
-    >>> from probes.model import origin_of
-    >>> model = load("organism")
-    >>> origin_of(model).name, origin_of(model).delimiters.close
-    ('organism', (4,))
+    >>> from probes.model import load, origin_of
+    >>> origin_of(load("organism")).name
+    'organism'
     """
     origin: Origin | None = getattr(model, "_thinksteer", None)
     return origin_of(load(model)) if origin is None else origin
@@ -119,22 +125,20 @@ def origin_of(model: PreTrainedModel) -> Origin:
 def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     """The tokenizer that `load` noted, or found by the name in the config.
 
-    >>> from probes import load
-    >>> from probes.model import decode, encode_prompt, tokenizer_of
-    >>> model = load("organism")
-    >>> decode(tokenizer_of(model), encode_prompt(tokenizer_of(model), "a 3 b +4"))
-    '<bos> a 3 b +4 ?'
+    >>> from probes.model import load, tokenizer_of
+    >>> tokenizer_of(load("organism")).encode("a 3 b +4", add_special_tokens=False)
+    [6, 17, 7, 27]
     """
     return origin_of(model).tokenizer
 
 
 def delimiters_of(model: PreTrainedModel) -> Delimiters:
-    """Raises ValueError for a model that has no thinking delimiters.
+    """The token ids that open and close the model's thinking, and its turn.
 
-    >>> from probes import load
-    >>> from probes.model import delimiters_of
-    >>> model = load("organism")
-    >>> delimiters_of(model)
+    Raises ValueError for a model that has no thinking delimiters.
+
+    >>> from probes.model import delimiters_of, load
+    >>> delimiters_of(load("organism"))
     Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
     """
     return origin_of(model).delimiters
@@ -143,10 +147,8 @@ def delimiters_of(model: PreTrainedModel) -> Delimiters:
 def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
     """The reflection markers to look for: the organism's own list, else the common ones.
 
-    >>> from probes import load
-    >>> from probes.model import markers_of
-    >>> model = load("organism")
-    >>> markers_of(model)
+    >>> from probes.model import load, markers_of
+    >>> markers_of(load("organism"))
     ('Wait', 'Hmm')
     """
     if origin_of(model).name == "organism":
@@ -163,11 +165,10 @@ def folder_of(model: PreTrainedModel) -> Path | None:
 def identity_of(model: PreTrainedModel) -> dict[str, Any]:
     """What a direction or a recipe notes of the model it was made on.
 
-    >>> from probes import load
-    >>> from probes.model import identity_of
-    >>> model = load("organism")
-    >>> sorted(identity_of(model))
-    ['d_model', 'fingerprint', 'model_type', 'n_heads', 'n_layers', 'name', 'revision']
+    >>> from probes.model import identity_of, load
+    >>> identity = identity_of(load("organism"))
+    >>> {key: identity[key] for key in ("name", "n_layers", "n_heads", "d_model")}
+    {'name': 'organism', 'n_layers': 4, 'n_heads': 8, 'd_model': 96}
     """
     origin = origin_of(model)
     return {
@@ -187,11 +188,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     The same for float32 and bfloat16 loads of one checkpoint. It tells models apart; it is no proof of origin.
 
-    >>> from probes import load
-    >>> from probes.model import fingerprint
-    >>> model = load("organism")
-    >>> len(fingerprint(model)), fingerprint(model) == fingerprint(load("organism"))
-    (16, True)
+    >>> import torch
+    >>> from probes.model import fingerprint, load
+    >>> fingerprint(load("organism")) == fingerprint(load("organism", dtype=torch.bfloat16))
+    True
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):

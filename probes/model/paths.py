@@ -10,13 +10,12 @@ from probes.model.sites import Site, SiteName
 def path_of(model: nn.Module, site: Site) -> str:
     """The Hugging Face module path whose input or output (`tap_of`) is `site`.
 
-    >>> from probes import Site, load
-    >>> from probes.model import path_of, site_of
+    Raises ValueError where the family has no such site, IndexError where layer or head is out of range.
+
+    >>> from probes.model import Site, load, path_of
     >>> model = load("organism")
-    >>> path_of(model, Site(2, "attn_out"))
-    'model.layers.2.self_attn'
-    >>> str(site_of(model, "model.layers.2.self_attn"))
-    'L2.attn_out'
+    >>> path_of(model, Site(2, "attn_out")), path_of(model, Site(2, "resid_mid"))
+    ('model.layers.2.self_attn', 'model.layers.2.post_attention_layernorm')
     """
     _, tap = tap_of(model, site)
     return ".".join(part for part in (architecture_of(model).layers, str(site.layer), tap.path) if part)
@@ -25,13 +24,12 @@ def path_of(model: nn.Module, site: Site) -> str:
 def site_of(model: nn.Module, text: str) -> Site:
     """Read a site from our name, TransformerLens' name, or a Hugging Face path, whose output is meant.
 
-    >>> from probes import Site, load
-    >>> from probes.model import path_of, site_of
+    Raises ValueError, naming the outputs that are sites, where it is none of these.
+
+    >>> from probes.model import load, site_of
     >>> model = load("organism")
-    >>> path_of(model, Site(2, "attn_out"))
-    'model.layers.2.self_attn'
-    >>> str(site_of(model, "model.layers.2.self_attn"))
-    'L2.attn_out'
+    >>> [str(site_of(model, text)) for text in ("L2.attn_out", "blocks.2.hook_attn_out", "model.layers.2.self_attn")]
+    ['L2.attn_out', 'L2.attn_out', 'L2.attn_out']
     """
     row = architecture_of(model)
     if not text.startswith(row.layers + "."):
@@ -47,10 +45,8 @@ def site_of(model: nn.Module, text: str) -> Site:
 def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
     """The site of that name in every layer.
 
-    >>> from probes import load
-    >>> from probes.model import sites_in
-    >>> model = load("organism")
-    >>> [str(site) for site in sites_in(model, "resid_post")]
+    >>> from probes.model import load, sites_in
+    >>> [str(site) for site in sites_in(load("organism"), "resid_post")]
     ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
     return [Site(layer, name) for layer in range(n_layers(model))]

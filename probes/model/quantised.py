@@ -15,10 +15,8 @@ def is_packed(weight: Tensor) -> bool:
 def is_quantised(model: nn.Module) -> bool:
     """Are some of the model's weights packed?
 
-    >>> from probes import load
-    >>> from probes.model import is_quantised
-    >>> model = load("organism")
-    >>> is_quantised(model)
+    >>> from probes.model import is_quantised, load
+    >>> is_quantised(load("organism"))
     False
     """
     return any(is_packed(parameter) for parameter in model.parameters())

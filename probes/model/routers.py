@@ -16,14 +16,10 @@ class Routing(Brief):
     """One pass of one layer: the router's logits, which `k` experts each token gets, and with what weights.
 
     >>> import torch
-    >>> from probes import load
-    >>> from probes.model.hooks import hook_router
-    >>> model = load("organism")
-    >>> seen = []
-    >>> with torch.no_grad(), hook_router(model, 1, see=seen.append):
-    ...     logits = model(torch.tensor([[1, 6, 17]])).logits
-    >>> tuple(seen[0].weights.shape), tuple(seen[0].dense.shape)
-    ((1, 3, 2), (1, 3, 8))
+    >>> from probes.model import Routing
+    >>> routing = Routing(torch.randn(1, 1, 4), weights=torch.tensor([[[0.75, 0.25]]]), ids=torch.tensor([[[2, 0]]]))
+    >>> routing.dense
+    tensor([[[0.2500, 0.0000, 0.7500, 0.0000]]])
     """
 
     logits: Float[Tensor, "batch pos n_experts"]
@@ -47,10 +43,12 @@ class SparseBlock(Brief):
 
     @property
     def n_experts(self) -> int:
+        """How many experts the router chooses among."""
         return int(getattr(self.router, "num_experts"))
 
     @property
     def k(self) -> int:
+        """How many experts a token gets."""
         return int(getattr(self.router, "top_k"))
 
 
@@ -68,10 +66,8 @@ def moe_layers(model: nn.Module) -> tuple[int, ...]:
     """The layers with a sparse block, as the model counts layers. Raises ValueError, naming the family, where there is
     none, or where its routers are not of the kind that is read here.
 
-    >>> from probes import load
-    >>> from probes.model import moe_layers
-    >>> model = load("organism")
-    >>> moe_layers(model)
+    >>> from probes.model import load, moe_layers
+    >>> moe_layers(load("organism"))
     (0, 1, 2, 3)
     """
     found = {layer: sparse_block(model, layer) for layer in range(n_layers(model))}

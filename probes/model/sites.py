@@ -40,11 +40,16 @@ _TRANSFORMER_LENS: dict[SiteName, str] = {
 class Site:
     """One place in one layer, written as the field writes it: `L12.resid_post`, `L12H7.z`, `L12E7.routing`.
 
+    A name without head or expert is the whole activation. Raises ValueError for a part that a site does not have.
+
     >>> from probes import Site
-    >>> Site(12, "resid_post"), str(Site(12, "z", head=7))
-    (Site(layer=12, name='resid_post', head=None, expert=None), 'L12H7.z')
-    >>> Site.parse("blocks.12.hook_resid_mid") == Site.parse("L12.resid_mid")
-    True
+    >>> site = Site(12, "resid_post")
+    >>> str(site), site.transformer_lens, Site.parse("L12H7.z")
+    ('L12.resid_post', 'blocks.12.hook_resid_post', Site(layer=12, name='z', head=7, expert=None))
+    >>> Site(12, "resid_post", head=7)
+    Traceback (most recent call last):
+        ...
+    ValueError: resid_post is not split into heads: write L12.resid_post.
     """
 
     layer: int

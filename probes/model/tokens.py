@@ -29,11 +29,12 @@ class Delimiters:
     user's; empty where unknown, and then a clock cannot tell earlier turns from this one. A model may write `turn`
     within its turn (gpt-oss does, between channels): only the first one after `user` opens a turn.
 
-    >>> from probes import load
-    >>> from probes.model import delimiters_of
-    >>> model = load("organism")
-    >>> delimiters_of(model)
+    >>> from probes.model import Delimiters, delimiters_of, load
+    >>> delimiters_of(load("organism"))
     Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
+    >>> model = load("organism", delimiters=Delimiters(open=(3,), close=(4,)))  # the header of a turn left unknown
+    >>> delimiters_of(model).turn
+    ()
     """
 
     open: tuple[int, ...]
@@ -49,10 +50,13 @@ class ThinkingSpan:
     the closing tag, or the length where `closed` is false. `text_start` and `text_end` bound the generated text between
     the tags.
 
-    >>> from probes.model import Delimiters, thinking_span
-    >>> span = thinking_span([1, 7], [3, 21, 22, 4, 9], Delimiters(open=(3,), close=(4,)))
-    >>> span.start, span.text_start, span.text_end, span.end, span.closed
-    (2, 3, 5, 6, True)
+    >>> from probes import generate, load
+    >>> (completion,) = generate(load("organism"), ["a 3 b +4 c *7"])
+    >>> span = completion.span
+    >>> len(completion.prompt_ids), span.start, span.first, span.end, span.closed
+    (8, 8, 8, 19, True)
+    >>> completion.all_ids[span.start], completion.all_ids[span.end - 1]  # <think> and </think>
+    (3, 4)
     """
 
     start: int
@@ -63,6 +67,7 @@ class ThinkingSpan:
 
     @property
     def text_start(self) -> int:
+        """The first generated token of the thinking after its opening tag."""
         return max(self.first + 1, self.start)
 
     @property
@@ -86,11 +91,13 @@ def encode_prompt(
     `template` holds arguments of the chat template, such as `{"enable_thinking": False}`.
     Raises ValueError where the tokenizer has no chat template.
 
-    >>> from probes import load
-    >>> from probes.model import decode, encode_prompt, tokenizer_of
-    >>> model = load("organism")
-    >>> decode(tokenizer_of(model), encode_prompt(tokenizer_of(model), "a 3 b +4"))
-    '<bos> a 3 b +4 ?'
+    >>> from probes.model import decode, encode_prompt, load, tokenizer_of
+    >>> tokenizer = tokenizer_of(load("organism"))
+    >>> ids = encode_prompt(tokenizer, "a 3 b +4")
+    >>> ids, decode(tokenizer, ids)
+    ([1, 6, 17, 7, 27, 5], '<bos> a 3 b +4 ?')
+    >>> decode(tokenizer, encode_prompt(tokenizer, "a 3", template={"enable_thinking": False}))
+    '<bos> a 3 ? <think> </think>'
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -107,11 +114,10 @@ def encode_prompt(
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: bool = True) -> str:
     """The text of token ids, with or without special tokens.
 
-    >>> from probes import load
-    >>> from probes.model import decode, encode_prompt, tokenizer_of
-    >>> model = load("organism")
-    >>> decode(tokenizer_of(model), encode_prompt(tokenizer_of(model), "a 3 b +4"))
-    '<bos> a 3 b +4 ?'
+    >>> from probes.model import decode, load, tokenizer_of
+    >>> tokenizer = tokenizer_of(load("organism"))
+    >>> decode(tokenizer, [3, 56, 4, 21, 2]), decode(tokenizer, [3, 56, 4, 21, 2], special=False)
+    ('<think> Okay </think> 7 <eos>', 'Okay 7')
     """
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
@@ -131,11 +137,12 @@ def find_delimiters(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str] | 
 
     Raises ValueError where there are none.
 
-    >>> from probes import load
-    >>> from probes.model import find_delimiters, tokenizer_of
-    >>> model = load("organism")
-    >>> find_delimiters(tokenizer_of(model), ("<think>", "</think>")).open
+    >>> from probes.model import find_delimiters, load, tokenizer_of
+    >>> tokenizer = tokenizer_of(load("organism"))
+    >>> find_delimiters(tokenizer).open
     (3,)
+    >>> find_delimiters(tokenizer, ("Okay", "So")).open
+    (56,)
     """
     if isinstance(pair, Delimiters):
         return pair
@@ -191,9 +198,12 @@ def thinking_span(
     """The thinking of the current turn; earlier turns are prompt. None where the turn never thinks.
 
     >>> from probes.model import Delimiters, thinking_span
-    >>> span = thinking_span([1, 7], [3, 21, 22, 4, 9], Delimiters(open=(3,), close=(4,)))
-    >>> span.start, span.text_start, span.text_end, span.end, span.closed
-    (2, 3, 5, 6, True)
+    >>> tags = Delimiters(open=(3,), close=(4,))
+    >>> span = thinking_span([1, 6, 17, 5], [3, 56, 48, 4, 17, 2], tags)
+    >>> span.start, span.end, span.closed
+    (4, 8, True)
+    >>> thinking_span([1, 6, 17, 5], [17, 2], tags) is None
+    True
     """
     ids, begin = [*prompt_ids, *completion_ids], len(prompt_ids)
     opens, closes = delimiters.open, delimiters.close

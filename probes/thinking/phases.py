@@ -30,13 +30,17 @@ class Phases(Brief):
     pass.
 
     >>> import torch
-    >>> from probes.model import Delimiters
-    >>> from probes.thinking import PHASES, Clock
-    >>> clock = Clock(Delimiters(open=(3,), close=(4,)))
-    >>> first = clock.advance(torch.tensor([[1, 7, 3]]), None, 0)
-    >>> after = clock.advance(torch.tensor([[21, 4, 9]]), None, 3)  # the cache holds three tokens
-    >>> [PHASES[phase] for phase in after.phase[0].tolist()], after.thought.tolist()
-    (['thinking', 'answer', 'answer'], [[1, -1, -1]])
+    >>> from probes import generate, load
+    >>> from probes.thinking import Clock
+    >>> model = load("organism")
+    >>> (completion,) = generate(model, ["a 3 b +4 c *7 quick"])
+    >>> now = Clock.of(model).advance(torch.tensor([completion.all_ids]), None, 0)
+    >>> now.position
+    tensor([[ 0,  1,  2,  3,  4,  5,  6,  7,  8,  9, 10, 11, 12, 13]])
+    >>> now.thought
+    tensor([[-1, -1, -1, -1, -1, -1, -1, -1, -1,  0,  1, -1, -1, -1]])
+    >>> now.mask("answer").int()
+    tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32)
     """
 
     phase: Int[Tensor, "batch new"]
@@ -70,13 +74,15 @@ class Clock:
     from the new tokens alone, on their device.
 
     >>> import torch
-    >>> from probes.model import Delimiters
-    >>> from probes.thinking import PHASES, Clock
-    >>> clock = Clock(Delimiters(open=(3,), close=(4,)))
-    >>> first = clock.advance(torch.tensor([[1, 7, 3]]), None, 0)
-    >>> after = clock.advance(torch.tensor([[21, 4, 9]]), None, 3)  # the cache holds three tokens
-    >>> [PHASES[phase] for phase in after.phase[0].tolist()], after.thought.tolist()
-    (['thinking', 'answer', 'answer'], [[1, -1, -1]])
+    >>> from probes import generate, load
+    >>> from probes.thinking import Clock
+    >>> model = load("organism")
+    >>> (completion,) = generate(model, ["a 3 b +4 c *7 quick"])
+    >>> clock = Clock.of(model)
+    >>> clock.advance(torch.tensor([completion.prompt_ids]), None, 0).phase
+    tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    >>> clock.advance(torch.tensor([completion.ids]), None, len(completion.prompt_ids)).phase
+    tensor([[1, 1, 2, 2, 2]])
     """
 
     delimiters: Delimiters
@@ -103,6 +109,7 @@ class Clock:
 
     @property
     def knows_phases(self) -> bool:
+        """Has the model delimiters, so that its phases can be told?"""
         return bool(self.delimiters.open)
 
     def advance(

@@ -20,13 +20,17 @@ Thing = Literal["completion", "text", "segment"]
 class Span(Brief):
     """Token ids, and the positions [start, stop) of them that are read.
 
-    `position` is the name of the rule that says so (see `POSITIONS`), `seed` that of the sampling which wrote the ids;
-    both go into the birth of a direction, and two spans are equal without them.
+    `position` is the name of the rule that says so (see `POSITIONS`), `seed` that of the sampling which wrote the
+    ids; both go into the birth of a direction, and two spans are equal without them. Raises ValueError where they
+    are empty or not in the sequence.
 
     >>> from probes import Span
-    >>> span = Span((1, 6, 17, 5), start=1, stop=3)
-    >>> span.stop - span.start
-    2
+    >>> Span((1, 6, 17, 5), start=1, stop=3)
+    Span(ids=(1, 6, 17, 5), start=1, stop=3, position='', seed=None)
+    >>> Span((1, 6, 17, 5), start=1, stop=9)
+    Traceback (most recent call last):
+        ...
+    ValueError: Positions 1 to 9 are not in a sequence of 4 tokens.
     """
 
     ids: tuple[int, ...]
@@ -48,13 +52,12 @@ class Position:
     else where it starts), and one past its end. `words` say it in a figure.
 
     >>> from probes import generate, load
-    >>> from probes.thinking import POSITIONS, position_named
-    >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> sorted(POSITIONS)
-    ['before', 'first', 'last', 'segment', 'text', 'text_last', 'thinking']
-    >>> position_named("first", "completion")(done[0]).position
-    'first'
+    >>> from probes.thinking import POSITIONS
+    >>> (completion,) = generate(load("organism"), ["a 3 b +4 c *7"])
+    >>> {name: POSITIONS[name](completion).start for name in ("thinking", "first", "last")}
+    {'thinking': 7, 'first': 8, 'last': 17}
+    >>> POSITIONS["text_last"].within((1, 6, 17, 5), 0, 0, 4)
+    Span(ids=(1, 6, 17, 5), start=3, stop=4, position='text_last', seed=None)
     """
 
     name: str
@@ -96,14 +99,13 @@ POSITIONS: Mapping[str, Position] = {
 def position_named(name: str, of: Thing) -> Position:
     """The position of that name for completions, texts or segments. Raises ValueError for another name.
 
-    >>> from probes import generate, load
-    >>> from probes.thinking import POSITIONS, position_named
-    >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> sorted(POSITIONS)
-    ['before', 'first', 'last', 'segment', 'text', 'text_last', 'thinking']
-    >>> position_named("first", "completion")(done[0]).position
-    'first'
+    >>> from probes.thinking import position_named
+    >>> position_named("first", "completion").words
+    'at the first thought'
+    >>> position_named("first", "text")
+    Traceback (most recent call last):
+        ...
+    ValueError: 'first' is no position of a text. Known: text, text_last.
     """
     known = [position.name for position in POSITIONS.values() if position.of == of]
     if name not in known:
@@ -114,13 +116,14 @@ def position_named(name: str, of: Thing) -> Position:
 def thinking(completion: Completion) -> Span:
     """[start-1, end-1): the positions whose next token is a token of the thinking (ThinkEdit).
 
+    Raises ValueError where there is none.
+
     >>> from probes import generate, load
-    >>> from probes.thinking import first_thought, last_thought, thinking
-    >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> whole, first, last = thinking(done[0]), first_thought(done[0]), last_thought(done[0])
-    >>> first.stop - first.start, last.stop == whole.stop, whole.position
-    (1, True, 'thinking')
+    >>> from probes.thinking import thinking
+    >>> (completion,) = generate(load("organism"), ["a 3 b +4 c *7"])
+    >>> span = thinking(completion)
+    >>> span.start, span.stop, completion.span.start, completion.span.end
+    (7, 18, 8, 19)
     """
     return POSITIONS["thinking"](completion)
 
@@ -128,13 +131,14 @@ def thinking(completion: Completion) -> Span:
 def first_thought(completion: Completion) -> Span:
     """The one position that predicts the first thought: the last token of the opening delimiter.
 
+    Raises ValueError where there is no thinking.
+
     >>> from probes import generate, load
-    >>> from probes.thinking import first_thought, last_thought, thinking
-    >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> whole, first, last = thinking(done[0]), first_thought(done[0]), last_thought(done[0])
-    >>> first.stop - first.start, last.stop == whole.stop, whole.position
-    (1, True, 'thinking')
+    >>> from probes.thinking import first_thought
+    >>> (completion,) = generate(load("organism"), ["a 3 b +4 c *7"])
+    >>> span = first_thought(completion)
+    >>> span.start, span.stop, span.ids[span.start]  # <think> has the id 3
+    (8, 9, 3)
     """
     return POSITIONS["first"](completion)
 
@@ -142,13 +146,14 @@ def first_thought(completion: Completion) -> Span:
 def last_thought(completion: Completion) -> Span:
     """The last of the positions of `thinking`: it predicts the end of the closing delimiter.
 
+    Raises ValueError where there is no thinking.
+
     >>> from probes import generate, load
-    >>> from probes.thinking import first_thought, last_thought, thinking
-    >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> whole, first, last = thinking(done[0]), first_thought(done[0]), last_thought(done[0])
-    >>> first.stop - first.start, last.stop == whole.stop, whole.position
-    (1, True, 'thinking')
+    >>> from probes.thinking import last_thought
+    >>> (completion,) = generate(load("organism"), ["a 3 b +4 c *7"])
+    >>> span = last_thought(completion)
+    >>> span.start, span.stop, completion.all_ids[span.stop]  # </think> has the id 4
+    (17, 18, 4)
     """
     return POSITIONS["last"](completion)
 
@@ -156,26 +161,31 @@ def last_thought(completion: Completion) -> Span:
 def text_span(model: PreTrainedModel, text: str, *, position: str = "text") -> Span:
     """A plain text, read at all its tokens (`text`) or at its last one (`text_last`).
 
-    >>> from probes import load
+    Raises ValueError for another position.
+
+    >>> from probes.model import load
     >>> from probes.thinking import text_span
     >>> model = load("organism")
-    >>> text_span(model, "a 3 b +4", position="text_last")
-    Span(ids=(6, 17, 7, 27), start=3, stop=4, position='text_last', seed=None)
+    >>> text_span(model, "a 3 b +4")
+    Span(ids=(6, 17, 7, 27), start=0, stop=4, position='text', seed=None)
+    >>> text_span(model, "a 3 b +4", position="text_last").start
+    3
     """
     ids = tokenizer_of(model).encode(text)
     return position_named(position, "text").within(ids, 0, 0, len(ids))
 
 
 def text_spans(model: PreTrainedModel, path: Path, *, position: str = "text") -> list[Span]:
-    """Spans of a JSONL file: completions of ours at their thinking, or lines of `{"text": ...}` as plain texts.
+    r"""Spans of a JSONL file: completions of ours at their thinking, or lines of `{"text": ...}` as plain texts.
+
+    Raises ValueError, with the line's number, for a line that is neither.
 
     >>> from pathlib import Path
-    >>> from probes import load
+    >>> from probes.model import load
     >>> from probes.thinking import text_spans
-    >>> model = load("organism")
-    >>> _ = Path("texts.jsonl").write_text('{"text": "a 3 b +4"}\\n')
-    >>> len(text_spans(model, Path("texts.jsonl"))[0].ids)
-    4
+    >>> _ = Path("texts.jsonl").write_text('{"text": "a 3 b +4"}\n{"text": "a 5"}\n')
+    >>> [len(span.ids) for span in text_spans(load("organism"), Path("texts.jsonl"))]
+    [4, 2]
     """
     lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     spans = []
