@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 project, author = "ThinkSteer", "ThinkSteer"
-release = version = "0.1.0"
+release = version = metadata.version("thinksteer")
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "myst_nb"]
 html_theme = "furo"

@@ -5,17 +5,20 @@ Each test adds one in those places alone, and then uses it in every way; it fail
 
 import ast
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import ClassVar
 
 import pytest
 import torch
+import typer
 from families import build
 from public import PACKAGES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
 import steer.interventions.kinds
 import steer.recipes.recipe
@@ -25,7 +28,9 @@ from probes.model import broken_identity, sites_in
 from probes.model.families import ARCHITECTURES
 from probes.thinking import thinking
 from steer import Add, Recipe, applied, evaluate, export, fold, folded, task_named
+from steer.cli.main import COMMANDS, app, application
 from steer.folding import export_adapter
+from steer.interop import FORMATS, Format, export_recipe, import_recipe
 from steer.interventions import Affine
 from steer.tasks import Problem
 from steer.tasks.published import SOURCES, Dataset
@@ -118,6 +123,41 @@ def test_a_published_task_is_a_reader_and_a_row(monkeypatch, tmp_path):
     assert found.score("plain").n == 4
     with pytest.raises(ValueError, match="mine"):
         task_named("nothing known")
+
+
+def test_a_format_is_a_module_and_a_row(monkeypatch, tmp_path):
+    def write(recipe: Recipe, path: Path) -> None:
+        path.write_text(json.dumps([float(x) for x in recipe.steps[0].intervention.vector]))
+
+    def read(path: Path, model: PreTrainedModel) -> Recipe:
+        return Recipe.of(model, [Add(Site(1, "resid_post"), torch.tensor(json.loads(path.read_text())))])
+
+    module = ModuleType("steer.interop.mine")
+    module.write, module.read = write, read
+    monkeypatch.setitem(sys.modules, "steer.interop.mine", module)
+    monkeypatch.setitem(FORMATS, "mine", Format("me", (".mine",), "mine"))
+    model = load("organism")
+    recipe = Recipe.of(model, [Add(Site(1, "resid_post"), torch.arange(96.0))])
+    export_recipe(recipe, tmp_path / "v.mine", "mine", model=model)
+    again = import_recipe(tmp_path / "v.mine", model)  # told by its name
+    assert torch.equal(again.steps[0].intervention.vector, recipe.steps[0].intervention.vector)
+
+    recipe.save(tmp_path / "r")  # and both commands take it
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(app, ["export", "r", "--to", "mine", "-o", "w.mine"]).exit_code == 0
+    assert CliRunner().invoke(app, ["import", "w.mine", "organism", "-o", "back"]).exit_code == 0
+    assert Recipe.load(tmp_path / "back").steps[0].intervention.kind == "add"
+
+
+def test_a_command_is_a_function_and_a_line(monkeypatch):
+    def hello(name: str) -> None:
+        """Says hello."""
+        typer.echo(f"hello {name}")
+
+    monkeypatch.setitem(COMMANDS, "hello", hello)
+    result = CliRunner().invoke(application(), ["hello", "you"])
+    assert result.output.strip() == "hello you"
+    assert "Says hello" in CliRunner().invoke(application(), ["--help"]).output
 
 
 def test_a_method_uses_public_names_alone_and_nobody_needs_to_know_of_it(tmp_path):

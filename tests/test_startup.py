@@ -53,7 +53,7 @@ def test_late_libraries_are_loaded_with_the_names_that_use_them_and_not_before()
 
 def test_the_version_is_told_three_ways():
     version = python("-c", "import steer; print(steer.__version__)").strip()
-    assert version == "0.1.0"
+    assert version == "0.2.0"
     assert python("-m", "steer", "--version").strip() == f"thinksteer {version}"
 
 

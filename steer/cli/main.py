@@ -23,7 +23,6 @@ from steer.cli.weights.diff import diff_
 from steer.cli.weights.exchange import export_, import_
 from steer.cli.weights.vector import app as vector
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_,
     "thinkedit": thinkedit_,
@@ -41,9 +40,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "organism": organism_,
     "donors": donors_,
 }
-for name, command in COMMANDS.items():
-    app.command(name)(command)
-app.add_typer(vector, name="vector")
+
+
+def application() -> typer.Typer:
+    """The command with all its commands: one function of a folder here each, and its line in `COMMANDS`."""
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.callback()(steer_)
+    for name, command in COMMANDS.items():
+        app.command(name)(command)
+    app.add_typer(vector, name="vector")
+    return app
 
 
 def _version(asked: bool) -> bool:
@@ -53,13 +59,15 @@ def _version(asked: bool) -> bool:
     return asked
 
 
-@app.callback()
 def steer_(
     version: Annotated[  # noqa: ARG001  # handled by its callback
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Look inside reasoning language models, and steer how they think."""
+
+
+app = application()
 
 
 def main() -> None:
