@@ -42,8 +42,8 @@ def pages() -> list[Path]:
 def blocks(page: str) -> list[Block]:
     """What a page runs, in its order: blocks of Python and of a shell, and the commands that begin a table's rows."""
     fences = list(_FENCE.finditer(page))
-    found = [
-        (row.start(), "sh", row[1], None)
+    found: list[tuple[int, str, str, str | None]] = [
+        (row.start(), "sh", str(row[1]), None)
         for row in _ROW.finditer(page)
         if not any(fence.start() < row.start() < fence.end() for fence in fences)
     ]
@@ -51,8 +51,9 @@ def blocks(page: str) -> list[Block]:
         if fence[1] in ("python", *SHELLS):
             near = after is not None and not page[fence.end() : after.start()].strip()
             printed = after[2] if after is not None and near and after[1] in ("text", "output") else None
-            found.append((fence.start(), fence[1], fence[2], printed))
-    return [Block(page.count("\n", 0, start) + 1, *rest) for start, *rest in sorted(found)]
+            found.append((fence.start(), str(fence[1]), str(fence[2]), printed))
+    found.sort(key=lambda block: block[0])
+    return [Block(page.count("\n", 0, start) + 1, kind, text, printed) for start, kind, text, printed in found]
 
 
 def commands(text: str) -> Iterator[str]:
