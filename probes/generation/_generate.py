@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from probes.generation.completions import Completion, order_completions, read_completions, write_completions
+from probes.generation.completions import Completion
 from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
+from probes.generation.store import Store
 from probes.model.loading import delimiters_of, origin_of, tokenizer_of
 from probes.model.tokens import Prompt, decode, encode_prompt, thinking_span
 
@@ -63,23 +65,28 @@ def generate(
     rows = sorted(
         ((n, sample) for n in range(len(prompts)) for sample in range(samples)), key=lambda row: -len(encoded[row[0]])
     )
-    done = {} if store is None else _held(model, Path(store), dict(zip(names, encoded, strict=True)), sampling, name)
-    missing = sum((names[n], sample) not in done for n, sample in rows)
+    keep = (
+        nullcontext()
+        if store is None
+        else Store.opened(Path(store), model, dict(zip(names, encoded, strict=True)), sampling, name)
+    )
     progress = _Progress(judge)
-    with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
-        for start in range(0, len(rows), batch_size):  # the same batches, whatever is done already
-            batch = [(names[n], encoded[n], sample) for n, sample in rows[start : start + batch_size]]
-            if all((name, sample) in done for name, _, sample in batch):
-                continue
-            new = [c for c in _complete(model, batch, sampling, decoding) if (c.id, c.sample) not in done]
-            if store is not None:
-                write_completions(store, new)
-            done.update({(c.id, c.sample): c for c in new})
-            progress.show(bar, new)
-    completions = [done[name, sample] for name in names for sample in range(samples)]
-    if store is not None and completions:
-        order_completions(store, completions)
-    return completions
+    with keep as held:
+        done = {} if held is None else dict(held.rows)
+        missing = sum((names[n], sample) not in done for n, sample in rows)
+        with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
+            for start in range(0, len(rows), batch_size):  # the same batches, whatever is done already
+                batch = [(names[n], encoded[n], sample) for n, sample in rows[start : start + batch_size]]
+                if all((name, sample) in done for name, _, sample in batch):
+                    continue
+                new = [c for c in _complete(model, batch, sampling, decoding) if (c.id, c.sample) not in done]
+                new = new if held is None else held.add(new)
+                done.update({(c.id, c.sample): c for c in new})
+                progress.show(bar, new)
+        keys = [(name, sample) for name in names for sample in range(samples)]
+        if held is not None:
+            held.order(keys)
+    return [done[key] for key in keys]
 
 
 class _Progress:
@@ -105,24 +112,6 @@ def end_ids(model: PreTrainedModel) -> list[int]:
     own = model.generation_config
     ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer_of(model).eos_token_id
     return list(ends) if isinstance(ends, list) else [ends]
-
-
-def _held(
-    model: PreTrainedModel, store: Path, prompts: Mapping[str, list[int]], sampling: Sampling, decoding: str
-) -> dict[tuple[str, int], Completion]:
-    """What the store holds already. Raises ValueError where it is another model's, or otherwise prompted or sampled."""
-    held, origin = read_completions(store) if store.exists() else [], origin_of(model).name
-    for c in held:
-        if c.model != origin:
-            raise ValueError(f"{store} was written by the model {c.model!r}, not by {origin!r}. Name another file.")
-        if c.sampling != sampling:
-            raise ValueError(f"{store} was sampled as {c.sampling}, not as {sampling}. Name another file.")
-        if c.decoding != decoding:
-            here, there = (f"under {name}" if name else "with no control" for name in (decoding, c.decoding))
-            raise ValueError(f"{store} was written {there}, not {here}. Name another file.")
-        if c.id in prompts and list(c.prompt_ids) != prompts[c.id]:
-            raise ValueError(f"{store} holds another prompt under the id {c.id!r}. Name another file, or other ids.")
-    return {(c.id, c.sample): c for c in held}
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -14,7 +14,9 @@ from probes.model.tokens import ThinkingSpan
 from probes.tables import Brief
 
 Stop = Literal["eos", "length"]
-_CONTROLLED: dict[str, Any] = {"decoding": "", "events": ()}  # keys that only a controlled completion has in a file
+_OPTIONAL: dict[str, Any] = {"decoding": "", "events": (), "fingerprint": ""}  # not in a file where they say nothing
+
+_BEGIN = b'{"id": '
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,6 +46,7 @@ class Completion(Brief):
     model: str
     decoding: str = ""
     events: tuple[Event, ...] = ()
+    fingerprint: str = field(default="", compare=False)  # of the weights and recipes that wrote it, in a store
 
     @property
     def thinking_tokens(self) -> int:
@@ -63,13 +66,14 @@ class Completion(Brief):
     def to_line(self) -> str:
         """One line of JSON, for a JSONL file."""
         words = asdict(self)
-        return json.dumps(words if self.decoding else {key: words[key] for key in words if key not in _CONTROLLED})
+        silent = [key for key in _OPTIONAL if not words[key] and not (key == "events" and self.decoding)]
+        return json.dumps({key: value for key, value in words.items() if key not in silent})
 
     @classmethod
     def from_line(cls, line: str) -> "Completion":
         """Read what `to_line` wrote. Raises ValueError, naming the keys, where some are unknown or missing."""
-        words: dict[str, Any] = dict(_CONTROLLED) | json.loads(line)
-        check_keys(words, (field.name for field in fields(cls)), "A completion")
+        words: dict[str, Any] = dict(_OPTIONAL) | json.loads(line)
+        check_keys(words, (known.name for known in fields(cls)), "A completion")
         for key in ("prompt_ids", "ids"):
             words[key] = tuple(words[key])
         words["events"] = tuple((kind, at) for kind, at in words["events"])
@@ -107,8 +111,29 @@ def write_completions(path: Path, completions: Iterable[Completion]) -> None:
     with Path(path).open("a+b") as file:
         if file.tell() and not _ends_a_line(file):
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            whole, tail = _parted(file.read(), Path(path))
+            if tail is None:
+                file.truncate(len(whole))
+            else:
+                file.write(b"\n")  # the last line is whole, but for its end
         file.writelines(completion.to_line().encode() + b"\n" for completion in completions)
+
+
+def _parted(content: bytes, path: Path) -> tuple[bytes, bytes | None]:
+    """The whole lines of a file, and its last line where that is a whole completion without its end; None where a kill
+    cut it off. Raises ValueError for a file whose last line was never one of ours: nothing of it is changed."""
+    cut = content.rfind(b"\n") + 1
+    whole, tail = content[:cut], content[cut:]
+    if not tail:
+        return whole, None
+    try:
+        Completion.from_line(tail.decode("utf-8"))
+    except (ValueError, TypeError) as error:
+        begun = _BEGIN.startswith(tail[: len(_BEGIN)]) or tail.startswith(_BEGIN)
+        if not begun:
+            raise ValueError(f"{path} is no file of completions, and is left as it is. Name another.") from error
+        return whole, None
+    return whole, tail
 
 
 def _ends_a_line(file: BinaryIO) -> bool:
@@ -128,8 +153,15 @@ def read_completions(path: Path) -> list[Completion]:
     >>> [c.answer for c in read_completions(path)]
     ['9', '2']
     """
-    lines = Path(path).read_text().splitlines(keepends=True)
-    return [Completion.from_line(line) for line in lines if line.endswith("\n")]
+    whole, tail = _parted(Path(path).read_bytes(), Path(path))
+    rows = []
+    for number, line in enumerate((whole + (tail or b"")).split(b"\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(Completion.from_line(line.decode("utf-8")))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"Line {number} of {path} is no completion: {error}") from error
+    return rows
 
 
 def order_completions(path: Path, completions: Iterable[Completion]) -> None:

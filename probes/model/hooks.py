@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -13,17 +14,38 @@ from probes.model.routers import Routing, block_at, read_routing
 from probes.model.sites import Site
 
 Edit = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
+Name = str | Callable[[], str]
 See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int], None]
 
 
+_EDITS: "WeakKeyDictionary[nn.Module, list[Name | None]]" = WeakKeyDictionary()
+
+
+def edits_of(model: nn.Module) -> tuple[str | None, ...]:
+    """The names of the edits that are attached to the model now, each once; None for one without a name."""
+    names = [None if name is None else name if isinstance(name, str) else name() for name in _EDITS.get(model, ())]
+    return tuple(dict.fromkeys(names))
+
+
 @contextmanager
-def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
+def named_edit(model: nn.Module, name: Name | None) -> Iterator[None]:
+    """While open, the model is known to be edited by what `name` tells, a text or what gives one when asked."""
+    names = _EDITS.setdefault(model, [])
+    names.append(name)
+    try:
+        yield
+    finally:
+        names.remove(name)
+
+
+@contextmanager
+def attached(model: nn.Module, site: Site, edit: Edit, *, name: Name | None = None) -> Iterator[None]:
     """While open, `edit` sees the activation at `site`, and replaces it if it returns a tensor.
 
-    At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`. A stream that
-    is edited stays edited: at `resid_mid`, where a hook on the norm would reach the MLP alone, the change is made to
-    what attention adds. Raises ValueError where the family has no such site, IndexError where layer or head is out
-    of range.
+    At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`. A stream that is
+    edited stays edited: at `resid_mid`, where a hook on the norm would reach the MLP alone, the change is made to what
+    attention adds. `name` tells what is done, for a store of completions. Raises ValueError where the family has no
+    such site, IndexError where layer or head is out of range.
 
     >>> from probes import Site, attached, generate, load
     >>> model = load("organism")
@@ -33,7 +55,7 @@ def attached(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     >>> plain.thinking, edited.thinking
     ('Okay a =3 b +4 =7 c *7 =9', 'Okay a h b +4 =9 c *7 =3 d *7 =9')
     """
-    with (_on_resid_mid if site.name == "resid_mid" else _on_tap)(model, site, edit):
+    with named_edit(model, name), (_on_resid_mid if site.name == "resid_mid" else _on_tap)(model, site, edit):
         yield
 
 

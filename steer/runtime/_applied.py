@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import o_proj_of
-from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
+from probes.model.hooks import attached, hook_inputs, hook_router, hook_site, named_edit
 from probes.model.sites import Site
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Add, Intervention, placed
@@ -84,6 +84,7 @@ def applied(
 
     with ExitStack() as stack:
         if steps:
+            stack.enter_context(named_edit(model, recipe.fingerprint))
             stack.enter_context(hook_inputs(model, see))
         for scope, gate in gates.items():
             if scope.gauge is not None:
@@ -94,7 +95,7 @@ def applied(
         order = sorted(set(range(len(steps))) - set(routes), key=lambda number: _place(steps[number]))
         for site, found in groupby(order, key=lambda number: _site(steps[number])):
             here = [_Edit.of(model, number, steps[number], gates[steps[number].scope], log) for number in found]
-            stack.enter_context(attached(model, site, partial(_apply, edits=here)))
+            stack.enter_context(attached(model, site, partial(_apply, edits=here), name=recipe.fingerprint))
         yield log
         log.end_pass()
     if must_fire and steps and not log.tokens and (must_run or log.ran):
