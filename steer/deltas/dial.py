@@ -34,14 +34,13 @@ def dialled(model: PreTrainedModel, delta: WeightDelta, strength: float) -> Iter
     finite, and for the embeddings of another vocabulary.
 
     >>> from probes import load
-    >>> from probes.model import fingerprint
     >>> from steer.deltas import dialled, open_delta
     >>> model = load("organism")
-    >>> before = fingerprint(model)
+    >>> before = model.model.norm.weight.detach().clone()
     >>> with dialled(model, open_delta("organism-rl"), 0.5):
-    ...     print(fingerprint(model) == before)
-    False
-    >>> fingerprint(model) == before  # back to the bit
+    ...     (model.model.norm.weight - before).norm().item() > 0
+    True
+    >>> model.model.norm.weight.equal(before)
     True
     """
     changed = _parameters(model, delta)

@@ -26,17 +26,25 @@ def to_mergekit(
     goes from the target to one checkpoint, `strength` of the way.
     Raises ValueError for what mergekit's words cannot say: adapters, stored deltas, a selection of tensors.
 
-    >>> import torch
-    >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe, diff, export
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
     >>> from steer.checkpoints import Checkpoint
     >>> from steer.deltas import WeightDelta, to_mergekit
     >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> _ = export(model, recipe, "edited")
-    >>> text = to_mergekit(Checkpoint.open("organism"), WeightDelta.between("edited", "organism"), strength=0.5)
-    >>> text.splitlines()[0]
-    'merge_method: linear'
+    >>> for folder in ("base", "tuned"):
+    ...     files = model.save_pretrained(folder), tokenizer_of(model).save_pretrained(folder)
+    >>> base = Checkpoint.open("base")
+    >>> print(to_mergekit(base, WeightDelta.between("tuned", base), method="ties", density=0.5))
+    merge_method: ties
+    dtype: bfloat16
+    base_model: base
+    models:
+    - model: tuned
+      parameters:
+        weight: 1.0
+        density: 0.5
+    parameters:
+      normalize: false
     """
     if method not in METHODS:
         raise ValueError(f"{method!r} is no method known here. Known: {', '.join(METHODS)}.")

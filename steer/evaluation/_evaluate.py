@@ -50,14 +50,15 @@ def evaluate(
     ValueError for an arm without draws, and for one with the baseline's name; and `NeverFired` for a recipe that
     touched no token of what was generated with it.
 
-    >>> from probes import Sampling, load
-    >>> from steer import evaluate, task_named
-    >>> from steer.decoding import Budget
+    >>> import torch
+    >>> from probes import Sampling, Site, load
+    >>> from steer import Add, Recipe, evaluate, task_named
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
-    >>> list(result.arms), result.score("brief").length < result.score("plain").length
-    (['plain', 'brief'], True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> arms = {"noise": Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96), 0.5)])}
+    >>> evaluation = evaluate(model, task, task.sample(8, "report"), arms, sampling=sampling)
+    >>> {arm: evaluation.score(arm).accuracy for arm in evaluation.arms}
+    {'plain': 0.5, 'noise': 0.5}
     """
     if PLAIN in arms:
         raise ValueError(f"The arm {PLAIN!r} is the baseline: give it as baseline=..., not among the arms.")
@@ -115,10 +116,10 @@ def solve(
     >>> from steer import task_named
     >>> from steer.evaluation import solve
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(4, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> done = solve(model, problems, sampling=sampling, samples=2)
-    >>> len(done), done[0].id == problems[0].id
-    (8, True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> completion = solve(model, task.sample(3, "report"), sampling=sampling)[0]
+    >>> completion.id, completion.answer, completion.thinking_tokens
+    ('a 6 b +4 c +5 d -3 e -3 f -8', '1', 20)
     """
     named = {problem.id: problem for problem in problems}
     questions, ids = [style.question(problem.question) for problem in problems], [problem.id for problem in problems]

@@ -28,15 +28,15 @@ MakeRecipe = Callable[[Direction, float], Recipe]
 class LabelledDirection(Brief):
     """A direction and the two classes it came from, so that its labels can be shuffled.
 
-    >>> from probes import Site, load
+    >>> from probes import Sampling, Site, load
     >>> from probes.thinking import text_span
     >>> from steer.evaluation import LabelledDirection
     >>> model = load("organism")
-    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(4)] for op in ("+4", "*7"))
-    >>> found = LabelledDirection.of(model, positive, negative, Site(2, "resid_post"))
-    >>> null = found.shuffled(model, seed=0)
-    >>> round(null.norm / found.direction.norm, 4)
-    1.0
+    >>> marked, others = ([text_span(model, f"{word} a {i}") for i in range(4)] for word in ("quick", "Wait"))
+    >>> labelled = LabelledDirection.of(model, marked, others, Site(2, "resid_post"))
+    >>> null = labelled.shuffled(model, seed=0)
+    >>> round(labelled.direction.norm - null.norm, 3), null.provenance.estimator
+    (0.0, 'difference in means, shuffled labels')
     """
 
     direction: Direction
@@ -66,10 +66,20 @@ class Sweep(Shown):
     """`selection` holds the strengths on the split that chose; `report` those strengths and the controls of the chosen
     one on problems that no choice saw.
 
-    >>> from dataclasses import fields
-    >>> from steer.evaluation import Sweep
-    >>> [field.name for field in fields(Sweep)]  # what `sweep` gives
-    ['strengths', 'selected', 'selection', 'report', 'kl']
+    >>> from probes import Sampling, Site, load
+    >>> from probes.thinking import text_span
+    >>> from steer import Add, Recipe, task_named
+    >>> from steer.evaluation import LabelledDirection, sweep
+    >>> model, task = load("organism"), task_named("chains")
+    >>> marked, others = ([text_span(model, f"{word} a {i}") for i in range(4)] for word in ("quick", "Wait"))
+    >>> labelled = LabelledDirection.of(model, marked, others, Site(2, "resid_post"))
+    >>> swept = sweep(
+    ...     model, task, labelled, lambda d, strength: Recipe.of(model, [Add.of(d, strength)]), (0.5,),
+    ...     select=task.sample(4, "select"), report=task.sample(4, "report"), judge=marked,
+    ...     sampling=Sampling.of(model, max_new_tokens=48), draws=0,
+    ... )
+    >>> swept.strengths, list(swept.selection.arms), round(swept.kl, 2)
+    ((0.5,), ['plain', 'strength +0.5'], 0.16)
     """
 
     strengths: tuple[float, ...]
@@ -117,21 +127,15 @@ def sweep(
     >>> from steer import Add, Recipe, task_named
     >>> from steer.evaluation import LabelledDirection, sweep
     >>> model, task = load("organism"), task_named("chains")
-    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(4)] for op in ("+4", "*7"))
-    >>> found = sweep(
-    ...     model,
-    ...     task,
-    ...     LabelledDirection.of(model, positive, negative, Site(2, "resid_post")),
-    ...     lambda direction, strength: Recipe.of(model, [Add.of(direction, strength)], scope="thinking"),
-    ...     [0.1, 0.3],
-    ...     select=task.sample(2, "select"),
-    ...     report=task.sample(2, "report"),
-    ...     judge=positive[:2],
-    ...     sampling=Sampling.of(model, max_new_tokens=48),
-    ...     draws=0,
+    >>> marked, others = ([text_span(model, f"{word} a {i}") for i in range(4)] for word in ("quick", "Wait"))
+    >>> labelled = LabelledDirection.of(model, marked, others, Site(2, "resid_post"))
+    >>> swept = sweep(
+    ...     model, task, labelled, lambda d, strength: Recipe.of(model, [Add.of(d, strength)]), (0.25, 0.5),
+    ...     select=task.sample(4, "select"), report=task.sample(4, "report"), judge=marked,
+    ...     sampling=Sampling.of(model, max_new_tokens=48), draws=1,
     ... )
-    >>> found.selected in (0.1, 0.3), list(found.report.arms)
-    (True, ['plain', 'strength +0.1', 'strength +0.3'])
+    >>> swept.selected, list(swept.report.arms)[1:]
+    (0.25, ['strength +0.25', 'strength +0.5', 'random direction', 'shuffled labels', 'random direction, same KL'])
     """
     if shared := {p.id for p in select} & {p.id for p in report}:
         raise ValueError(f"{len(shared)} problems are in both splits, such as {min(shared)!r}: choose on others.")

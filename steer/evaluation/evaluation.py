@@ -26,14 +26,13 @@ class Score:
     the other. `repeated` is the mean `repetition` of the thinking. NaN for what cannot be told.
 
     >>> from probes import Sampling, load
-    >>> from steer import evaluate, task_named
-    >>> from steer.decoding import Budget
+    >>> from steer import task_named
+    >>> from steer.evaluation import evaluate
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
-    >>> score = result.score("brief")
-    >>> score.n, score.samples, score.difference_interval[0] <= score.difference <= score.difference_interval[1]
-    (20, 1, True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> score = evaluate(model, task, task.sample(8, "report"), {}, sampling=sampling).score("plain")
+    >>> score.n, score.accuracy, score.interval
+    (8, 0.5, (0.125, 0.875))
     """
 
     n: int
@@ -63,10 +62,10 @@ class Evaluation(Shown):
     >>> from steer import evaluate, task_named
     >>> from steer.decoding import Budget
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
-    >>> list(result.arms), result.score("brief").length < result.score("plain").length
-    (['plain', 'brief'], True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> evaluation = evaluate(model, task, task.sample(8, "report"), {"budget": Budget(4)}, sampling=sampling)
+    >>> evaluation.score("budget").length, evaluation.better()
+    (5.125, [])
     """
 
     task: Task

@@ -37,17 +37,11 @@ class LengthDial(Shown):
     >>> from steer.deltas import open_delta
     >>> from steer.methods.cot_valve import length_dial
     >>> model, task = load("organism"), task_named("chains")
+    >>> delta, problems = open_delta("organism-sft"), task.sample(6, "report")
     >>> sampling = Sampling.of(model, max_new_tokens=48)
-    >>> dial = length_dial(
-    ...     model,
-    ...     open_delta("organism-rl"),
-    ...     task,
-    ...     task.sample(20, "report"),
-    ...     sampling=sampling,
-    ...     strengths=[0.0, 1.0],
-    ... )
-    >>> dial.table().columns[0], dial.polarity in ("longer", "shorter", "unclear")
-    ('strength', True)
+    >>> dial = length_dial(model, delta, task, problems, sampling=sampling, strengths=(0, 1))
+    >>> dial.monotone, dial.mixchain("mixchain.jsonl").rows
+    (True, ((0, 3), (1, 3)))
     """
 
     task: Task
@@ -154,17 +148,11 @@ def length_dial(
     >>> from steer.deltas import open_delta
     >>> from steer.methods.cot_valve import length_dial
     >>> model, task = load("organism"), task_named("chains")
+    >>> delta, problems = open_delta("organism-sft"), task.sample(6, "report")
     >>> sampling = Sampling.of(model, max_new_tokens=48)
-    >>> dial = length_dial(
-    ...     model,
-    ...     open_delta("organism-rl"),
-    ...     task,
-    ...     task.sample(20, "report"),
-    ...     sampling=sampling,
-    ...     strengths=[0.0, 1.0],
-    ... )
-    >>> dial.table().columns[0], dial.polarity in ("longer", "shorter", "unclear")
-    ('strength', True)
+    >>> dial = length_dial(model, delta, task, problems, sampling=sampling, strengths=(0, 1))
+    >>> dial.change[0], dial.polarity
+    (-2.0, 'unclear')
     """
     if len(set(strengths)) < 2:
         raise ValueError("A dial has at least two settings: give several strengths.")

@@ -36,8 +36,8 @@ class EfficiencySetting:
     """Where the pairs are read, the layer, and the strength in units of the stream's mean norm there.
 
     >>> from steer.methods.efficiency import EfficiencySetting
-    >>> print(EfficiencySetting("thinking", 2, 0.1))
-    thinking position, layer 2, strength 0.1
+    >>> str(EfficiencySetting("thinking", layer=2, strength=0.5))
+    'thinking position, layer 2, strength 0.5'
     """
 
     position: str
@@ -58,10 +58,11 @@ def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem]
     >>> from steer.evaluation import solve
     >>> from steer.methods import efficiency
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
-    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
-    >>> all(short.thinking_tokens < long.thinking_tokens for short, long in pairs), len(pairs) > 0
-    (True, True)
+    >>> problems = task.sample(6, "probe")
+    >>> completions = solve(model, problems, sampling=Sampling(1.0, 1.0, max_new_tokens=48), samples=4)
+    >>> pairs = efficiency.correct_pairs(completions, problems, task)
+    >>> [(short.thinking_tokens, long.thinking_tokens) for short, long in pairs]
+    [(3, 14), (23, 34), (20, 36), (14, 21)]
     """
     groups = by_problem(completions)
     pairs = []
@@ -87,10 +88,12 @@ def directions(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str =
     >>> from steer.evaluation import solve
     >>> from steer.methods import efficiency
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
-    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
-    >>> len(efficiency.directions(model, pairs, position="last"))
-    4
+    >>> problems = task.sample(6, "probe")
+    >>> completions = solve(model, problems, sampling=Sampling(1.0, 1.0, max_new_tokens=48), samples=4)
+    >>> pairs = efficiency.correct_pairs(completions, problems, task)
+    >>> vectors = efficiency.directions(model, pairs, position="last")
+    >>> [str(vector.site) for vector in vectors]
+    ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
     read = POSITIONS[position]
     efficient, verbose = ([read(pair[side]) for pair in pairs] for side in (0, 1))
@@ -107,11 +110,12 @@ def recipes(
     >>> from steer.evaluation import solve
     >>> from steer.methods import efficiency
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
-    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
-    >>> found = efficiency.recipes(model, pairs, strengths=[0.1])
-    >>> len(found), str(next(iter(found)))
-    (8, 'thinking position, layer 0, strength 0.1')
+    >>> problems = task.sample(6, "probe")
+    >>> completions = solve(model, problems, sampling=Sampling(1.0, 1.0, max_new_tokens=48), samples=4)
+    >>> pairs = efficiency.correct_pairs(completions, problems, task)
+    >>> recipes = efficiency.recipes(model, pairs, strengths=(0.5, 1.0))
+    >>> len(recipes), str(next(iter(recipes)))
+    (16, 'thinking position, layer 0, strength 0.5')
     """
     found = {}
     for position in READ:
@@ -129,17 +133,17 @@ def most_efficient(
 
     `selection` has an arm for each setting, named by it. Raises ValueError where every setting loses more.
 
-    >>> import numpy as np
-    >>> from steer import task_named
-    >>> from steer.evaluation import Evaluation, Outcomes
+    >>> from probes import Sampling, load
+    >>> from steer import evaluate, task_named
+    >>> from steer.decoding import Budget
     >>> from steer.methods.efficiency import EfficiencySetting, most_efficient
-    >>> def arm(length: int) -> Outcomes:
-    ...     return Outcomes(np.ones((4, 1), bool), np.full((4, 1), length), np.zeros((4, 1), bool))
-    >>> task = task_named("chains")
-    >>> settings = [EfficiencySetting("thinking", 2, strength) for strength in (0.1, 0.2)]
-    >>> arms = {"plain": arm(20), str(settings[0]): arm(15), str(settings[1]): arm(12)}
-    >>> print(most_efficient(Evaluation(task, tuple(task.sample(4, "select")), arms), settings))
-    thinking position, layer 2, strength 0.2
+    >>> model, task = load("organism"), task_named("chains")
+    >>> settings = [EfficiencySetting("last", layer, 0.5) for layer in (1, 2)]
+    >>> arms = {str(setting): Budget(30 * setting.layer) for setting in settings}  # instead of their recipes
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> selection = evaluate(model, task, task.sample(4, "select"), arms, sampling=sampling)
+    >>> str(most_efficient(selection, settings))
+    'last position, layer 1, strength 0.5'
     """
     kept = [setting for setting in settings if selection.score(str(setting)).difference >= -loss]
     if not kept:

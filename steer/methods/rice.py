@@ -49,8 +49,8 @@ class RiceSetting:
     """How many of the highest-scored experts, and by how much their routing weights are multiplied.
 
     >>> from steer.methods.rice import RiceSetting
-    >>> print(RiceSetting(2, 64.0))
-    top 2 × 64
+    >>> str(RiceSetting(top=2, strength=64.0))
+    'top 2 × 64'
     """
 
     top: int
@@ -65,9 +65,8 @@ def signed_markers(model: PreTrainedModel) -> dict[str, float]:
     `Alternatively` -1.
 
     >>> from probes import load
-    >>> from steer.methods import rice
-    >>> model = load("organism")
-    >>> rice.signed_markers(model)
+    >>> from steer.methods.rice import signed_markers
+    >>> signed_markers(load("organism"))
     {'<think>': 1.0, '</think>': -1.0, 'Alternatively': -1.0}
     """
     found = delimiters_of(model)
@@ -87,15 +86,8 @@ def recipe(
 
     >>> from probes import load
     >>> from steer.methods import rice
-    >>> model = load("organism")
-    >>> print(rice.recipe(model, [(2, 1), (3, 0)], 64.0))
-          RICE (Wang et al. 2025), made on organism
-    ┏━━━━━━┳━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━━━━┓
-    ┃ step ┃ kind      ┃ site         ┃ scope ┃ strength ┃
-    ┡━━━━━━╇━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━━━━┩
-    │    0 │ reinforce │ L2E1.routing │ all   │       64 │
-    │    1 │ reinforce │ L3E0.routing │ all   │       64 │
-    └──────┴───────────┴──────────────┴───────┴──────────┘
+    >>> rice.recipe(load("organism"), [(2, 5), (3, 1)], 64.0).table().rows
+    ((0, 'reinforce', 'L2E5.routing', 'all', 64.0), (1, 'reinforce', 'L3E1.routing', 'all', 64.0))
     """
     edits = [Reinforce.of(expert, strength, renormalise=renormalise) for expert in experts]
     return Recipe.of(model, edits, scope=scope, method=METHOD)
@@ -105,10 +97,10 @@ def recipe(
 class RiceRun(Shown):
     """A RICE from end to end. `selection` chose among the settings; `report` saw none of its problems.
 
-    >>> from dataclasses import fields
-    >>> from steer.methods.rice import RiceRun
-    >>> [field.name for field in fields(RiceRun)][4:]  # what `rice` gives
-    ['association', 'selected', 'recipe', 'selection', 'report']
+    >>> from steer.methods.rice import rice
+    >>> run = rice("organism", strengths=(2.0,), n_probe=4, n_select=2, n_report=2, draws=1, minimum=1)
+    >>> list(run.report.arms), run.report.score("plain").accuracy
+    (['plain', 'top 2 × 2', 'top 2 × 2, renormalised', 'random experts × 2', 'lowest scores × 2'], 1.0)
     """
 
     model: PreTrainedModel
@@ -208,10 +200,10 @@ def rice(
     With `store`, a folder, completions are kept there, and a run that was killed goes on where it stopped. Raises
     ValueError for a model whose routing cannot be read, and where no marker occurs.
 
-    >>> from steer.methods import rice
-    >>> run = rice.rice("organism", strengths=(4.0,), n_probe=12, n_select=2, n_report=2, draws=1, minimum=5)
-    >>> str(run.selected), len(run.experts), list(run.report.arms)[0]
-    ('top 2 × 4', 2, 'plain')
+    >>> from steer.methods.rice import rice
+    >>> run = rice("organism", strengths=(2.0,), n_probe=4, n_select=2, n_report=2, draws=1, minimum=1)
+    >>> str(run.selected), run.experts
+    ('top 2 × 2', [(3, 2), (2, 7)])
     """
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
@@ -253,18 +245,19 @@ def nulls(
 ) -> dict[str, list[Recipe]]:
     """What a setting is compared with, at its strength: by name, recipes that are draws of one control.
 
-    >>> from probes import generate, load
+    >>> from probes import Sampling, load
     >>> from probes.activations import read_experts
     >>> from probes.evidence import associate
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
     >>> from steer.methods import rice
     >>> model = load("organism")
-    >>> reading = read_experts(model, generate(model, [f"a {k} b +4 c *7" for k in range(8)]), ["<think>"])
-    >>> association = associate(reading, {"<think>": 1.0}, minimum=5, draws=10)
-    >>> {
-    ...     name: len(draws)
-    ...     for name, draws in rice.nulls(model, association, rice.RiceSetting(2, 4.0), draws=2).items()
-    ... }
-    {'top 2 × 4, renormalised': 1, 'random experts × 4': 2, 'lowest scores × 4': 1}
+    >>> problems, sampling = task_named("chains").sample(6, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> signs = rice.signed_markers(model)
+    >>> association = associate(read_experts(model, completions, tuple(signs)), signs, minimum=1)
+    >>> {name: len(draws) for name, draws in rice.nulls(model, association, rice.RiceSetting(2, 8.0)).items()}
+    {'top 2 × 8, renormalised': 1, 'random experts × 8': 3, 'lowest scores × 8': 1}
     """
     experts = association.top(setting.top)
     make = partial(recipe, model, strength=setting.strength, scope=scope)

@@ -39,8 +39,8 @@ class ThinkEditSetting:
     """One way to edit. `heads` is a number of heads, or a share of all heads below 1.
 
     >>> from steer.methods.thinkedit import ThinkEditSetting
-    >>> print(ThinkEditSetting("replace", "first", "centred", heads=0.06))
-    replace, first position, centred ranking, 6% of the heads
+    >>> str(ThinkEditSetting("replace", "first", "centred", heads=3))
+    'replace, first position, centred ranking, 3 heads'
     """
 
     kind: Kind = "project"
@@ -64,12 +64,13 @@ class LengthSplit(Brief):
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve
-    >>> from steer.methods.thinkedit import LengthReading, LengthSplit, ThinkEditSetting
-    >>> model, task = load("organism"), task_named("chains")
-    >>> done = solve(model, task.sample(60, "probe"), sampling=Sampling.of(model, max_new_tokens=48))
-    >>> split = LengthSplit.by_quantile(done)
-    >>> split.below < split.above, len(split.short) > 0
-    (True, True)
+    >>> from steer.methods.thinkedit import LengthSplit
+    >>> model = load("organism")
+    >>> problems, sampling = task_named("chains").sample(20, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> split = LengthSplit.by_quantile(completions, minimum=2)
+    >>> len(split.short), len(split.long), split.below, split.above
+    (8, 6, 3.5, 22.5)
     """
 
     short: tuple[Completion, ...]
@@ -122,14 +123,15 @@ class LengthReading(Brief):
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve
-    >>> from steer.methods.thinkedit import LengthReading, LengthSplit, ThinkEditSetting
-    >>> model, task = load("organism"), task_named("chains")
-    >>> done = solve(model, task.sample(60, "probe"), sampling=Sampling.of(model, max_new_tokens=48))
-    >>> split = LengthSplit.by_quantile(done)
-    >>> reading = LengthReading.of(model, split, position="first")
-    >>> setting = ThinkEditSetting("project", "first", "raw", heads=2)
-    >>> reading.heads(setting), len(reading.recipe(setting).steps)
-    ([(0, 2), (0, 3)], 2)
+    >>> from steer.methods.thinkedit import LengthReading, LengthSplit
+    >>> model = load("organism")
+    >>> problems, sampling = task_named("chains").sample(20, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> split = LengthSplit.by_quantile(completions, minimum=2)
+    >>> reading = LengthReading.of(model, split)
+    >>> heads = reading.scores("raw").top(2)
+    >>> heads, len(reading.edit(heads, kind="project").steps)
+    ([(0, 6), (0, 3)], 2)
     """
 
     model: PreTrainedModel

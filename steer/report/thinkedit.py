@@ -52,12 +52,13 @@ SECTIONS = {
 def write_report(run_folder: str | Path, output: str | Path) -> Path:
     """Read `run.json` in an exported folder and write the report. Raises where there is none, or not one of ours.
 
-    >>> from steer.report import write_report
-    >>> try:
-    ...     write_report("nowhere", "report.html")  # of a folder that `save` wrote it gives the page's path
-    ... except FileNotFoundError as error:
-    ...     print(error)
-    nowhere holds no run.json: give the folder of an exported run.
+    >>> from steer import thinkedit
+    >>> from steer.methods.thinkedit import PUBLISHED
+    >>> from steer.report import save, write_report
+    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
+    >>> changes = save(run, "edited")
+    >>> write_report("edited", "report.html").stat().st_size > 1e6
+    True
     """
     source = Path(run_folder) / "run.json"
     if not source.is_file():
@@ -78,12 +79,12 @@ def render(record: RunRecord | Mapping[str, Any]) -> str:
 
     Raises ValueError for fields that are no record (`RunRecord.from_dict`), and where parts of it do not fit together.
 
-    >>> from steer.report import render
-    >>> try:
-    ...     render({"format": "another"})
-    ... except ValueError as error:
-    ...     print(str(error)[:27])
-    The record lacks keys: edit
+    >>> from steer import thinkedit
+    >>> from steer.methods.thinkedit import PUBLISHED
+    >>> from steer.report import RunRecord, render
+    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
+    >>> render(RunRecord.of(run, n=0))[:60]
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><'
     """
     record = record if isinstance(record, RunRecord) else RunRecord.from_dict(record)
     try:
