@@ -22,13 +22,13 @@ class NullDelta(Brief):
 
     >>> from steer.deltas import open_delta, random_like
     >>> null = random_like(open_delta("organism-rl"), seed=3).terms[0].source
-    >>> null.control, null.seed
+    >>> null.kind, null.seed
     ('noise', 3)
     """
 
     delta: WeightDelta
     seed: int
-    control: str
+    kind: str
     lengths: dict[str, float] = field(default_factory=dict)
     names_from: Mapping[str, str] = field(default_factory=dict)
 
@@ -50,13 +50,13 @@ class NullDelta(Brief):
 
     @property
     def words(self) -> dict[str, Any]:
-        return {"control": self.control, "seed": self.seed, "of": self.delta.made_of}
+        return {"control": self.kind, "seed": self.seed, "of": self.delta.made_of}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.delta.shape(name)
 
     def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]:
-        if self.control == "shuffled layers":
+        if self.kind == "shuffled layers":
             return self.delta.block(self.names_from[name], rows)
         return self._noise(name, rows) * self._scale(name)
 

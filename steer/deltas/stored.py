@@ -185,7 +185,7 @@ def _absolute(words: Mapping[str, Any]) -> dict[str, Any]:
     """Folders by their whole path: a link is to hold wherever it is followed from."""
     kind = next((key for key in ("checkpoint", "adapter", "delta") if key in words), None)
     if kind is None:
-        raise ValueError("A control or an edit is no file, so it cannot be linked: store it.")
+        raise ValueError("A null or an edit is no file, so it cannot be linked: store it.")
     place = Path(words[kind])
     return {**words, kind: str(place.resolve() if place.is_dir() else place)}
 

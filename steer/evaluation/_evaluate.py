@@ -50,15 +50,14 @@ def evaluate(
     ValueError for an arm without draws, and for one with the baseline's name; and `NeverFired` for a recipe that
     touched no token of what was generated with it.
 
-    >>> import torch
-    >>> from probes import Sampling, Site, load
-    >>> from steer import Add, Recipe, evaluate, task_named
+    >>> from probes import Sampling, load
+    >>> from steer import evaluate, task_named
+    >>> from steer.decoding import Budget
     >>> model, task = load("organism"), task_named("chains")
     >>> sampling = Sampling.of(model, max_new_tokens=48)
-    >>> arms = {"noise": Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96), 0.5)])}
-    >>> evaluation = evaluate(model, task, task.sample(8, "report"), arms, sampling=sampling)
-    >>> {arm: evaluation.score(arm).accuracy for arm in evaluation.arms}
-    {'plain': 0.5, 'noise': 0.5}
+    >>> evaluation = evaluate(model, task, task.sample(8, "report"), {"brief": Budget(thinking=2)}, sampling=sampling)
+    >>> {arm: evaluation.score(arm).length for arm in evaluation.arms}  # in thinking tokens
+    {'plain': 13.875, 'brief': 3.75}
     """
     if PLAIN in arms:
         raise ValueError(f"The arm {PLAIN!r} is the baseline: give it as baseline=..., not among the arms.")

@@ -1,4 +1,4 @@
-"""Strength against effect: fixed strengths, the best chosen on one split and reported on another, with controls."""
+"""Strength against effect: fixed strengths, the best chosen on one split and reported on another, beside nulls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ MakeRecipe = Callable[[Direction, float], Recipe]
 class LabelledDirection(Brief):
     """A direction and the two classes it came from, so that its labels can be shuffled.
 
-    >>> from probes import Sampling, Site, load
+    >>> from probes import Site, load
     >>> from probes.thinking import text_span
     >>> from steer.evaluation import LabelledDirection
     >>> model = load("organism")
@@ -51,7 +51,7 @@ class LabelledDirection(Brief):
         return cls(found, tuple(positive), tuple(negative))
 
     def shuffled(self, model: PreTrainedModel, *, seed: int) -> Direction:
-        """The control: the same estimator on shuffled labels, scaled to the direction's norm."""
+        """The null: the same estimator on shuffled labels, scaled to the direction's norm."""
         spans = [*self.positive, *self.negative]
         order = torch.randperm(len(spans), generator=torch.Generator().manual_seed(seed)).tolist()
         mixed = [spans[i] for i in order]
@@ -63,7 +63,7 @@ class LabelledDirection(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep(Shown):
-    """`selection` holds the strengths on the split that chose; `report` those strengths and the controls of the chosen
+    """`selection` holds the strengths on the split that chose; `report` those strengths and the nulls of the chosen
     one on problems that no choice saw.
 
     >>> from probes import Sampling, Site, load

@@ -1,4 +1,4 @@
-"""The controls of a recipe: the same steps along random directions of the same norms."""
+"""The nulls of a recipe: the same steps along random directions of the same norms."""
 
 from collections.abc import Sequence
 from dataclasses import replace

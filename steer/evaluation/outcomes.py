@@ -46,7 +46,7 @@ class Outcomes(Brief):
 
     @classmethod
     def pooled(cls, draws: Sequence["Outcomes"]) -> "Outcomes":
-        """Several draws of one control, as samples of one arm."""
+        """Several draws of one null, as samples of one arm."""
         repeated = [d.repeated for d in draws if d.repeated is not None]
         return cls(
             np.concatenate([d.correct for d in draws], axis=1),

@@ -10,9 +10,9 @@ from probes.late import stats
 
 
 def interval_of_mean(per_problem: Float[np.ndarray, " problems"]) -> tuple[float, float]:
-    """95 % percentile stats.bootstrap over problems (Efron 1979), 2,000 resamples, seed 0.
+    """95 % percentile bootstrap over problems (Efron 1979), 2,000 resamples, seed 0.
 
-    Of differences of two arms, problem by problem, it is the paired stats.bootstrap. NaN for fewer than two problems.
+    Of differences of two arms, problem by problem, it is the paired bootstrap. NaN for fewer than two problems.
 
     >>> import numpy as np
     >>> from steer.evaluation import interval_of_mean
@@ -30,7 +30,7 @@ def paired_p(own: Bool[np.ndarray, "problems samples"], other: Bool[np.ndarray, 
     """Two-sided p that two arms are right equally often, from the same problems.
 
     One sample a problem in both: McNemar's exact test. The same number of several: Wilcoxon's signed-rank test of the
-    problems' differences, which are symmetric about 0 where the arms are alike. Unequal numbers, as of a control whose
+    problems' differences, which are symmetric about 0 where the arms are alike. Unequal numbers, as of a null whose
     draws are pooled: that symmetry is gone, and the t-test of the mean difference is used. 1 where no problem differs.
 
     >>> import numpy as np

@@ -39,17 +39,15 @@ def export(
     repository of the Hugging Face hub that it is then uploaded to. Raises NotFoldable for a recipe that no weights
     equal, FileExistsError where the folder exists, ValueError for another model's recipe.
 
+    >>> from pathlib import Path
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe
-    >>> from steer.folding import export
+    >>> from steer import Ablate, Recipe, export
     >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))])
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
     >>> changes = export(model, recipe, "edited")
-    >>> [tensor.name for tensor in changes.tensors]
-    ['model.layers.2.self_attn.o_proj.weight']
-    >>> load("edited").config.model_type
-    'qwen3_moe'
+    >>> [tensor.name for tensor in changes.tensors], (Path("edited") / "recipe" / "recipe.yaml").is_file()
+    (['model.layers.1.self_attn.o_proj.weight'], True)
     """
     check_repository(push_to)
     with staged_folder(Path(folder)) as stage:

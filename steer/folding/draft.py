@@ -8,13 +8,16 @@ class NotFoldable(ValueError):
 
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Add, NotFoldable, Recipe, fold
+    >>> from steer import Add, NotFoldable, Recipe
+    >>> from steer.folding import NeedsBias, check_folds
     >>> model = load("organism")
     >>> try:
-    ...     fold(model, Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96))]))
+    ...     check_folds(model, Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96))]))
     ... except NotFoldable as error:
     ...     print(error)
     L1.resid_post is not written by one matrix, but by the whole stream before it.
+    >>> issubclass(NeedsBias, NotFoldable)
+    True
     """
 
 

@@ -64,10 +64,10 @@ def export_adapter(
     >>> from steer import Ablate, Recipe
     >>> from steer.folding import export_adapter
     >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))])
-    >>> changes = export_adapter(model, recipe, "adapter")
-    >>> [tensor.name for tensor in changes.tensors]
-    ['model.layers.2.self_attn.o_proj.weight']
+    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
+    >>> changes = export_adapter(model, recipe, "adapter")  # needs peft: the extra [lora]
+    >>> [tensor.rank for tensor in changes.tensors]
+    [1]
     """
     if find_spec("peft") is None:
         raise ImportError("An adapter is written by the package peft: pip install 'thinksteer[lora]'.")

@@ -86,8 +86,15 @@ def recipe(
 
     >>> from probes import load
     >>> from steer.methods import rice
-    >>> rice.recipe(load("organism"), [(2, 5), (3, 1)], 64.0).table().rows
-    ((0, 'reinforce', 'L2E5.routing', 'all', 64.0), (1, 'reinforce', 'L3E1.routing', 'all', 64.0))
+    >>> model = load("organism")
+    >>> print(rice.recipe(model, [(2, 1), (3, 0)], 64.0))
+          RICE (Wang et al. 2025), made on organism
+    ┏━━━━━━┳━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━┳━━━━━━━━━━┓
+    ┃ step ┃ kind      ┃ site         ┃ scope ┃ strength ┃
+    ┡━━━━━━╇━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━╇━━━━━━━━━━┩
+    │    0 │ reinforce │ L2E1.routing │ all   │       64 │
+    │    1 │ reinforce │ L3E0.routing │ all   │       64 │
+    └──────┴───────────┴──────────────┴───────┴──────────┘
     """
     edits = [Reinforce.of(expert, strength, renormalise=renormalise) for expert in experts]
     return Recipe.of(model, edits, scope=scope, method=METHOD)
@@ -139,7 +146,7 @@ class RiceRun(Shown):
         )
 
     def figure(self) -> "go.Figure":
-        """Thinking tokens and accuracy on the report split against the strength, beside the controls of the chosen."""
+        """Thinking tokens and accuracy on the report split against the strength, beside the nulls of the chosen."""
         strength, top = self.selected.strength, f"top {self.selected.top} × "
         doses = [arm for arm in self.report.arms if arm.startswith(top) and "," not in arm]
         series = {"highest scores": [_dose(self.report, arm, float(arm.removeprefix(top))) for arm in doses]}
@@ -192,7 +199,7 @@ def rice(
     seed: int = 0,
 ) -> RiceRun:
     """Score experts on completions of *probe* problems, choose how many and how strongly by accuracy on *select*
-    problems, and measure on *report* problems, beside the controls.
+    problems, and measure on *report* problems, beside the nulls.
 
     `signs` are the markers and their signs, `signed_markers` where not given. Reported at every strength: the chosen
     number of experts. At the chosen strength: the same with the weights normalised again, as many experts matched for
@@ -243,7 +250,7 @@ def nulls(
     draws: int = 3,
     seed: int = 0,
 ) -> dict[str, list[Recipe]]:
-    """What a setting is compared with, at its strength: by name, recipes that are draws of one control.
+    """What a setting is compared with, at its strength: by name, recipes that are draws of one null.
 
     >>> from probes import Sampling, load
     >>> from probes.activations import read_experts

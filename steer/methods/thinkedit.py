@@ -164,7 +164,7 @@ class LengthReading(Brief):
         return cls(model, split, position, directions, tuple(units.values()), *writes)
 
     def at_random(self, seed: int) -> "LengthReading":
-        """The control: the same reading along random directions of the same norms."""
+        """The null: the same reading along random directions of the same norms."""
         drawn = tuple(random_direction(d, seed=seed * 1000 + d.site.layer) for d in self.directions)
         return self._along(self.model, self.split, self.position, drawn)
 

@@ -1,4 +1,4 @@
-"""The main job: probe a model, derive edits, choose one, and report it beside its controls, on three splits."""
+"""The main job: probe a model, derive edits, choose one, and report it beside its nulls, on three splits."""
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
@@ -146,13 +146,13 @@ def thinkedit(
     batch_size: int = 64,
     seed: int = 0,
 ) -> ThinkEditRun:
-    """ThinkEdit (Sun et al. 2025) on a model and a task, with its controls.
+    """ThinkEdit (Sun et al. 2025) on a model and a task, beside its nulls.
 
     Three splits that share no problem: completions of the *probe* problems give directions and heads; the best of
     `settings` that folds is chosen by accuracy on the *select* problems; every arm is measured on the *report*
     problems. Short and long are cut at `cutoffs` thinking tokens (the paper's are 100 and 1000), or else at the
     quantiles `share` and 1 - `share`. Arms: plain, published, edited, the best one-sided (run time only), and as
-    controls the same edit on random heads, on the lowest-scored heads, and along random directions.
+    nulls the same edit on random heads, on the lowest-scored heads, and along random directions.
 
     Raises ValueError where a class is too small, the model has no thinking delimiters, or its family is unknown.
 

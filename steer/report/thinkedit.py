@@ -52,13 +52,12 @@ SECTIONS = {
 def write_report(run_folder: str | Path, output: str | Path) -> Path:
     """Read `run.json` in an exported folder and write the report. Raises where there is none, or not one of ours.
 
-    >>> from steer import thinkedit
-    >>> from steer.methods.thinkedit import PUBLISHED
-    >>> from steer.report import save, write_report
-    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
-    >>> changes = save(run, "edited")
-    >>> write_report("edited", "report.html").stat().st_size > 1e6
-    True
+    >>> from steer.report import write_report
+    >>> try:
+    ...     write_report("nowhere", "report.html")  # of a folder that `save` wrote it gives the page's path
+    ... except FileNotFoundError as error:
+    ...     print(error)
+    nowhere holds no run.json: give the folder of an exported run.
     """
     source = Path(run_folder) / "run.json"
     if not source.is_file():

@@ -143,11 +143,9 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
     >>> from pathlib import Path
     >>> from probes import load
     >>> from steer.training import train
-    >>> train(Path("organism"), steps=1, batch_size=4)
-    >>> load("organism").config.model_type
+    >>> train(Path("fresh"), steps=1, batch_size=4)
+    >>> load("fresh").config.model_type
     'qwen3_moe'
-    >>> Path("organism/organism.json").is_file()
-    True
     """
     torch.manual_seed(seed)
     tokenizer, model = build_tokenizer(), build_model()
