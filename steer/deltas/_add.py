@@ -72,9 +72,9 @@ class Plan(Shown):
             if any(is_vocabulary(n) for n in delta.names) and (reason := vocabulary_differs(target, source)):
                 notes.append(reason)
                 delta = delta.selected(skip=["embed"])
-        held, names = set(delta.names), {}
+        changing, names = set(delta.names), {}
         for name in target.names:
-            if name not in held:
+            if name not in changing:
                 continue
             if delta.shape(name) == target.shape(name):
                 names[name] = name
@@ -85,7 +85,7 @@ class Plan(Shown):
                     f"{name} is {list(target.shape(name))} in {target.folder}, but {list(delta.shape(name))} in the "
                     "delta: they are not of one architecture."
                 )
-        if lost := sorted(held - set(target.names)):
+        if lost := sorted(changing - set(target.names)):
             raise ValueError(f"{target.folder} lacks tensors of the delta, or holds no numbers there: {first(lost)}.")
         names |= _stored_head(target, names)
         return cls(target, delta, names if strength else {}, tuple(dict.fromkeys(notes)))

@@ -19,16 +19,16 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
 
 def grams(deltas: Sequence[WeightDelta]) -> dict[str, Gram]:
     """⟨Δᵢ, Δⱼ⟩ for every tensor of the first delta, in float64; zero for a delta that does not hold it."""
-    found = {}
+    products = {}
     for name in deltas[0].names:
         shape = deltas[0].shape(name)
-        held = [i for i, delta in enumerate(deltas) if name in delta.names and delta.shape(name) == shape]
+        holders = [i for i, delta in enumerate(deltas) if name in delta.names and delta.shape(name) == shape]
         gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
         for rows in blocks(shape):
-            values = torch.stack([deltas[i].block(name, rows).reshape(-1) for i in held])
-            gram[torch.tensor(held)[:, None], torch.tensor(held)] += values @ values.T
-        found[name] = gram
-    return found
+            values = torch.stack([deltas[i].block(name, rows).reshape(-1) for i in holders])
+            gram[torch.tensor(holders)[:, None], torch.tensor(holders)] += values @ values.T
+        products[name] = gram
+    return products
 
 
 def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -> Table:
@@ -46,8 +46,8 @@ def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -
     groups: dict[tuple[str, str], list[Gram]] = {}
     for name, gram in grams([delta, *others.values()]).items():
         groups.setdefault(place_in_model(name), []).append(gram)
-    rows = [(*key, *_row(held)) for key, held in sorted(groups.items(), key=lambda item: _order(item[0]))]
-    rows.append(("all", "", *_row([gram for held in groups.values() for gram in held])))
+    rows = [(*key, *_row(products)) for key, products in sorted(groups.items(), key=lambda item: _order(item[0]))]
+    rows.append(("all", "", *_row([gram for products in groups.values() for gram in products])))
     return Table(("layer", "module", "tensors", "norm", *(f"cosine to {name}" for name in others)), tuple(rows))
 
 
@@ -81,15 +81,15 @@ def cosine(a: WeightDelta, b: WeightDelta) -> float:
 
 def place_in_model(name: str) -> tuple[str, str]:
     """Layer and kind of module of a tensor: `("3", "mlp.down_proj")`; embedding and head have no layer."""
-    found = LAYER.search(name)
-    layer, rest = found.groups() if found else ("", name)
+    match = LAYER.search(name)
+    layer, rest = match.groups() if match else ("", name)
     return layer, re.sub(r"\.\d+\.", ".*.", rest.removesuffix(".weight"))
 
 
-def _row(held: Sequence[Gram]) -> tuple[int | float, ...]:
-    gram = sum(held, torch.zeros_like(held[0]))
+def _row(products: Sequence[Gram]) -> tuple[int | float, ...]:
+    gram = sum(products, torch.zeros_like(products[0]))
     lengths = gram.diag().sqrt()
-    return len(held), float(lengths[0]), *(gram[0, 1:] / (lengths[0] * lengths[1:])).tolist()
+    return len(products), float(lengths[0]), *(gram[0, 1:] / (lengths[0] * lengths[1:])).tolist()
 
 
 def _order(key: tuple[str, str]) -> tuple[bool, int, str]:

@@ -144,10 +144,10 @@ class WeightDelta(Brief):
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, rounded once to float32."""
-        found = torch.empty(self.shape(name))
-        for rows in blocks(found.shape):
-            as_rows(found)[rows] = self.block(name, rows)
-        return found
+        whole = torch.empty(self.shape(name))
+        for rows in blocks(whole.shape):
+            as_rows(whole)[rows] = self.block(name, rows)
+        return whole
 
     def selected(self, only: Sequence[str] = (), skip: Sequence[str] = ()) -> "WeightDelta":
         """The tensors that a pattern of `only` matches (all, if it is empty), less those that one of `skip` does.
@@ -159,15 +159,15 @@ class WeightDelta(Brief):
         for pattern in (*only, *skip):
             if not any(matches(name, pattern) for name in self.names):
                 raise ValueError(f"{pattern!r} matches no tensor of the delta, such as {first(self.names)}.")
-        kept = {
+        names = {
             name
             for name in self.names
             if (not only or any(matches(name, pattern) for pattern in only))
             and not any(matches(name, pattern) for pattern in skip)
         }
-        if not kept:
+        if not names:
             raise ValueError(f"Only {', '.join(only) or 'all'} without {', '.join(skip)} leaves no tensor.")
-        return replace(self, terms=tuple(replace(term, names=term.names & kept) for term in self.terms))
+        return replace(self, terms=tuple(replace(term, names=term.names & names) for term in self.terms))
 
     @property
     def made_of(self) -> list[dict[str, Any]]:

@@ -103,11 +103,11 @@ def shuffled_layers(delta: WeightDelta, *, seed: int = 0) -> WeightDelta:
     """
     layers: dict[str, dict[str, str]] = {}
     for name in delta.names:
-        if found := LAYER.search(name):
-            layers.setdefault(found[1], {})[f"{name[: found.start(1)]}*{name[found.end(1) :]}"] = name
+        if match := LAYER.search(name):
+            layers.setdefault(match[1], {})[f"{name[: match.start(1)]}*{name[match.end(1) :]}"] = name
     alike: dict[frozenset[Any], list[str]] = {}
-    for layer, held in layers.items():
-        alike.setdefault(frozenset((kind, delta.shape(name)) for kind, name in held.items()), []).append(layer)
+    for layer, tensors in layers.items():
+        alike.setdefault(frozenset((kind, delta.shape(name)) for kind, name in tensors.items()), []).append(layer)
     names_from = {name: name for name in delta.names}
     rng = random.Random(seed)
     for group in alike.values():

@@ -140,15 +140,15 @@ def solve(
 
 def _file_of(name: str, subject: PreTrainedModel, draw: Draw) -> str:
     """The draw's name in a store, with a checksum of all that the completions' own words do not tell."""
-    own = (
+    rule = (
         draw.fingerprint()
         if isinstance(draw, Recipe)
         else str(draw)
         if isinstance(draw, DecodingControl | PromptStyle)
         else ""
     )
-    words = f"{name} {fingerprint(subject)} {own}"
-    return f"{re.sub('[^-+.0-9A-Za-z]+', '_', name)[:60]}-{sha256(words.encode()).hexdigest()[:8]}.jsonl"
+    text = f"{name} {fingerprint(subject)} {rule}"
+    return f"{re.sub('[^-+.0-9A-Za-z]+', '_', name)[:60]}-{sha256(text.encode()).hexdigest()[:8]}.jsonl"
 
 
 def _draws(arm: Arm) -> Sequence[Draw]:

@@ -47,8 +47,8 @@ class LabelledDirection(Brief):
     def of(
         cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site: Site
     ) -> "LabelledDirection":
-        found = difference_in_means(model, positive, negative, [site])[site]
-        return cls(found, tuple(positive), tuple(negative))
+        direction = difference_in_means(model, positive, negative, [site])[site]
+        return cls(direction, tuple(positive), tuple(negative))
 
     def shuffled(self, model: PreTrainedModel, *, seed: int) -> Direction:
         """The null: the same estimator on shuffled labels, scaled to the direction's norm."""
@@ -89,8 +89,8 @@ class Sweep(Shown):
     kl: float
 
     def table(self) -> Table:
-        found = self.report.table()
-        return replace(found, title=f"{found.title}: strength {self.selected:g} chosen on the selection split")
+        table = self.report.table()
+        return replace(table, title=f"{table.title}: strength {self.selected:g} chosen on the selection split")
 
     def figure(self) -> "go.Figure":
         """Accuracy against thinking length of every arm on the report split, with the Pareto front."""
@@ -117,7 +117,7 @@ def sweep(
 ) -> Sweep:
     """Run `make(direction, strength)` at every strength; choose by accuracy on `select`; report everything on `report`.
 
-    Controls at the chosen strength, `draws` pooled: random directions of the same norm; directions of shuffled labels,
+    Nulls at the chosen strength, `draws` pooled: random directions of the same norm; directions of shuffled labels,
     at the same norm; random directions at the strength that moves the next token as far on `judge` as the chosen one
     does (same KL). With `store`, a folder, completions are kept there: a sweep that was killed, started again, goes on
     where it stopped. Raises ValueError where select and report share a problem.
@@ -142,8 +142,8 @@ def sweep(
     arms = {_name(strength): make(contrast.direction, strength) for strength in strengths}
 
     attempt = partial(evaluate, model, task, sampling=sampling, samples=samples, batch_size=batch_size)
-    kept = {split: None if store is None else Path(store) / split for split in ("select", "report")}
-    selection = attempt(select, arms, store=kept["select"])
+    folders = {split: None if store is None else Path(store) / split for split in ("select", "report")}
+    selection = attempt(select, arms, store=folders["select"])
     selected = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
     kl = divergence(model, arms[_name(selected)], judge)
     randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
@@ -157,7 +157,7 @@ def sweep(
         ]
     if not draws:
         nulls = {}
-    return Sweep(tuple(strengths), selected, selection, attempt(report, {**arms, **nulls}, store=kept["report"]), kl)
+    return Sweep(tuple(strengths), selected, selection, attempt(report, {**arms, **nulls}, store=folders["report"]), kl)
 
 
 def _name(strength: float) -> str:

@@ -88,13 +88,13 @@ class Evaluation(Shown):
     def score(self, arm: str, subgroup: str | None = None) -> Score:
         """The arm overall, or on the problems of a subgroup."""
         rows = self._rows(subgroup)
-        own, plain = self.arms[arm].only(rows), self.arms[self.baseline].only(rows)
-        accuracy = own.correct.mean(1)
+        outcomes, plain = self.arms[arm].only(rows), self.arms[self.baseline].only(rows)
+        accuracy = outcomes.correct.mean(1)
         difference = accuracy - plain.correct.mean(1)
-        length, p_values = float(own.length.mean()), self.p_values(subgroup)
+        length, p_values = float(outcomes.length.mean()), self.p_values(subgroup)
         return Score(
             n=len(accuracy),
-            samples=own.correct.shape[1],
+            samples=outcomes.correct.shape[1],
             accuracy=float(accuracy.mean()),
             interval=interval_of_mean(accuracy),
             difference=float(difference.mean()),
@@ -103,9 +103,9 @@ class Evaluation(Shown):
             p_adjusted=adjusted(p_values).get(arm, float("nan")),
             length=length,
             per_1000=1000 * float(accuracy.mean()) / length if length else float("nan"),
-            truncation=float(own.truncated.mean()),
-            repeated=float("nan") if own.repeated is None else float(own.repeated.mean()),
-            shortest={f"{share:.0%}": own.shortest(share) for share in SHORTEST},
+            truncation=float(outcomes.truncated.mean()),
+            repeated=float("nan") if outcomes.repeated is None else float(outcomes.repeated.mean()),
+            shortest={f"{share:.0%}": outcomes.shortest(share) for share in SHORTEST},
         )
 
     def p_values(self, subgroup: str | None = None) -> dict[str, float]:
@@ -118,8 +118,8 @@ class Evaluation(Shown):
         """Arms that are right more often than the plain model, at an adjusted p below `level`. Best first."""
         rows, p_adjusted = self._rows(subgroup), adjusted(self.p_values(subgroup))
         accuracy = {arm: float(o.correct[rows].mean()) for arm, o in self.arms.items()}
-        found = [arm for arm, p in p_adjusted.items() if p < level and accuracy[arm] > accuracy[self.baseline]]
-        return sorted(found, key=lambda arm: -accuracy[arm])
+        arms = [arm for arm, p in p_adjusted.items() if p < level and accuracy[arm] > accuracy[self.baseline]]
+        return sorted(arms, key=lambda arm: -accuracy[arm])
 
     def _rows(self, subgroup: str | None) -> Bool[np.ndarray, " problems"]:
         rows = np.array([subgroup is None or problem.subgroup == subgroup for problem in self.problems])

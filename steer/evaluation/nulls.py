@@ -91,12 +91,12 @@ def random_arms(
     >>> {name: len(draws) for name, draws in arms.items()}, notes
     ({'edited: random, same norm': 2, 'edited: random, same KL': 2}, ())
     """
-    found: dict[str, list[Recipe]] = {}
+    arms: dict[str, list[Recipe]] = {}
     try:
         same_norm = [random_recipe(recipe, seed=i) for i in range(draws)]
-        found[f"{name}: random, same norm"] = same_norm
+        arms[f"{name}: random, same norm"] = same_norm
         kl = divergence(model, recipe, judged)
-        found[f"{name}: random, same KL"] = [calibrated(model, null, judged, kl) for null in same_norm]
+        arms[f"{name}: random, same KL"] = [calibrated(model, null, judged, kl) for null in same_norm]
     except ValueError as error:
-        return found, (f"{name} is reported without some of its random directions: {error}",)
-    return found, ()
+        return arms, (f"{name} is reported without some of its random directions: {error}",)
+    return arms, ()

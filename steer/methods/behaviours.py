@@ -55,18 +55,18 @@ def directions(
     if empty := [label for label, spans in labelled.items() if not spans]:
         raise ValueError(f"The label {empty[0]!r} has no spans. Generate more, or leave it out.")
     whole = record(model, overall, sites, label="reading responses")
-    found: dict[str, list[Direction]] = {}
+    vectors: dict[str, list[Direction]] = {}
     for label, spans in labelled.items():
-        own = record(model, spans, sites, label=f"reading {label}")
+        moments = record(model, spans, sites, label=f"reading {label}")
         provenance = Provenance.now(model, f"behaviour vector, {label}", spans, overall)
-        found[label] = []
+        vectors[label] = []
         for site in sites:
             mean = whole[site].activation.mean
-            difference = own[site].activation.mean - mean
+            difference = moments[site].activation.mean - mean
             vector = difference / difference.norm() * mean.norm()
             norm = float(whole[site].norm.mean)
-            found[label].append(Direction(site, vector.float().cpu(), norm, provenance))
-    return found
+            vectors[label].append(Direction(site, vector.float().cpu(), norm, provenance))
+    return vectors
 
 
 def strongest_layer(model: PreTrainedModel, vectors: Sequence[Direction], spans: Sequence[Span], metric: Metric) -> int:

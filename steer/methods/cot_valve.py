@@ -108,13 +108,13 @@ class LengthDial(Shown):
         return Table(("strength", "solutions kept"), tuple(counts), str(output))
 
     def _solutions(self, problem: Problem) -> list[dict[str, Any]]:
-        kept = [
+        solutions = [
             (strength, completion)
             for strength, done in self.completions.items()
             for completion in by_problem(done)[problem.id]
             if is_correct(completion, problem, self.task.grader)
         ]
-        lengths = [completion.thinking_tokens for _, completion in kept]
+        lengths = [completion.thinking_tokens for _, completion in solutions]
         spread = max(lengths, default=0) - min(lengths, default=0)
         return [
             {
@@ -126,7 +126,7 @@ class LengthDial(Shown):
                 "thinking_tokens": length,
                 "beta": 1 - (length - min(lengths)) / spread if spread else 0.0,
             }
-            for (strength, completion), length in zip(kept, lengths, strict=True)
+            for (strength, completion), length in zip(solutions, lengths, strict=True)
         ]
 
 

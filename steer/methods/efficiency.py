@@ -18,7 +18,7 @@ from probes.directions.paired import contrast_vectors
 from probes.generation.completions import Completion, by_problem
 from probes.model.architectures import n_layers
 from probes.model.paths import sites_in
-from probes.thinking.spans import POSITIONS
+from probes.thinking.spans import POSITIONS, position_named
 from steer.evaluation.evaluation import Evaluation
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
@@ -27,7 +27,8 @@ from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 
 Pair = tuple[Completion, Completion]
-READ = ("thinking", "last")
+# Completions of one problem are alike up to their first thought: nothing is read there.
+READ = tuple(name for name, position in POSITIONS.items() if position.of == "completion" and name != "first")
 METHOD = "Efficiency-Steering-style (after Zhao et al. 2025)"
 
 
@@ -95,7 +96,7 @@ def directions(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str =
     >>> [str(vector.site) for vector in vectors]
     ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
-    read = POSITIONS[position]
+    read = position_named(position, "completion")
     efficient, verbose = ([read(pair[side]) for pair in pairs] for side in (0, 1))
     return list(contrast_vectors(model, efficient, verbose, sites_in(model, "resid_post")).values())
 
@@ -117,13 +118,13 @@ def recipes(
     >>> len(recipes), str(next(iter(recipes)))
     (16, 'thinking position, layer 0, strength 0.5')
     """
-    found = {}
+    made = {}
     for position in READ:
         vectors = directions(model, pairs, position=position)
         for layer, strength in product(range(n_layers(model)), strengths):
             recipe = Recipe.of(model, [Add.of(vectors[layer], strength)], scope=scope, method=METHOD)
-            found[EfficiencySetting(position, layer, strength)] = recipe
-    return found
+            made[EfficiencySetting(position, layer, strength)] = recipe
+    return made
 
 
 def most_efficient(
@@ -145,11 +146,11 @@ def most_efficient(
     >>> str(most_efficient(selection, settings))
     'last position, layer 1, strength 0.5'
     """
-    kept = [setting for setting in settings if selection.score(str(setting)).difference >= -loss]
-    if not kept:
+    accurate = [setting for setting in settings if selection.score(str(setting)).difference >= -loss]
+    if not accurate:
         best = max(settings, key=lambda setting: selection.score(str(setting)).difference)
         raise ValueError(
             f"Every setting loses more than {loss} accuracy on the selection split; the best, {best}, loses "
             f"{-selection.score(str(best)).difference:.3f}. Try smaller strengths."
         )
-    return min(kept, key=lambda setting: selection.score(str(setting)).length)
+    return min(accurate, key=lambda setting: selection.score(str(setting)).length)

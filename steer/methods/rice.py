@@ -69,8 +69,8 @@ def signed_markers(model: PreTrainedModel) -> dict[str, float]:
     >>> signed_markers(load("organism"))
     {'<think>': 1.0, '</think>': -1.0, 'Alternatively': -1.0}
     """
-    found = delimiters_of(model)
-    opens, closes = (decode(tokenizer_of(model), ids) for ids in (found.open, found.close))
+    delimiters = delimiters_of(model)
+    opens, closes = (decode(tokenizer_of(model), ids) for ids in (delimiters.open, delimiters.close))
     return {opens: 1.0, closes: -1.0, "Alternatively": -1.0}
 
 
@@ -215,12 +215,12 @@ def rice(
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
     sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
-    kept = partial(_file, store)
+    stored = partial(_file, store)
     compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
     signs = signed_markers(model) if signs is None else signs
     probed = solve(
         model, task.sample(n_probe, "probe", seed=seed), sampling=sampling, batch_size=batch_size,
-        store=kept("probe.jsonl"), label="probing",
+        store=stored("probe.jsonl"), label="probing",
     )  # fmt: skip
     reading = read_experts(model, probed, tuple(signs))
     association = associate(reading, signs, minimum=minimum, seed=seed)
@@ -228,13 +228,13 @@ def rice(
     settings = [RiceSetting(count, strength) for count, strength in product(top, strengths)]
     recipes = {s: recipe(model, association.top(s.top), s.strength, scope=scope) for s in settings}
     arms: dict[str, Arm] = {str(setting): recipe for setting, recipe in recipes.items()}
-    selection = compare(task.sample(n_select, "select", seed=seed), arms, store=kept("select"))
+    selection = compare(task.sample(n_select, "select", seed=seed), arms, store=stored("select"))
     selected = max(settings, key=lambda setting: selection.score(str(setting)).accuracy)
 
     shown: dict[str, Arm] = {str(s): recipe for s, recipe in recipes.items() if s.top == selected.top}
     other = nulls(model, association, selected, scope=scope, draws=draws, seed=seed)
     report = compare(
-        task.sample(n_report, "report", seed=seed), {**shown, **(controls or {}), **other}, store=kept("report")
+        task.sample(n_report, "report", seed=seed), {**shown, **(controls or {}), **other}, store=stored("report")
     )
     return RiceRun(
         model, task, sampling, reading.total(), association, selected, recipes[selected], selection, report

@@ -39,10 +39,10 @@ def directions(
     """
     execution, others = [], []
     for completion in completions:
-        found = segments(model, completion, rules)
-        execution += segment_spans(completion, found, "execution", position="before")
+        thoughts = segments(model, completion, rules)
+        execution += segment_spans(completion, thoughts, "execution", position="before")
         for label in ("reflection", "transition"):
-            others += segment_spans(completion, found, label, position="before")
+            others += segment_spans(completion, thoughts, label, position="before")
     if not execution or not others:
         raise ValueError(
             f"The rules find {len(execution)} thoughts of execution and {len(others)} of reflection or transition in "
