@@ -34,6 +34,8 @@ def grams(deltas: Sequence[WeightDelta]) -> dict[str, Gram]:
 def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -> Table:
     """‖Δ‖ per layer and kind of module, and the cosine to each of the others there; the last row is for all.
 
+    Sums are float64. The cosine is NaN where a delta is zero, or does not hold the tensor.
+
     >>> from steer.deltas import norms, open_delta
     >>> rl, sft = open_delta("organism-rl"), open_delta("organism-sft")
     >>> table = norms(rl, {"their sum": rl + sft})
@@ -52,7 +54,7 @@ def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -
 
 
 def figure_of(table: Table) -> "go.Figure":
-    """The table of `norms` as a picture: ‖Δ‖ by kind of module and layer, and beside it each cosine.
+    """The table of `norms` as a picture: ‖Δ‖ [kinds of module, layers], and beside it each cosine.
 
     >>> from steer.deltas import figure_of, norms, open_delta
     >>> figure = figure_of(norms(open_delta("organism-rl"), {"sft": open_delta("organism-sft")}))
@@ -69,7 +71,7 @@ def figure_of(table: Table) -> "go.Figure":
 
 
 def cosine(a: WeightDelta, b: WeightDelta) -> float:
-    """⟨a, b⟩ / ‖a‖‖b‖ over the tensors of a; NaN where one of them is zero there.
+    """⟨a, b⟩ / ‖a‖‖b‖ over the tensors of a, in [-1, 1]; NaN where one of them is zero there.
 
     >>> from steer.deltas import cosine, open_delta
     >>> rl, sft = open_delta("organism-rl"), open_delta("organism-sft")

@@ -40,6 +40,8 @@ class Factors(Brief):
 class Adapter(Brief):
     """The tensors an adapter adds, by the name of the tensor they are added to. The scaling is in `up`, once.
 
+    Of a tensor [rows, width], `up` is [rows, rank] and `down` [rank, width] *(LoRA, Hu et al. 2022)*.
+
     >>> import torch
     >>> from probes import Site, load
     >>> from steer import Ablate, Recipe

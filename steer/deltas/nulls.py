@@ -18,7 +18,7 @@ from steer.deltas.delta import WeightDelta
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NullDelta(Brief):
-    """A source with the names, shapes and words of a delta, and numbers of its own.
+    """A source with the names and shapes of a delta, and numbers of its own: `kind` and `seed` say which.
 
     >>> from steer.deltas import open_delta, random_like
     >>> null = random_like(open_delta("organism-rl"), seed=3).terms[0].source

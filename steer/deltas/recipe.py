@@ -65,7 +65,8 @@ def recipe_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
     """What `steer.fold` changes in this model: added with strength 1 it is the folded model, number for number.
 
     An edit is linear in the weights, so that a strength between 0 and 1 is the edit in part. Raises NotFoldable where
-    no change of weights equals the recipe, or where it takes a bias that the model does not have.
+    no change of weights equals the recipe, or where it takes a bias that the model does not have, ValueError for
+    another model's recipe.
 
     >>> import torch
     >>> from probes import Site, load

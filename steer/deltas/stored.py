@@ -29,7 +29,7 @@ _PARTS = ("@up", "@down", "@energy")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stored(Brief):
-    """A delta that `save` wrote: each tensor whole, or as `NAME@up` times `NAME@down`.
+    """A delta that `save` wrote: each tensor whole, or as `NAME@up` [rows, rank] times `NAME@down` [rank, width].
 
     >>> from steer.deltas import open_delta
     >>> stored = open_delta("organism-rl").terms[0].source

@@ -28,6 +28,8 @@ MakeRecipe = Callable[[Direction, float], Recipe]
 class LabelledDirection(Brief):
     """A direction and the two classes it came from, so that its labels can be shuffled.
 
+    `of` is the difference in means, positive less negative, at one site.
+
     >>> from probes import Site, load
     >>> from probes.thinking import text_span
     >>> from steer.evaluation import LabelledDirection
@@ -64,7 +66,7 @@ class LabelledDirection(Brief):
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep(Shown):
     """`selection` holds the strengths on the split that chose; `report` those strengths and the nulls of the chosen
-    one on problems that no choice saw.
+    one on problems that no choice saw. `kl` is what the chosen strength does to the next token, in nats.
 
     >>> from probes import Sampling, Site, load
     >>> from probes.thinking import text_span

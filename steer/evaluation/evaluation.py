@@ -21,6 +21,7 @@ SHORTEST = (0.05, 0.10, 0.20)
 class Score:
     """One arm on one group of problems. `difference` is its accuracy less the plain model's, paired by problem.
 
+    Lengths are in thinking tokens, the rest are shares between 0 and 1; intervals are 95 %.
     `p` is that of no difference (`steer.evaluation.statistics.paired_p`), `p_adjusted` the same over all arms of the
     group (Benjamini-Hochberg). `per_1000` is accuracy per 1,000 thinking tokens: the mean of one over the mean of
     the other. `repeated` is the mean `repetition` of the thinking. NaN for what cannot be told.
@@ -57,6 +58,8 @@ class Score:
 @dataclass(frozen=True, eq=False, repr=False)
 class Evaluation(Shown):
     """All arms on one set of problems. `baseline` names the arm that the others are compared with.
+
+    Every comparison is paired by problem. Mean over samples first, then over problems.
 
     >>> from probes import Sampling, load
     >>> from steer import evaluate, task_named

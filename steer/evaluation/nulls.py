@@ -60,6 +60,8 @@ N_JUDGED = 32
 def plain_spans(model: PreTrainedModel, problems: Sequence[Problem], sampling: Sampling, batch_size: int) -> list[Span]:
     """All that the plain model writes to some selection problems: where a null's effect is measured.
 
+    Each span is the positions whose next token is one of the completion's.
+
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation.nulls import plain_spans
@@ -78,7 +80,7 @@ def random_arms(
 ) -> tuple[dict[str, list[Recipe]], tuple[str, ...]]:
     """Arms of random directions of the same norms, and of the same divergence on `judged`; and what could not be made.
 
-    An arm is a list of draws, which `evaluate` pools.
+    An arm is a list of draws, which `evaluate` pools. What could not be made is told in sentences: nothing is raised.
 
     >>> import torch
     >>> from probes import Site, load

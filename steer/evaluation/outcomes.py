@@ -14,7 +14,9 @@ from steer.tasks.task import Problem, Task
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Outcomes(Brief):
-    """What one arm did: a row a problem, a column a sample. `repeated`: see `repetition`; None where not known.
+    """What one arm did: a row a problem, a column a sample. `length` is in thinking tokens.
+
+    `repeated`: see `repetition`; None where not known.
 
     >>> from probes import Sampling, load
     >>> from steer import task_named

@@ -52,6 +52,8 @@ def paired_p(own: Bool[np.ndarray, "problems samples"], other: Bool[np.ndarray, 
 def mcnemar(own: Bool[np.ndarray, " problems"], other: Bool[np.ndarray, " problems"]) -> float:
     """McNemar's exact test (1947): of the problems on which the arms differ, each arm is right on half.
 
+    Two-sided; 1 where they differ on none.
+
     >>> import numpy as np
     >>> from steer.evaluation import mcnemar
     >>> mcnemar(np.ones(6, dtype=bool), np.zeros(6, dtype=bool))

@@ -76,6 +76,8 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
 def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """A copy of the model with the recipe in its weights; a bias is declared where a shift needs one.
 
+    Raises `NotFoldable` where no change of weights is equal, ValueError for another model's recipe.
+
     >>> import torch
     >>> from probes import Site, load
     >>> from steer import Ablate, Recipe
@@ -97,7 +99,7 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 
 
 def check_folds(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise `NotFoldable` where `folded` would, without copying the model.
+    """Raise `NotFoldable` where `folded` would, without copying the model; ValueError for another model's recipe.
 
     >>> import torch
     >>> from probes import Site, load
@@ -142,6 +144,9 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, ids: Tensor, mask: Tensor) -> float:
     """The largest difference of a logit between the steered model and the folded one, on a batch.
+
+    `ids` and `mask` are [batch, pos]; padding, where the mask is 0, does not count. Raises `NeverFired` where the
+    recipe touches none of it.
 
     >>> import torch
     >>> from probes import Site, load

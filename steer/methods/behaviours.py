@@ -73,6 +73,7 @@ def strongest_layer(model: PreTrainedModel, vectors: Sequence[Direction], spans:
     """The layer along whose vector the metric would change most, by attribution patching at `spans`.
 
     The first and last layers, where the raw effect is the embedding's or the unembedding's own, are left out.
+    `vectors` are of all layers, in order.
 
     >>> from probes import load
     >>> from probes.thinking import text_span

@@ -30,7 +30,7 @@ Polarity = Literal["longer", "shorter", "unclear"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LengthDial(Shown):
-    """The same problems solved at each strength, in rising order, with the same noise.
+    """The same problems solved at each strength, in rising order, with the same noise *(CoT-Valve, Ma et al. 2025)*.
 
     >>> from probes import Sampling, load
     >>> from steer import task_named

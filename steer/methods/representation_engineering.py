@@ -42,6 +42,8 @@ def directions(
 def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, normalise: bool = False) -> Recipe:
     """strength * vector added at every token at the vector's layer; with `normalise` each token keeps its norm.
 
+    The vector is taken raw, as it was estimated.
+
     >>> from probes import load
     >>> from steer.methods.representation_engineering import directions, recipe
     >>> model = load("organism")

@@ -62,7 +62,7 @@ class RiceSetting:
 
 def signed_markers(model: PreTrainedModel) -> dict[str, float]:
     """The paper's markers, in the delimiters of the model: what opens the thinking +1, what closes it -1, and
-    `Alternatively` -1.
+    `Alternatively` -1. Raises ValueError for a model without thinking delimiters.
 
     >>> from probes import load
     >>> from steer.methods.rice import signed_markers
@@ -83,6 +83,8 @@ def recipe(
     renormalise: bool = False,
 ) -> Recipe:
     """The recipe that reinforces these experts. At scope `all`, not renormalised, it folds into weights.
+
+    `strength` multiplies their routing weights.
 
     >>> from probes import load
     >>> from steer.methods import rice

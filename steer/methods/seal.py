@@ -54,6 +54,8 @@ def directions(
 def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, rules: str | Rules = "seal") -> Recipe:
     """Towards execution at the tokens of the thinking that end a step; strength in units of the stream's mean norm.
 
+    Raises ValueError where the rules end no step at a token.
+
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve

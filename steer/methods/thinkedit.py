@@ -38,6 +38,8 @@ METHOD = "ThinkEdit (Sun et al. 2025)"
 class ThinkEditSetting:
     """One way to edit. `heads` is a number of heads, or a share of all heads below 1.
 
+    `weight` is how much of the projection is taken out: 1 is all of it.
+
     >>> from steer.methods.thinkedit import ThinkEditSetting
     >>> str(ThinkEditSetting("replace", "first", "centred", heads=3))
     'replace, first position, centred ranking, 3 heads'
@@ -118,7 +120,8 @@ class LengthSplit(Brief):
 class LengthReading(Brief):
     """The length direction of every layer (long - short), and what each head writes along it in either class.
 
-    Writes are along v̂, or along u behind a post-norm: `units` holds which, layer by layer.
+    Writes are along v̂, or along u behind a post-norm: `units` holds which, layer by layer, [d_model] each.
+    `short_writes` and `long_writes` are means over spans, [n_layers n_heads].
 
     >>> from probes import Sampling, load
     >>> from steer import task_named

@@ -50,7 +50,9 @@ SECTIONS = {
 
 
 def write_report(run_folder: str | Path, output: str | Path) -> Path:
-    """Read `run.json` in an exported folder and write the report. Raises where there is none, or not one of ours.
+    """Read `run.json` in an exported folder and write the report.
+
+    Raises FileNotFoundError where there is none, ValueError where it is not a record of a run.
 
     >>> from steer.report import write_report
     >>> try:

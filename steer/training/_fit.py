@@ -19,6 +19,8 @@ def fit(
 ) -> None:
     """AdamW on cross-entropy, in place. The rate warms up over 100 steps, stays, and falls from the middle on.
 
+    `data` gives batches as `collate` makes them; gradients are clipped to norm 1.
+
     >>> from probes import load
     >>> from steer.training import collate, fit
     >>> model = load("organism")
@@ -60,6 +62,8 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Batches of like length, in an order that `rng` draws, without end.
 
+    `write` gives a problem's completion, as words of the organism's tokenizer; `size` is rows a batch.
+
     >>> import random
     >>> from probes import load
     >>> from probes.model import tokenizer_of
@@ -87,6 +91,8 @@ def training_batches(
 
 def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     """Prompts with their completions, as token ids: ids, labels (the completion only), attention mask.
+
+    Each is [batch, pos]. Rows are filled up on the right; a label of -100 is not learned.
 
     >>> from steer.training import collate
     >>> ids, labels, mask = collate([([5, 6], [7]), ([5], [7, 8, 9])])
