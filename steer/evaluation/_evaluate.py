@@ -110,7 +110,8 @@ def solve(
     """Completions of the problems' questions, put as `style` says, under a control; named by the problems' ids.
 
     `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far. In the order of
-    the problems, and of one problem its samples together. Raises ValueError where the vocabulary cannot write the style.
+    the problems, and of one problem its samples together. Raises ValueError where the vocabulary
+    cannot write the style.
 
     >>> from probes import Sampling, load
     >>> from steer import task_named
