@@ -19,44 +19,47 @@ LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
 
 def grams(deltas: Sequence[WeightDelta]) -> dict[str, Gram]:
     """⟨Δᵢ, Δⱼ⟩ for every tensor of the first delta, in float64; zero for a delta that does not hold it."""
-    found = {}
+    products = {}
     for name in deltas[0].names:
         shape = deltas[0].shape(name)
-        held = [i for i, delta in enumerate(deltas) if name in delta.names and delta.shape(name) == shape]
+        holders = [i for i, delta in enumerate(deltas) if name in delta.names and delta.shape(name) == shape]
         gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
         for rows in blocks(shape):
-            values = torch.stack([deltas[i].block(name, rows).reshape(-1) for i in held])
-            gram[torch.tensor(held)[:, None], torch.tensor(held)] += values @ values.T
-        found[name] = gram
-    return found
+            values = torch.stack([deltas[i].block(name, rows).reshape(-1) for i in holders])
+            gram[torch.tensor(holders)[:, None], torch.tensor(holders)] += values @ values.T
+        products[name] = gram
+    return products
 
 
 def norms(delta: WeightDelta, others: Mapping[str, WeightDelta] | None = None) -> Table:
     """‖Δ‖ per layer and kind of module, and the cosine to each of the others there; the last row is for all.
 
-    >>> from steer.deltas import figure_of, norms, open_delta
-    >>> delta = open_delta("organism-rl")
-    >>> table = norms(delta)
-    >>> table.columns[:2], len(figure_of(table).data) > 0
-    (('layer', 'module'), True)
+    Sums are float64. The cosine is NaN where a delta is zero, or does not hold the tensor.
+
+    >>> from steer.deltas import norms, open_delta
+    >>> rl, sft = open_delta("organism-rl"), open_delta("organism-sft")
+    >>> table = norms(rl, {"their sum": rl + sft})
+    >>> table.columns
+    ('layer', 'module', 'tensors', 'norm', 'cosine to their sum')
+    >>> table.rows[-1][0], round(table.rows[-1][3], 2), round(table.rows[-1][4], 2)
+    ('all', 3.64, 0.53)
     """
     others = others or {}
     groups: dict[tuple[str, str], list[Gram]] = {}
     for name, gram in grams([delta, *others.values()]).items():
         groups.setdefault(place_in_model(name), []).append(gram)
-    rows = [(*key, *_row(held)) for key, held in sorted(groups.items(), key=lambda item: _order(item[0]))]
-    rows.append(("all", "", *_row([gram for held in groups.values() for gram in held])))
+    rows = [(*key, *_row(products)) for key, products in sorted(groups.items(), key=lambda item: _order(item[0]))]
+    rows.append(("all", "", *_row([gram for products in groups.values() for gram in products])))
     return Table(("layer", "module", "tensors", "norm", *(f"cosine to {name}" for name in others)), tuple(rows))
 
 
 def figure_of(table: Table) -> "go.Figure":
-    """The table of `norms` as a picture: ‖Δ‖ by kind of module and layer, and beside it each cosine.
+    """The table of `norms` as a picture: ‖Δ‖ [kinds of module, layers], and beside it each cosine.
 
     >>> from steer.deltas import figure_of, norms, open_delta
-    >>> delta = open_delta("organism-rl")
-    >>> table = norms(delta)
-    >>> table.columns[:2], len(figure_of(table).data) > 0
-    (('layer', 'module'), True)
+    >>> figure = figure_of(norms(open_delta("organism-rl"), {"sft": open_delta("organism-sft")}))
+    >>> [annotation.text for annotation in figure.layout.annotations]
+    ['‖Δ‖', 'cosine to sft']
     """
     cells = {row[:2]: row[3:] for row in table.rows[:-1]}
     layers, kinds = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
@@ -68,27 +71,27 @@ def figure_of(table: Table) -> "go.Figure":
 
 
 def cosine(a: WeightDelta, b: WeightDelta) -> float:
-    """⟨a, b⟩ / ‖a‖‖b‖ over the tensors of a; NaN where one of them is zero there.
+    """⟨a, b⟩ / ‖a‖‖b‖ over the tensors of a, in [-1, 1]; NaN where one of them is zero there.
 
     >>> from steer.deltas import cosine, open_delta
-    >>> a, b = open_delta("organism-rl"), open_delta("organism-sft")
-    >>> round(cosine(a, a), 4), -1 < cosine(a, b) < 1
-    (1.0, True)
+    >>> rl, sft = open_delta("organism-rl"), open_delta("organism-sft")
+    >>> round(cosine(rl, rl + sft), 2)
+    0.53
     """
     return float(_row(list(grams([a, b]).values()))[2])
 
 
 def place_in_model(name: str) -> tuple[str, str]:
     """Layer and kind of module of a tensor: `("3", "mlp.down_proj")`; embedding and head have no layer."""
-    found = LAYER.search(name)
-    layer, rest = found.groups() if found else ("", name)
+    match = LAYER.search(name)
+    layer, rest = match.groups() if match else ("", name)
     return layer, re.sub(r"\.\d+\.", ".*.", rest.removesuffix(".weight"))
 
 
-def _row(held: Sequence[Gram]) -> tuple[int | float, ...]:
-    gram = sum(held, torch.zeros_like(held[0]))
+def _row(products: Sequence[Gram]) -> tuple[int | float, ...]:
+    gram = sum(products, torch.zeros_like(products[0]))
     lengths = gram.diag().sqrt()
-    return len(held), float(lengths[0]), *(gram[0, 1:] / (lengths[0] * lengths[1:])).tolist()
+    return len(products), float(lengths[0]), *(gram[0, 1:] / (lengths[0] * lengths[1:])).tolist()
 
 
 def _order(key: tuple[str, str]) -> tuple[bool, int, str]:

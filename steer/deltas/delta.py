@@ -25,9 +25,9 @@ class DeltaSource(Protocol):
     and head. Both are None where the target's own holds, as for an adapter.
 
     >>> from steer.deltas import DeltaSource, open_delta
-    >>> delta = open_delta("organism-rl")
-    >>> isinstance(delta.terms[0].source, DeltaSource)
-    True
+    >>> source = open_delta("organism-rl").terms[0].source
+    >>> isinstance(source, DeltaSource), source.shape("model.norm.weight")
+    (True, (96,))
     """
 
     @property
@@ -49,9 +49,9 @@ class Term(Brief):
     """One summand: weight times these tensors of a source.
 
     >>> from steer.deltas import open_delta
-    >>> delta = open_delta("organism-rl")
-    >>> (0.5 * delta).terms[0].weight
-    0.5
+    >>> (term,) = (open_delta("organism-rl") * 0.5).selected(only=["self_attn"]).terms
+    >>> term.weight, len(term.names), term.whole
+    (0.5, 40, False)
     """
 
     weight: float
@@ -70,9 +70,10 @@ class WeightDelta(Brief):
     Nothing is read before a block is asked for. Sums, multiples and differences are deltas again.
 
     >>> from steer.deltas import open_delta
-    >>> delta = open_delta("organism-rl")
-    >>> len(delta.names) > 0, (delta - delta).names == delta.names
-    (True, True)
+    >>> rl, sft = open_delta("organism-rl"), open_delta("organism-sft")
+    >>> delta = 0.5 * (rl - sft).selected(only=["layers.3.self_attn"])
+    >>> [term.weight for term in delta.terms], delta.shape("model.layers.3.self_attn.q_proj.weight")
+    ([0.5, -0.5], (128, 96))
     """
 
     terms: tuple[Term, ...]
@@ -143,10 +144,10 @@ class WeightDelta(Brief):
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, rounded once to float32."""
-        found = torch.empty(self.shape(name))
-        for rows in blocks(found.shape):
-            as_rows(found)[rows] = self.block(name, rows)
-        return found
+        whole = torch.empty(self.shape(name))
+        for rows in blocks(whole.shape):
+            as_rows(whole)[rows] = self.block(name, rows)
+        return whole
 
     def selected(self, only: Sequence[str] = (), skip: Sequence[str] = ()) -> "WeightDelta":
         """The tensors that a pattern of `only` matches (all, if it is empty), less those that one of `skip` does.
@@ -158,15 +159,15 @@ class WeightDelta(Brief):
         for pattern in (*only, *skip):
             if not any(matches(name, pattern) for name in self.names):
                 raise ValueError(f"{pattern!r} matches no tensor of the delta, such as {first(self.names)}.")
-        kept = {
+        names = {
             name
             for name in self.names
             if (not only or any(matches(name, pattern) for pattern in only))
             and not any(matches(name, pattern) for pattern in skip)
         }
-        if not kept:
+        if not names:
             raise ValueError(f"Only {', '.join(only) or 'all'} without {', '.join(skip)} leaves no tensor.")
-        return replace(self, terms=tuple(replace(term, names=term.names & kept) for term in self.terms))
+        return replace(self, terms=tuple(replace(term, names=term.names & names) for term in self.terms))
 
     @property
     def made_of(self) -> list[dict[str, Any]]:

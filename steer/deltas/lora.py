@@ -40,16 +40,19 @@ class Factors(Brief):
 class Adapter(Brief):
     """The tensors an adapter adds, by the name of the tensor they are added to. The scaling is in `up`, once.
 
+    Of a tensor [rows, width], `up` is [rows, rank] and `down` [rank, width] *(LoRA, Hu et al. 2022)*.
+
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe, diff
-    >>> from steer.deltas import Adapter, open_delta
+    >>> from steer import Ablate, Recipe
+    >>> from steer.deltas import Adapter
     >>> from steer.folding import export_adapter
     >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> _ = export_adapter(model, recipe, "adapter")
-    >>> type(open_delta("adapter").terms[0].source) is Adapter
-    True
+    >>> recipe = Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))])
+    >>> changes = export_adapter(model, recipe, "adapter")
+    >>> adapter = Adapter.open("adapter")
+    >>> list(adapter.names), adapter.factors["model.layers.2.self_attn.o_proj.weight"].up.shape
+    (['model.layers.2.self_attn.o_proj.weight'], torch.Size([96, 1]))
     """
 
     folder: Path

@@ -26,28 +26,36 @@ def to_mergekit(
     goes from the target to one checkpoint, `strength` of the way.
     Raises ValueError for what mergekit's words cannot say: adapters, stored deltas, a selection of tensors.
 
-    >>> import torch
-    >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe, diff, export
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
     >>> from steer.checkpoints import Checkpoint
     >>> from steer.deltas import WeightDelta, to_mergekit
     >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> _ = export(model, recipe, "edited")
-    >>> text = to_mergekit(Checkpoint.open("organism"), WeightDelta.between("edited", "organism"), strength=0.5)
-    >>> text.splitlines()[0]
-    'merge_method: linear'
+    >>> for folder in ("base", "tuned"):
+    ...     files = model.save_pretrained(folder), tokenizer_of(model).save_pretrained(folder)
+    >>> base = Checkpoint.open("base")
+    >>> print(to_mergekit(base, WeightDelta.between("tuned", base), method="ties", density=0.5))
+    merge_method: ties
+    dtype: bfloat16
+    base_model: base
+    models:
+    - model: tuned
+      parameters:
+        weight: 1.0
+        density: 0.5
+    parameters:
+      normalize: false
     """
     if method not in METHODS:
         raise ValueError(f"{method!r} is no method known here. Known: {', '.join(METHODS)}.")
     if (density is not None) != (method in ("ties", "dare_ties", "dare_linear")):
         raise ValueError(f"A density belongs to ties, dare_ties and dare_linear; {method} was asked for.")
     weights = _weights(target, delta * strength)
-    words: dict[str, Any] = {"merge_method": method, "dtype": dtype}
+    fields: dict[str, Any] = {"merge_method": method, "dtype": dtype}
     home = str(target.folder)
     if method == "linear":
-        words["models"] = [{"model": name, "parameters": {"weight": weight}} for name, weight in weights.items()]
-        words["parameters"] = {"normalize": False}
+        fields["models"] = [{"model": name, "parameters": {"weight": weight}} for name, weight in weights.items()]
+        fields["parameters"] = {"normalize": False}
     else:
         others = {name: weight for name, weight in weights.items() if name != home}
         if any(weight < 0 for weight in others.values()) or abs(sum(weights.values()) - 1) > 1e-9:
@@ -55,17 +63,17 @@ def to_mergekit(
                 f"{method} merges differences from one base, and this delta subtracts another checkpoint than the "
                 f"target {home}: take `linear`, or merge onto the checkpoint that is subtracted."
             )
-        words["base_model"] = home
+        fields["base_model"] = home
         if method == "slerp":
             if len(others) != 1:
                 raise ValueError(f"slerp goes to one checkpoint, and the delta adds {len(others)}.")
-            words["models"] = [{"model": name} for name in (home, *others)]
-            words["parameters"] = {"t": strength}
+            fields["models"] = [{"model": name} for name in (home, *others)]
+            fields["parameters"] = {"t": strength}
         else:
             more = {} if density is None else {"density": density}
-            words["models"] = [{"model": name, "parameters": {"weight": w, **more}} for name, w in others.items()]
-            words["parameters"] = {"normalize": False}
-    return yaml.safe_dump(words, sort_keys=False)
+            fields["models"] = [{"model": name, "parameters": {"weight": w, **more}} for name, w in others.items()]
+            fields["parameters"] = {"normalize": False}
+    return yaml.safe_dump(fields, sort_keys=False)
 
 
 def _weights(target: Checkpoint, delta: WeightDelta) -> dict[str, float]:

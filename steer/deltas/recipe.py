@@ -26,9 +26,10 @@ class RecipeDelta(Brief):
     >>> from steer import Ablate, Recipe
     >>> from steer.deltas import recipe_delta
     >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> recipe_delta(model, recipe).names
-    ('model.layers.1.self_attn.o_proj.weight',)
+    >>> recipe = Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))], method="ablation")
+    >>> delta = recipe_delta(model, recipe)
+    >>> delta.terms[0].source.words["recipe"], delta.names
+    ('ablation', ('model.layers.2.self_attn.o_proj.weight',))
     """
 
     recipe: Recipe
@@ -64,16 +65,18 @@ def recipe_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
     """What `steer.fold` changes in this model: added with strength 1 it is the folded model, number for number.
 
     An edit is linear in the weights, so that a strength between 0 and 1 is the edit in part. Raises NotFoldable where
-    no change of weights equals the recipe, or where it takes a bias that the model does not have.
+    no change of weights equals the recipe, or where it takes a bias that the model does not have, ValueError for
+    another model's recipe.
 
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe
+    >>> from steer import Ablate, Recipe, folded
     >>> from steer.deltas import recipe_delta
-    >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> recipe_delta(model, recipe).names
-    ('model.layers.1.self_attn.o_proj.weight',)
+    >>> model, name = load("organism"), "model.layers.2.self_attn.o_proj.weight"
+    >>> recipe = Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))])
+    >>> after = model.get_parameter(name) + recipe_delta(model, recipe).tensor(name)
+    >>> torch.allclose(after, folded(model, recipe).get_parameter(name))
+    True
     """
     recipe.check(model)
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}

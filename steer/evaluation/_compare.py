@@ -31,13 +31,16 @@ class Comparison(Shown):
     `projections` of each completion's tokens are on the recipe's first vector in the residual stream, at its site, in
     units of the vector's length: what the model held there, steered or not.
 
-    >>> from probes import Sampling, direction_between, load
-    >>> from steer import Add, Recipe, compare, task_named
-    >>> model, task = load("organism"), task_named("chains")
-    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
-    >>> found = compare(model, Recipe.of(model, [Add.of(direction, 0.5)]), ["a 3 b +4 quick"])
-    >>> len(found.plain), len(found.steered), found.fired.tokens > 0
-    (1, 1, True)
+    >>> import torch
+    >>> from probes import Sampling, Site, load
+    >>> from steer import Add, Recipe, compare
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96), 0.5)])
+    >>> comparison = compare(model, recipe, ["a 3 b +4 c *7"], sampling=Sampling.of(model, max_new_tokens=48))
+    >>> comparison.site, [len(values) for values in comparison.projections[0]]
+    (Site(layer=1, name='resid_post', head=None, expert=None), [13, 13])
+    >>> comparison.table().columns
+    ('prompt', 'plain', 'steered', 'thinking tokens', 'steered ')
     """
 
     plain: tuple[Completion, ...]
@@ -83,13 +86,14 @@ def compare(
     """Complete each prompt without the recipe and with it. Raises ValueError for another model's recipe, and
     `NeverFired` where it touches nothing.
 
-    >>> from probes import Sampling, direction_between, load
-    >>> from steer import Add, Recipe, compare, task_named
-    >>> model, task = load("organism"), task_named("chains")
-    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
-    >>> found = compare(model, Recipe.of(model, [Add.of(direction, 0.5)]), ["a 3 b +4 quick"])
-    >>> len(found.plain), len(found.steered), found.fired.tokens > 0
-    (1, 1, True)
+    >>> import torch
+    >>> from probes import Sampling, Site, load
+    >>> from steer import Add, Recipe, compare
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96), 0.5)])
+    >>> comparison = compare(model, recipe, ["a 3 b +4 c *7"], sampling=Sampling.of(model, max_new_tokens=48))
+    >>> [arm[0].answer for arm in (comparison.plain, comparison.steered)]
+    ['9', '9']
     """
     names = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in prompts]
     ids = [f"{i}: {name[:60]}" for i, name in enumerate(names)]

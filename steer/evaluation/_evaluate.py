@@ -54,10 +54,10 @@ def evaluate(
     >>> from steer import evaluate, task_named
     >>> from steer.decoding import Budget
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
-    >>> list(result.arms), result.score("brief").length < result.score("plain").length
-    (['plain', 'brief'], True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> evaluation = evaluate(model, task, task.sample(8, "report"), {"brief": Budget(thinking=2)}, sampling=sampling)
+    >>> {arm: evaluation.score(arm).length for arm in evaluation.arms}  # in thinking tokens
+    {'plain': 13.875, 'brief': 3.75}
     """
     if PLAIN in arms:
         raise ValueError(f"The arm {PLAIN!r} is the baseline: give it as baseline=..., not among the arms.")
@@ -109,16 +109,18 @@ def solve(
 ) -> list[Completion]:
     """Completions of the problems' questions, put as `style` says, under a control; named by the problems' ids.
 
-    `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far.
+    `store`: see `probes.generation.generate`. With `grader` the progress bar shows the accuracy so far. In the order of
+    the problems, and of one problem its samples together. Raises ValueError where the vocabulary
+    cannot write the style.
 
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(4, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> done = solve(model, problems, sampling=sampling, samples=2)
-    >>> len(done), done[0].id == problems[0].id
-    (8, True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> completion = solve(model, task.sample(3, "report"), sampling=sampling)[0]
+    >>> completion.id, completion.answer, completion.thinking_tokens
+    ('a 6 b +4 c +5 d -3 e -3 f -8', '1', 20)
     """
     named = {problem.id: problem for problem in problems}
     questions, ids = [style.question(problem.question) for problem in problems], [problem.id for problem in problems]
@@ -140,15 +142,15 @@ def solve(
 
 def _file_of(name: str, subject: PreTrainedModel, draw: Draw) -> str:
     """The draw's name in a store, with a checksum of all that the completions' own words do not tell."""
-    own = (
+    rule = (
         draw.fingerprint()
         if isinstance(draw, Recipe)
         else str(draw)
         if isinstance(draw, DecodingControl | PromptStyle)
         else ""
     )
-    words = f"{name} {fingerprint(subject)} {own}"
-    return f"{re.sub('[^-+.0-9A-Za-z]+', '_', name)[:60]}-{sha256(words.encode()).hexdigest()[:8]}.jsonl"
+    text = f"{name} {fingerprint(subject)} {rule}"
+    return f"{re.sub('[^-+.0-9A-Za-z]+', '_', name)[:60]}-{sha256(text.encode()).hexdigest()[:8]}.jsonl"
 
 
 def _draws(arm: Arm) -> Sequence[Draw]:

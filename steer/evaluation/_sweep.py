@@ -1,4 +1,4 @@
-"""Strength against effect: fixed strengths, the best chosen on one split and reported on another, with controls."""
+"""Strength against effect: fixed strengths, the best chosen on one split and reported on another, beside nulls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,15 +28,17 @@ MakeRecipe = Callable[[Direction, float], Recipe]
 class LabelledDirection(Brief):
     """A direction and the two classes it came from, so that its labels can be shuffled.
 
+    `of` is the difference in means, positive less negative, at one site.
+
     >>> from probes import Site, load
     >>> from probes.thinking import text_span
     >>> from steer.evaluation import LabelledDirection
     >>> model = load("organism")
-    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(4)] for op in ("+4", "*7"))
-    >>> found = LabelledDirection.of(model, positive, negative, Site(2, "resid_post"))
-    >>> null = found.shuffled(model, seed=0)
-    >>> round(null.norm / found.direction.norm, 4)
-    1.0
+    >>> marked, others = ([text_span(model, f"{word} a {i}") for i in range(4)] for word in ("quick", "Wait"))
+    >>> labelled = LabelledDirection.of(model, marked, others, Site(2, "resid_post"))
+    >>> null = labelled.shuffled(model, seed=0)
+    >>> round(labelled.direction.norm - null.norm, 3), null.provenance.estimator
+    (0.0, 'difference in means, shuffled labels')
     """
 
     direction: Direction
@@ -47,11 +49,11 @@ class LabelledDirection(Brief):
     def of(
         cls, model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], site: Site
     ) -> "LabelledDirection":
-        found = difference_in_means(model, positive, negative, [site])[site]
-        return cls(found, tuple(positive), tuple(negative))
+        direction = difference_in_means(model, positive, negative, [site])[site]
+        return cls(direction, tuple(positive), tuple(negative))
 
     def shuffled(self, model: PreTrainedModel, *, seed: int) -> Direction:
-        """The control: the same estimator on shuffled labels, scaled to the direction's norm."""
+        """The null: the same estimator on shuffled labels, scaled to the direction's norm."""
         spans = [*self.positive, *self.negative]
         order = torch.randperm(len(spans), generator=torch.Generator().manual_seed(seed)).tolist()
         mixed = [spans[i] for i in order]
@@ -63,13 +65,23 @@ class LabelledDirection(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep(Shown):
-    """`selection` holds the strengths on the split that chose; `report` those strengths and the controls of the chosen
-    one on problems that no choice saw.
+    """`selection` holds the strengths on the split that chose; `report` those strengths and the nulls of the chosen
+    one on problems that no choice saw. `kl` is what the chosen strength does to the next token, in nats.
 
-    >>> from dataclasses import fields
-    >>> from steer.evaluation import Sweep
-    >>> [field.name for field in fields(Sweep)]  # what `sweep` gives
-    ['strengths', 'selected', 'selection', 'report', 'kl']
+    >>> from probes import Sampling, Site, load
+    >>> from probes.thinking import text_span
+    >>> from steer import Add, Recipe, task_named
+    >>> from steer.evaluation import LabelledDirection, sweep
+    >>> model, task = load("organism"), task_named("chains")
+    >>> marked, others = ([text_span(model, f"{word} a {i}") for i in range(4)] for word in ("quick", "Wait"))
+    >>> labelled = LabelledDirection.of(model, marked, others, Site(2, "resid_post"))
+    >>> swept = sweep(
+    ...     model, task, labelled, lambda d, strength: Recipe.of(model, [Add.of(d, strength)]), (0.5,),
+    ...     select=task.sample(4, "select"), report=task.sample(4, "report"), judge=marked,
+    ...     sampling=Sampling.of(model, max_new_tokens=48), draws=0,
+    ... )
+    >>> swept.strengths, list(swept.selection.arms), round(swept.kl, 2)
+    ((0.5,), ['plain', 'strength +0.5'], 0.16)
     """
 
     strengths: tuple[float, ...]
@@ -79,8 +91,8 @@ class Sweep(Shown):
     kl: float
 
     def table(self) -> Table:
-        found = self.report.table()
-        return replace(found, title=f"{found.title}: strength {self.selected:g} chosen on the selection split")
+        table = self.report.table()
+        return replace(table, title=f"{table.title}: strength {self.selected:g} chosen on the selection split")
 
     def figure(self) -> "go.Figure":
         """Accuracy against thinking length of every arm on the report split, with the Pareto front."""
@@ -107,7 +119,7 @@ def sweep(
 ) -> Sweep:
     """Run `make(direction, strength)` at every strength; choose by accuracy on `select`; report everything on `report`.
 
-    Controls at the chosen strength, `draws` pooled: random directions of the same norm; directions of shuffled labels,
+    Nulls at the chosen strength, `draws` pooled: random directions of the same norm; directions of shuffled labels,
     at the same norm; random directions at the strength that moves the next token as far on `judge` as the chosen one
     does (same KL). With `store`, a folder, completions are kept there: a sweep that was killed, started again, goes on
     where it stopped. Raises ValueError where select and report share a problem.
@@ -117,29 +129,23 @@ def sweep(
     >>> from steer import Add, Recipe, task_named
     >>> from steer.evaluation import LabelledDirection, sweep
     >>> model, task = load("organism"), task_named("chains")
-    >>> positive, negative = ([text_span(model, f"a {k} b {op} ?") for k in range(4)] for op in ("+4", "*7"))
-    >>> found = sweep(
-    ...     model,
-    ...     task,
-    ...     LabelledDirection.of(model, positive, negative, Site(2, "resid_post")),
-    ...     lambda direction, strength: Recipe.of(model, [Add.of(direction, strength)], scope="thinking"),
-    ...     [0.1, 0.3],
-    ...     select=task.sample(2, "select"),
-    ...     report=task.sample(2, "report"),
-    ...     judge=positive[:2],
-    ...     sampling=Sampling.of(model, max_new_tokens=48),
-    ...     draws=0,
+    >>> marked, others = ([text_span(model, f"{word} a {i}") for i in range(4)] for word in ("quick", "Wait"))
+    >>> labelled = LabelledDirection.of(model, marked, others, Site(2, "resid_post"))
+    >>> swept = sweep(
+    ...     model, task, labelled, lambda d, strength: Recipe.of(model, [Add.of(d, strength)]), (0.25, 0.5),
+    ...     select=task.sample(4, "select"), report=task.sample(4, "report"), judge=marked,
+    ...     sampling=Sampling.of(model, max_new_tokens=48), draws=1,
     ... )
-    >>> found.selected in (0.1, 0.3), list(found.report.arms)
-    (True, ['plain', 'strength +0.1', 'strength +0.3'])
+    >>> swept.selected, list(swept.report.arms)[1:]
+    (0.25, ['strength +0.25', 'strength +0.5', 'random direction', 'shuffled labels', 'random direction, same KL'])
     """
     if shared := {p.id for p in select} & {p.id for p in report}:
         raise ValueError(f"{len(shared)} problems are in both splits, such as {min(shared)!r}: choose on others.")
     arms = {_name(strength): make(contrast.direction, strength) for strength in strengths}
 
     attempt = partial(evaluate, model, task, sampling=sampling, samples=samples, batch_size=batch_size)
-    kept = {split: None if store is None else Path(store) / split for split in ("select", "report")}
-    selection = attempt(select, arms, store=kept["select"])
+    folders = {split: None if store is None else Path(store) / split for split in ("select", "report")}
+    selection = attempt(select, arms, store=folders["select"])
     selected = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
     kl = divergence(model, arms[_name(selected)], judge)
     randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
@@ -153,7 +159,7 @@ def sweep(
         ]
     if not draws:
         nulls = {}
-    return Sweep(tuple(strengths), selected, selection, attempt(report, {**arms, **nulls}, store=kept["report"]), kl)
+    return Sweep(tuple(strengths), selected, selection, attempt(report, {**arms, **nulls}, store=folders["report"]), kl)
 
 
 def _name(strength: float) -> str:

@@ -21,19 +21,19 @@ SHORTEST = (0.05, 0.10, 0.20)
 class Score:
     """One arm on one group of problems. `difference` is its accuracy less the plain model's, paired by problem.
 
+    Lengths are in thinking tokens, the rest are shares between 0 and 1; intervals are 95 %.
     `p` is that of no difference (`steer.evaluation.statistics.paired_p`), `p_adjusted` the same over all arms of the
     group (Benjamini-Hochberg). `per_1000` is accuracy per 1,000 thinking tokens: the mean of one over the mean of
     the other. `repeated` is the mean `repetition` of the thinking. NaN for what cannot be told.
 
     >>> from probes import Sampling, load
-    >>> from steer import evaluate, task_named
-    >>> from steer.decoding import Budget
+    >>> from steer import task_named
+    >>> from steer.evaluation import evaluate
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
-    >>> score = result.score("brief")
-    >>> score.n, score.samples, score.difference_interval[0] <= score.difference <= score.difference_interval[1]
-    (20, 1, True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> score = evaluate(model, task, task.sample(8, "report"), {}, sampling=sampling).score("plain")
+    >>> score.n, score.accuracy, score.interval
+    (8, 0.5, (0.125, 0.875))
     """
 
     n: int
@@ -59,14 +59,16 @@ class Score:
 class Evaluation(Shown):
     """All arms on one set of problems. `baseline` names the arm that the others are compared with.
 
+    Every comparison is paired by problem. Mean over samples first, then over problems.
+
     >>> from probes import Sampling, load
     >>> from steer import evaluate, task_named
     >>> from steer.decoding import Budget
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
-    >>> list(result.arms), result.score("brief").length < result.score("plain").length
-    (['plain', 'brief'], True)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> evaluation = evaluate(model, task, task.sample(8, "report"), {"budget": Budget(4)}, sampling=sampling)
+    >>> evaluation.score("budget").length, evaluation.better()
+    (5.125, [])
     """
 
     task: Task
@@ -89,13 +91,13 @@ class Evaluation(Shown):
     def score(self, arm: str, subgroup: str | None = None) -> Score:
         """The arm overall, or on the problems of a subgroup."""
         rows = self._rows(subgroup)
-        own, plain = self.arms[arm].only(rows), self.arms[self.baseline].only(rows)
-        accuracy = own.correct.mean(1)
+        outcomes, plain = self.arms[arm].only(rows), self.arms[self.baseline].only(rows)
+        accuracy = outcomes.correct.mean(1)
         difference = accuracy - plain.correct.mean(1)
-        length, p_values = float(own.length.mean()), self.p_values(subgroup)
+        length, p_values = float(outcomes.length.mean()), self.p_values(subgroup)
         return Score(
             n=len(accuracy),
-            samples=own.correct.shape[1],
+            samples=outcomes.correct.shape[1],
             accuracy=float(accuracy.mean()),
             interval=interval_of_mean(accuracy),
             difference=float(difference.mean()),
@@ -104,9 +106,9 @@ class Evaluation(Shown):
             p_adjusted=adjusted(p_values).get(arm, float("nan")),
             length=length,
             per_1000=1000 * float(accuracy.mean()) / length if length else float("nan"),
-            truncation=float(own.truncated.mean()),
-            repeated=float("nan") if own.repeated is None else float(own.repeated.mean()),
-            shortest={f"{share:.0%}": own.shortest(share) for share in SHORTEST},
+            truncation=float(outcomes.truncated.mean()),
+            repeated=float("nan") if outcomes.repeated is None else float(outcomes.repeated.mean()),
+            shortest={f"{share:.0%}": outcomes.shortest(share) for share in SHORTEST},
         )
 
     def p_values(self, subgroup: str | None = None) -> dict[str, float]:
@@ -119,8 +121,8 @@ class Evaluation(Shown):
         """Arms that are right more often than the plain model, at an adjusted p below `level`. Best first."""
         rows, p_adjusted = self._rows(subgroup), adjusted(self.p_values(subgroup))
         accuracy = {arm: float(o.correct[rows].mean()) for arm, o in self.arms.items()}
-        found = [arm for arm, p in p_adjusted.items() if p < level and accuracy[arm] > accuracy[self.baseline]]
-        return sorted(found, key=lambda arm: -accuracy[arm])
+        arms = [arm for arm, p in p_adjusted.items() if p < level and accuracy[arm] > accuracy[self.baseline]]
+        return sorted(arms, key=lambda arm: -accuracy[arm])
 
     def _rows(self, subgroup: str | None) -> Bool[np.ndarray, " problems"]:
         rows = np.array([subgroup is None or problem.subgroup == subgroup for problem in self.problems])

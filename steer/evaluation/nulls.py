@@ -1,4 +1,4 @@
-"""The controls of a recipe: the same steps along random directions of the same norms."""
+"""The nulls of a recipe: the same steps along random directions of the same norms."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,15 +21,14 @@ def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
 
     Raises ValueError where no step has a vector: there is nothing to draw.
 
-    >>> from probes import Sampling, direction_between, load
-    >>> from steer import Add, Recipe, task_named
-    >>> from steer.evaluation import nulls
-    >>> model, task = load("organism"), task_named("chains")
-    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
-    >>> recipe = Recipe.of(model, [Add.of(direction, 0.5)])
-    >>> null = nulls.random_recipe(recipe, seed=0)
-    >>> null.method, null.steps[0].intervention.strength
-    (', random directions, seed 0', 0.5)
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.evaluation.nulls import random_recipe
+    >>> recipe = Recipe.of(load("organism"), [Add(Site(1, "resid_post"), torch.ones(96), 0.5)], method="ones")
+    >>> null = random_recipe(recipe, seed=0)
+    >>> null.method, [round(float(r.steps[0].intervention.vector.norm()), 3) for r in (recipe, null)]
+    ('ones, random directions, seed 0', [9.798, 9.798])
     """
     # Far from the seeds that vectors are drawn with elsewhere: a null of a random vector must not be that vector.
     generator, drawn = torch.Generator().manual_seed(1_000_003 + seed), list[tuple[Tensor, Tensor]]()
@@ -61,15 +60,16 @@ N_JUDGED = 32
 def plain_spans(model: PreTrainedModel, problems: Sequence[Problem], sampling: Sampling, batch_size: int) -> list[Span]:
     """All that the plain model writes to some selection problems: where a null's effect is measured.
 
-    >>> from probes import Sampling, direction_between, load
-    >>> from steer import Add, Recipe, task_named
-    >>> from steer.evaluation import nulls
-    >>> model, task = load("organism"), task_named("chains")
-    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
-    >>> judged = nulls.plain_spans(model, task.sample(4, "select"), Sampling.of(model, max_new_tokens=48), 4)
-    >>> arms, notes = nulls.random_arms(model, "mine", Recipe.of(model, [Add.of(direction, 0.2)]), 2, judged)
-    >>> {name: len(draws) for name, draws in arms.items()}, notes
-    ({'mine: random, same norm': 2, 'mine: random, same KL': 2}, ())
+    Each span is the positions whose next token is one of the completion's.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation.nulls import plain_spans
+    >>> model = load("organism")
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> spans = plain_spans(model, task_named("chains").sample(2, "select"), sampling, batch_size=2)
+    >>> [(span.start, span.stop) for span in spans]
+    [(13, 35), (15, 40)]
     """
     done = solve(model, problems, sampling=sampling, batch_size=batch_size, label="plain, selection split")
     return [Span(c.all_ids, len(c.prompt_ids) - 1, len(c.all_ids) - 1) for c in done]
@@ -80,24 +80,25 @@ def random_arms(
 ) -> tuple[dict[str, list[Recipe]], tuple[str, ...]]:
     """Arms of random directions of the same norms, and of the same divergence on `judged`; and what could not be made.
 
-    An arm is a list of draws, which `evaluate` pools.
+    An arm is a list of draws, which `evaluate` pools. What could not be made is told in sentences: nothing is raised.
 
-    >>> from probes import Sampling, direction_between, load
-    >>> from steer import Add, Recipe, task_named
-    >>> from steer.evaluation import nulls
-    >>> model, task = load("organism"), task_named("chains")
-    >>> direction = direction_between(model, ["a 3 b +4 ?"], ["a 3 b +4 quick ?"], "L2.resid_post")
-    >>> judged = nulls.plain_spans(model, task.sample(4, "select"), Sampling.of(model, max_new_tokens=48), 4)
-    >>> arms, notes = nulls.random_arms(model, "mine", Recipe.of(model, [Add.of(direction, 0.2)]), 2, judged)
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Add, Recipe
+    >>> from steer.evaluation.nulls import random_arms
+    >>> from steer.runtime import prompt_spans
+    >>> model = load("organism")
+    >>> recipe = Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96), 0.5)])
+    >>> arms, notes = random_arms(model, "edited", recipe, 2, prompt_spans(model, ["a 3 b +4 c *7"]))
     >>> {name: len(draws) for name, draws in arms.items()}, notes
-    ({'mine: random, same norm': 2, 'mine: random, same KL': 2}, ())
+    ({'edited: random, same norm': 2, 'edited: random, same KL': 2}, ())
     """
-    found: dict[str, list[Recipe]] = {}
+    arms: dict[str, list[Recipe]] = {}
     try:
         same_norm = [random_recipe(recipe, seed=i) for i in range(draws)]
-        found[f"{name}: random, same norm"] = same_norm
+        arms[f"{name}: random, same norm"] = same_norm
         kl = divergence(model, recipe, judged)
-        found[f"{name}: random, same KL"] = [calibrated(model, null, judged, kl) for null in same_norm]
+        arms[f"{name}: random, same KL"] = [calibrated(model, null, judged, kl) for null in same_norm]
     except ValueError as error:
-        return found, (f"{name} is reported without some of its random directions: {error}",)
-    return found, ()
+        return arms, (f"{name} is reported without some of its random directions: {error}",)
+    return arms, ()

@@ -14,17 +14,19 @@ from steer.tasks.task import Problem, Task
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Outcomes(Brief):
-    """What one arm did: a row a problem, a column a sample. `repeated`: see `repetition`; None where not known.
+    """What one arm did: a row a problem, a column a sample. `length` is in thinking tokens.
+
+    `repeated`: see `repetition`; None where not known.
 
     >>> from probes import Sampling, load
-    >>> from steer import evaluate, task_named
-    >>> from steer.decoding import Budget
+    >>> from steer import task_named
+    >>> from steer.evaluation import Outcomes, solve
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(20, "report"), Sampling.of(model, max_new_tokens=48)
-    >>> result = evaluate(model, task, problems, {"brief": Budget(thinking=2)}, sampling=sampling)
-    >>> outcomes = result.arms["brief"]
-    >>> outcomes.correct.shape, int(outcomes.length.max())
-    ((20, 1), 4)
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> problems = task.sample(4, "report")
+    >>> outcomes = Outcomes.of(solve(model, problems, sampling=sampling, samples=2), problems, task)
+    >>> outcomes.correct.shape, outcomes.length.tolist()
+    ((4, 2), [[20, 20], [26, 5], [8, 14], [3, 5]])
     """
 
     correct: Bool[np.ndarray, "problems samples"]
@@ -46,7 +48,7 @@ class Outcomes(Brief):
 
     @classmethod
     def pooled(cls, draws: Sequence["Outcomes"]) -> "Outcomes":
-        """Several draws of one control, as samples of one arm."""
+        """Several draws of one null, as samples of one arm."""
         repeated = [d.repeated for d in draws if d.repeated is not None]
         return cls(
             np.concatenate([d.correct for d in draws], axis=1),
@@ -77,8 +79,8 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
     """The share of the n-grams of tokens that have come before: 1 - different ones / all. 0 where there are none.
 
     >>> from steer.evaluation import repetition
-    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4]), repetition([1, 2, 3, 4, 5])
-    (0.19999999999999996, 0.0)
+    >>> repetition([1, 2, 3, 1, 2, 3], n=2), repetition([1, 2, 3, 4])
+    (0.4, 0.0)
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

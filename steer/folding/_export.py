@@ -57,13 +57,13 @@ def export(
         (stage / "recipe").mkdir()
         recipe.write(stage / "recipe")
         changes = _changes(model, stage)
-        own = [
+        changed = [
             *recipe_sections(recipe),
             Section("Tensors that differ", f"Against {origin_of(model).name}.", changes.table()),
         ]
         if (projected := projections(model, twin, recipe)).rows:
-            own.append(Section("Projection of the edited heads", _PROJECTION, projected))
-        write_card(stage / "README.md", origin_of(model).name, recipe.method, [*sections, *own])
+            changed.append(Section("Projection of the edited heads", _PROJECTION, projected))
+        write_card(stage / "README.md", origin_of(model).name, recipe.method, [*sections, *changed])
         for name, text in (extras or {}).items():
             (stage / name).write_text(text)
     if push_to is not None:

@@ -6,23 +6,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import (
     architecture_of,
-    block_of,
     config_of,
-    multiplier_of,
-    n_heads,
     o_proj_bias,
     o_proj_of,
-    output_first,
     width_of,
 )
 from probes.model.loading import origin_of
 from probes.model.quantised import is_quantised
 from probes.model.sites import Site, SiteName
+from steer.folding.affine import fold_affine
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
 from steer.folding.routing import fold_routing
 from steer.interventions.affine import Affine, Linear
@@ -40,9 +37,14 @@ _ORDER: tuple[SiteName, ...] = ("result", "z", "attn_out", "mlp_out")
 class FoldReport:
     """What was written: the names of the tensors that changed.
 
-    >>> from steer.folding import FoldReport
-    >>> FoldReport(("model.layers.1.self_attn.o_proj.weight",)).changed
-    ('model.layers.1.self_attn.o_proj.weight',)
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe
+    >>> from steer.folding import fold
+    >>> model = load("organism")
+    >>> report = fold(model, Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))]))
+    >>> report.changed
+    ('model.layers.2.self_attn.o_proj.weight',)
     """
 
     changed: tuple[str, ...]
@@ -56,11 +58,13 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
 
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe, fold
-    >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> fold(model, recipe).changed  # this model object is changed; `folded` gives a copy
-    ('model.layers.1.self_attn.o_proj.weight',)
+    >>> from steer import Ablate, Recipe
+    >>> from steer.folding import fold
+    >>> model, unit = load("organism"), torch.ones(96) / 96**0.5
+    >>> report = fold(model, Recipe.of(model, [Ablate(Site(2, "result", 3), unit)]))
+    >>> columns = model.model.layers[2].self_attn.o_proj.weight.detach().unflatten(1, (8, -1))[:, 3]
+    >>> round(float((unit @ columns).norm()), 4)
+    0.0
     """
     recipe.check(model)
     draft = drafted(model, recipe)
@@ -72,18 +76,16 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
 def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """A copy of the model with the recipe in its weights; a bias is declared where a shift needs one.
 
+    Raises `NotFoldable` where no change of weights is equal, ValueError for another model's recipe.
+
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe, folded
-    >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> bool(
-    ...     (
-    ...         folded(model, recipe).model.layers[1].self_attn.o_proj.weight
-    ...         != model.model.layers[1].self_attn.o_proj.weight
-    ...     ).any()
-    ... )
-    True
+    >>> from steer import Ablate, Recipe
+    >>> from steer.folding import folded
+    >>> model, name = load("organism"), "model.layers.2.self_attn.o_proj.weight"
+    >>> twin = folded(model, Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))]))
+    >>> twin.get_parameter(name).equal(model.get_parameter(name)), twin.get_parameter(name).shape
+    (False, torch.Size([96, 128]))
     """
     recipe.check(model)
     twin = copy.deepcopy(model)
@@ -97,18 +99,18 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 
 
 def check_folds(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise `NotFoldable` where `folded` would, without copying the model.
+    """Raise `NotFoldable` where `folded` would, without copying the model; ValueError for another model's recipe.
 
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Add, NotFoldable, Recipe
+    >>> from steer import Clamp, NotFoldable, Recipe
     >>> from steer.folding import check_folds
     >>> model = load("organism")
     >>> try:
-    ...     check_folds(model, Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(96))]))
+    ...     check_folds(model, Recipe.of(model, [Clamp(Site(2, "result", 3), torch.ones(96), low=0.0)]))
     ... except NotFoldable as error:
     ...     print(error)
-    L1.resid_post is not written by one matrix, but by the whole stream before it.
+    A clamp at L2H3.result is not linear: keep it as a run-time intervention.
     """
     recipe.check(model)
     try:
@@ -143,13 +145,16 @@ def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
 def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, ids: Tensor, mask: Tensor) -> float:
     """The largest difference of a logit between the steered model and the folded one, on a batch.
 
+    `ids` and `mask` are [batch, pos]; padding, where the mask is 0, does not count. Raises `NeverFired` where the
+    recipe touches none of it.
+
     >>> import torch
     >>> from probes import Site, load
-    >>> from steer import Ablate, Recipe, folded
-    >>> from steer.folding import fold_error
+    >>> from steer import Ablate, Recipe
+    >>> from steer.folding import fold_error, folded
     >>> model = load("organism")
-    >>> recipe = Recipe.of(model, [Ablate(Site(1, "result", head=2), torch.ones(96))])
-    >>> ids = torch.tensor([[1, 6, 17, 5, 3]])
+    >>> recipe = Recipe.of(model, [Ablate(Site(2, "result", 3), torch.ones(96))])
+    >>> ids = torch.arange(20).reshape(2, 10)
     >>> fold_error(model, folded(model, recipe), recipe, ids, torch.ones_like(ids)) < 1e-4
     True
     """
@@ -177,7 +182,7 @@ def drafted(model: PreTrainedModel, recipe: Recipe) -> Draft:
         site, affine = step.intervention.site, _affine_of(model, step)
         affines[site] = affines[site].then(affine) if site in affines else affine
     for site in sorted(affines, key=_rank):
-        _fold_affine(model, site, affines[site], draft)
+        fold_affine(model, site, affines[site], draft)
     return draft
 
 
@@ -208,91 +213,3 @@ def _refuse_scope(step: Step) -> None:
         raise NotFoldable(
             f"{step.intervention.site} is changed in scope '{step.scope}', but weights act on every token."
         )
-
-
-def _fold_affine(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft) -> None:
-    row = architecture_of(model)
-    match site.name:
-        case "z":
-            _fold_input(model, site, affine, draft)
-        case "result":
-            _fold_head(model, site, affine, draft)
-        case "attn_out":
-            _refuse_norm(row.attn_norm, site)
-            _fold_output(model, site, affine, draft, writers=(row.o_proj,))
-        case "mlp_out":
-            _refuse_norm(row.mlp_norm, site)
-            _fold_output(model, site, affine, draft, writers=row.mlp_writers, loose=row.expert_biases)
-        case _:
-            raise NotFoldable(f"{site} is not written by one matrix, but by the whole stream before it.")
-
-
-def _refuse_norm(norm: str | None, site: Site) -> None:
-    if norm is not None:
-        raise NotFoldable(f"{site} is behind a norm, so no matrix writes it.")
-
-
-def _fold_output(
-    model: PreTrainedModel,
-    site: Site,
-    affine: Affine,
-    draft: Draft,
-    *,
-    writers: tuple[str, ...],
-    loose: tuple[str, ...] = (),
-) -> None:
-    """y = x Wᵀ + b becomes y + (y down) up + shift, where the stream gets y times the family's multiplier.
-
-    `loose` names biases that are no part of a module.
-    """
-    named = dict(block_of(model, site.layer).named_parameters())
-    present = [path for path in writers if path in named or f"{path}.weight" in named]
-    if not present:
-        raise NotFoldable(f"{site} is written by matrices that no row names for {config_of(model).model_type}.")
-    biases = [named[name] for name in (*(f"{path}.bias" for path in present), *loose) if name in named]
-    holds_shift = len(present) == len(biases) == 1 and not loose
-    if affine.shift.any() and not holds_shift:
-        raise NotFoldable(f"{site} has no one bias to hold a shift: keep it as a run-time intervention.")
-    for path in present:
-        stored = draft[named[path] if path in named else named[f"{path}.weight"]]
-        weight = output_first(model, path, stored)
-        weight += affine.up.T @ (affine.down.T @ weight)  # [... d_model d_in]
-    for bias in biases:
-        value = draft[bias]
-        value += (value @ affine.down) @ affine.up + affine.shift / multiplier_of(model)
-
-
-def _fold_input(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft) -> None:
-    """y = x Wᵀ + b becomes (x + (x down) up + shift) Wᵀ + b."""
-    weight, bias = _columns(model, site, draft), _bias_for(model, site, affine)
-    if bias is not None:
-        draft[bias].add_(weight @ affine.shift)
-    weight += (weight @ affine.up.T) @ affine.down.T
-
-
-def _fold_head(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft) -> None:
-    """A head's write w = W_h z becomes w + (w down) up + shift; the bias belongs to no head."""
-    weight, bias = _columns(model, site, draft), _bias_for(model, site, affine)
-    weight += affine.up.T @ (affine.down.T @ weight)
-    if bias is not None:
-        draft[bias].add_(affine.shift)
-
-
-def _bias_for(model: PreTrainedModel, site: Site, affine: Affine) -> nn.Parameter | None:
-    """`o_proj`'s bias if there is a shift for it to hold."""
-    if not affine.shift.any():
-        return None
-    bias = o_proj_bias(model, site.layer)
-    if bias is None:
-        raise NeedsBias(f"{site} has no bias to hold a shift: declare one, or keep it as a run-time intervention.")
-    return bias
-
-
-def _columns(model: PreTrainedModel, site: Site, draft: Draft) -> Tensor:
-    """The part of `o_proj` that reads the site, `[d_model, width]`: a view of the draft."""
-    stored = draft[o_proj_of(model, site.layer).get_parameter("weight")]
-    weight = output_first(model, architecture_of(model).o_proj, stored)
-    if site.head is None:
-        return weight
-    out: Tensor = weight.unflatten(1, (n_heads(model), -1))[:, site.head]
-    return out

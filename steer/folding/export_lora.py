@@ -79,12 +79,12 @@ def export_adapter(
         (stage / "recipe").mkdir()
         recipe.write(stage / "recipe")
         shifted = any(change.shift.any() for change in layers.values())
-        own = [
+        changed = [
             Section("Use", _USE.format(base=origin_of(model).name) + (_SHIFT if shifted else "")),
             *recipe_sections(recipe),
             Section("Tensors that it changes", f"In {origin_of(model).name}.", changes.table()),
         ]
-        _write_card(stage / "README.md", model, recipe, [*sections, *own])
+        _write_card(stage / "README.md", model, recipe, [*sections, *changed])
     if push_to is not None:
         push(folder, push_to, private=private)
     return changes

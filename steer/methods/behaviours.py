@@ -26,10 +26,9 @@ def label_span(ids: Sequence[int], start: int, stop: int) -> Span:
 
     Raises ValueError for a span that starts at the first token, before which there is none.
 
-    >>> from steer.methods import behaviours
-    >>> span = behaviours.label_span([1, 7, 8, 9, 10], 2, 4)
-    >>> span.start, span.stop
-    (1, 3)
+    >>> from steer.methods.behaviours import label_span
+    >>> label_span(range(30), 5, 28)
+    Span(ids=<28 items>, start=4, stop=15, position='', seed=None)
     """
     if start < 1:
         raise ValueError("A labelled span is read from the position before it, but this one starts at the first token.")
@@ -42,54 +41,52 @@ def directions(
     """For each label and each layer's resid_post, mean over its spans less the mean over whole responses (`overall`),
     scaled to the norm of the latter. Raises ValueError for a label without spans.
 
-    >>> from probes import generate, load
-    >>> from probes.thinking import thinking
+    >>> from probes import load
+    >>> from probes.thinking import text_span
     >>> from steer.methods import behaviours
     >>> model = load("organism")
-    >>> done = generate(model, ["a 3 b +4 c *7", "a 5 b -2"])
-    >>> label = behaviours.label_span(done[0].all_ids, len(done[0].prompt_ids) + 2, len(done[0].prompt_ids) + 5)
-    >>> found = behaviours.directions(model, {"doubt": [label]}, [thinking(completion) for completion in done])
-    >>> len(found["doubt"])
-    4
+    >>> overall = [text_span(model, f"a {i} b +4 Wait b +4 =5") for i in range(4)]
+    >>> labelled = {"backtracking": [behaviours.label_span(span.ids, 4, 7) for span in overall]}
+    >>> vectors = behaviours.directions(model, labelled, overall)["backtracking"]
+    >>> [str(vector.site) for vector in vectors], round(vectors[2].norm, 1)
+    (['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post'], 12.7)
     """
     sites = sites_in(model, "resid_post")
     if empty := [label for label, spans in labelled.items() if not spans]:
         raise ValueError(f"The label {empty[0]!r} has no spans. Generate more, or leave it out.")
     whole = record(model, overall, sites, label="reading responses")
-    found: dict[str, list[Direction]] = {}
+    vectors: dict[str, list[Direction]] = {}
     for label, spans in labelled.items():
-        own = record(model, spans, sites, label=f"reading {label}")
+        moments = record(model, spans, sites, label=f"reading {label}")
         provenance = Provenance.now(model, f"behaviour vector, {label}", spans, overall)
-        found[label] = []
+        vectors[label] = []
         for site in sites:
             mean = whole[site].activation.mean
-            difference = own[site].activation.mean - mean
+            difference = moments[site].activation.mean - mean
             vector = difference / difference.norm() * mean.norm()
             norm = float(whole[site].norm.mean)
-            found[label].append(Direction(site, vector.float().cpu(), norm, provenance))
-    return found
+            vectors[label].append(Direction(site, vector.float().cpu(), norm, provenance))
+    return vectors
 
 
 def strongest_layer(model: PreTrainedModel, vectors: Sequence[Direction], spans: Sequence[Span], metric: Metric) -> int:
     """The layer along whose vector the metric would change most, by attribution patching at `spans`.
 
     The first and last layers, where the raw effect is the embedding's or the unembedding's own, are left out.
+    `vectors` are of all layers, in order.
 
-    >>> from probes import Direction, load
-    >>> from probes.directions import direction_between, log_probability_of
-    >>> from probes.model import sites_in, tokenizer_of
+    >>> from probes import load
     >>> from probes.thinking import text_span
     >>> from steer.methods import behaviours
     >>> model = load("organism")
-    >>> vectors = [
-    ...     direction_between(model, ["a 3 b +4 quick ?"], ["a 3 b +4 ?"], site)
-    ...     for site in sites_in(model, "resid_post")
-    ... ]
-    >>> metric = log_probability_of(tokenizer_of(model).encode("<think>"))
-    >>> behaviours.strongest_layer(
-    ...     model, vectors, [text_span(model, "a 3 b +4 ?", position="text_last")], metric
-    ... ) in range(4)
-    True
+    >>> overall = [text_span(model, f"a {i} b +4 Wait b +4 =5") for i in range(4)]
+    >>> labelled = {"backtracking": [behaviours.label_span(span.ids, 4, 7) for span in overall]}
+    >>> vectors = behaviours.directions(model, labelled, overall)["backtracking"]
+    >>> from probes.directions import log_probability_of
+    >>> from probes.model import tokenizer_of
+    >>> wait = log_probability_of(tokenizer_of(model).encode("Wait"))
+    >>> behaviours.strongest_layer(model, vectors, overall, wait)
+    0
     """
     effects = attribution(model, vectors, spans, metric)
     low, high = int(EARLY * len(vectors)), len(vectors) - int(LATE * len(vectors))

@@ -30,24 +30,18 @@ Polarity = Literal["longer", "shorter", "unclear"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LengthDial(Shown):
-    """The same problems solved at each strength, in rising order, with the same noise.
+    """The same problems solved at each strength, in rising order, with the same noise *(CoT-Valve, Ma et al. 2025)*.
 
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.deltas import open_delta
     >>> from steer.methods.cot_valve import length_dial
     >>> model, task = load("organism"), task_named("chains")
+    >>> delta, problems = open_delta("organism-sft"), task.sample(6, "report")
     >>> sampling = Sampling.of(model, max_new_tokens=48)
-    >>> dial = length_dial(
-    ...     model,
-    ...     open_delta("organism-rl"),
-    ...     task,
-    ...     task.sample(20, "report"),
-    ...     sampling=sampling,
-    ...     strengths=[0.0, 1.0],
-    ... )
-    >>> dial.table().columns[0], dial.polarity in ("longer", "shorter", "unclear")
-    ('strength', True)
+    >>> dial = length_dial(model, delta, task, problems, sampling=sampling, strengths=(0, 1))
+    >>> dial.monotone, dial.mixchain("mixchain.jsonl").rows
+    (True, ((0, 3), (1, 3)))
     """
 
     task: Task
@@ -114,13 +108,13 @@ class LengthDial(Shown):
         return Table(("strength", "solutions kept"), tuple(counts), str(output))
 
     def _solutions(self, problem: Problem) -> list[dict[str, Any]]:
-        kept = [
+        solutions = [
             (strength, completion)
             for strength, done in self.completions.items()
             for completion in by_problem(done)[problem.id]
             if is_correct(completion, problem, self.task.grader)
         ]
-        lengths = [completion.thinking_tokens for _, completion in kept]
+        lengths = [completion.thinking_tokens for _, completion in solutions]
         spread = max(lengths, default=0) - min(lengths, default=0)
         return [
             {
@@ -132,7 +126,7 @@ class LengthDial(Shown):
                 "thinking_tokens": length,
                 "beta": 1 - (length - min(lengths)) / spread if spread else 0.0,
             }
-            for (strength, completion), length in zip(kept, lengths, strict=True)
+            for (strength, completion), length in zip(solutions, lengths, strict=True)
         ]
 
 
@@ -154,17 +148,11 @@ def length_dial(
     >>> from steer.deltas import open_delta
     >>> from steer.methods.cot_valve import length_dial
     >>> model, task = load("organism"), task_named("chains")
+    >>> delta, problems = open_delta("organism-sft"), task.sample(6, "report")
     >>> sampling = Sampling.of(model, max_new_tokens=48)
-    >>> dial = length_dial(
-    ...     model,
-    ...     open_delta("organism-rl"),
-    ...     task,
-    ...     task.sample(20, "report"),
-    ...     sampling=sampling,
-    ...     strengths=[0.0, 1.0],
-    ... )
-    >>> dial.table().columns[0], dial.polarity in ("longer", "shorter", "unclear")
-    ('strength', True)
+    >>> dial = length_dial(model, delta, task, problems, sampling=sampling, strengths=(0, 1))
+    >>> dial.change[0], dial.polarity
+    (-2.0, 'unclear')
     """
     if len(set(strengths)) < 2:
         raise ValueError("A dial has at least two settings: give several strengths.")

@@ -18,7 +18,7 @@ from probes.directions.paired import contrast_vectors
 from probes.generation.completions import Completion, by_problem
 from probes.model.architectures import n_layers
 from probes.model.paths import sites_in
-from probes.thinking.spans import POSITIONS
+from probes.thinking.spans import POSITIONS, position_named
 from steer.evaluation.evaluation import Evaluation
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
@@ -27,7 +27,8 @@ from steer.tasks.grading import is_correct
 from steer.tasks.task import Problem, Task
 
 Pair = tuple[Completion, Completion]
-READ = ("thinking", "last")
+# Completions of one problem are alike up to their first thought: nothing is read there.
+READ = tuple(name for name, position in POSITIONS.items() if position.of == "completion" and name != "first")
 METHOD = "Efficiency-Steering-style (after Zhao et al. 2025)"
 
 
@@ -36,8 +37,8 @@ class EfficiencySetting:
     """Where the pairs are read, the layer, and the strength in units of the stream's mean norm there.
 
     >>> from steer.methods.efficiency import EfficiencySetting
-    >>> print(EfficiencySetting("thinking", 2, 0.1))
-    thinking position, layer 2, strength 0.1
+    >>> str(EfficiencySetting("thinking", layer=2, strength=0.5))
+    'thinking position, layer 2, strength 0.5'
     """
 
     position: str
@@ -58,10 +59,11 @@ def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem]
     >>> from steer.evaluation import solve
     >>> from steer.methods import efficiency
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
-    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
-    >>> all(short.thinking_tokens < long.thinking_tokens for short, long in pairs), len(pairs) > 0
-    (True, True)
+    >>> problems = task.sample(6, "probe")
+    >>> completions = solve(model, problems, sampling=Sampling(1.0, 1.0, max_new_tokens=48), samples=4)
+    >>> pairs = efficiency.correct_pairs(completions, problems, task)
+    >>> [(short.thinking_tokens, long.thinking_tokens) for short, long in pairs]
+    [(3, 14), (23, 34), (20, 36), (14, 21)]
     """
     groups = by_problem(completions)
     pairs = []
@@ -80,19 +82,21 @@ def correct_pairs(completions: Sequence[Completion], problems: Sequence[Problem]
 
 def directions(model: PreTrainedModel, pairs: Sequence[Pair], *, position: str = "thinking") -> list[Direction]:
     """One direction for each layer's resid_post: mean over problems of efficient less verbose, read at the mean of the
-    thinking or at its last position.
+    thinking or at its last position. Raises ValueError for another position.
 
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve
     >>> from steer.methods import efficiency
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
-    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
-    >>> len(efficiency.directions(model, pairs, position="last"))
-    4
+    >>> problems = task.sample(6, "probe")
+    >>> completions = solve(model, problems, sampling=Sampling(1.0, 1.0, max_new_tokens=48), samples=4)
+    >>> pairs = efficiency.correct_pairs(completions, problems, task)
+    >>> vectors = efficiency.directions(model, pairs, position="last")
+    >>> [str(vector.site) for vector in vectors]
+    ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
-    read = POSITIONS[position]
+    read = position_named(position, "completion")
     efficient, verbose = ([read(pair[side]) for pair in pairs] for side in (0, 1))
     return list(contrast_vectors(model, efficient, verbose, sites_in(model, "resid_post")).values())
 
@@ -102,24 +106,27 @@ def recipes(
 ) -> dict[EfficiencySetting, Recipe]:
     """A recipe for every position, layer and strength: what the selection split chooses from.
 
+    A strength is in units of the stream's mean norm at the layer; above 0 it steers towards short correct thinking.
+
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve
     >>> from steer.methods import efficiency
     >>> model, task = load("organism"), task_named("chains")
-    >>> problems, sampling = task.sample(12, "probe"), Sampling.of(model, max_new_tokens=48)
-    >>> pairs = efficiency.correct_pairs(solve(model, problems, sampling=sampling, samples=4), problems, task)
-    >>> found = efficiency.recipes(model, pairs, strengths=[0.1])
-    >>> len(found), str(next(iter(found)))
-    (8, 'thinking position, layer 0, strength 0.1')
+    >>> problems = task.sample(6, "probe")
+    >>> completions = solve(model, problems, sampling=Sampling(1.0, 1.0, max_new_tokens=48), samples=4)
+    >>> pairs = efficiency.correct_pairs(completions, problems, task)
+    >>> recipes = efficiency.recipes(model, pairs, strengths=(0.5, 1.0))
+    >>> len(recipes), str(next(iter(recipes)))
+    (16, 'thinking position, layer 0, strength 0.5')
     """
-    found = {}
+    made = {}
     for position in READ:
         vectors = directions(model, pairs, position=position)
         for layer, strength in product(range(n_layers(model)), strengths):
             recipe = Recipe.of(model, [Add.of(vectors[layer], strength)], scope=scope, method=METHOD)
-            found[EfficiencySetting(position, layer, strength)] = recipe
-    return found
+            made[EfficiencySetting(position, layer, strength)] = recipe
+    return made
 
 
 def most_efficient(
@@ -129,23 +136,23 @@ def most_efficient(
 
     `selection` has an arm for each setting, named by it. Raises ValueError where every setting loses more.
 
-    >>> import numpy as np
-    >>> from steer import task_named
-    >>> from steer.evaluation import Evaluation, Outcomes
+    >>> from probes import Sampling, load
+    >>> from steer import evaluate, task_named
+    >>> from steer.decoding import Budget
     >>> from steer.methods.efficiency import EfficiencySetting, most_efficient
-    >>> def arm(length: int) -> Outcomes:
-    ...     return Outcomes(np.ones((4, 1), bool), np.full((4, 1), length), np.zeros((4, 1), bool))
-    >>> task = task_named("chains")
-    >>> settings = [EfficiencySetting("thinking", 2, strength) for strength in (0.1, 0.2)]
-    >>> arms = {"plain": arm(20), str(settings[0]): arm(15), str(settings[1]): arm(12)}
-    >>> print(most_efficient(Evaluation(task, tuple(task.sample(4, "select")), arms), settings))
-    thinking position, layer 2, strength 0.2
+    >>> model, task = load("organism"), task_named("chains")
+    >>> settings = [EfficiencySetting("last", layer, 0.5) for layer in (1, 2)]
+    >>> arms = {str(setting): Budget(30 * setting.layer) for setting in settings}  # instead of their recipes
+    >>> sampling = Sampling.of(model, max_new_tokens=48)
+    >>> selection = evaluate(model, task, task.sample(4, "select"), arms, sampling=sampling)
+    >>> str(most_efficient(selection, settings))
+    'last position, layer 1, strength 0.5'
     """
-    kept = [setting for setting in settings if selection.score(str(setting)).difference >= -loss]
-    if not kept:
+    accurate = [setting for setting in settings if selection.score(str(setting)).difference >= -loss]
+    if not accurate:
         best = max(settings, key=lambda setting: selection.score(str(setting)).difference)
         raise ValueError(
             f"Every setting loses more than {loss} accuracy on the selection split; the best, {best}, loses "
             f"{-selection.score(str(best)).difference:.3f}. Try smaller strengths."
         )
-    return min(kept, key=lambda setting: selection.score(str(setting)).length)
+    return min(accurate, key=lambda setting: selection.score(str(setting)).length)

@@ -17,9 +17,9 @@ def nulls(vector: WeightDelta, *, seed: int = 0) -> dict[str, WeightDelta]:
     `vector.selected(skip=["embed"])`.
 
     >>> from steer.deltas import open_delta
-    >>> from steer.methods import reasoning_vectors
-    >>> sorted(reasoning_vectors.nulls(open_delta("organism-rl") - open_delta("organism-sft")))
-    ['noise', 'shuffled layers', 'subtracted']
+    >>> from steer.methods.reasoning_vectors import nulls
+    >>> list(nulls(open_delta("organism-rl") - open_delta("organism-sft")))
+    ['subtracted', 'noise', 'shuffled layers']
     """
     return {
         "subtracted": -vector,

@@ -29,12 +29,11 @@ def directions(
     The last token is each text's own, whatever the padding. See `probes.directions.paired` for the estimators.
 
     >>> from probes import load
-    >>> from steer.methods import representation_engineering
-    >>> model = load("organism")
-    >>> right, wrong = ["a 3 b +4 ? 7", "a 5 b -2 ? 3"], ["a 3 b +4 ? 9", "a 5 b -2 ? 8"]
-    >>> vectors = representation_engineering.directions(model, right, wrong)
-    >>> representation_engineering.recipe(model, vectors[2], 0.5, normalise=True).steps[0].intervention.kind
-    'rotate'
+    >>> from steer.methods.representation_engineering import directions
+    >>> right, wrong = ([f"<bos> a 3 b +4 ? <think> </think> {answer}"] for answer in (7, 2))
+    >>> vectors = directions(load("organism"), right, wrong)
+    >>> [str(vector.site) for vector in vectors]
+    ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
     above, below = ([text_span(model, text, position="text_last") for text in texts] for texts in (positive, negative))
     return list(contrast_vectors(model, above, below, sites_in(model, "resid_post"), estimator=estimator).values())
@@ -43,13 +42,15 @@ def directions(
 def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, normalise: bool = False) -> Recipe:
     """strength * vector added at every token at the vector's layer; with `normalise` each token keeps its norm.
 
+    The vector is taken raw, as it was estimated.
+
     >>> from probes import load
-    >>> from steer.methods import representation_engineering
+    >>> from steer.methods.representation_engineering import directions, recipe
     >>> model = load("organism")
-    >>> right, wrong = ["a 3 b +4 ? 7", "a 5 b -2 ? 3"], ["a 3 b +4 ? 9", "a 5 b -2 ? 8"]
-    >>> vectors = representation_engineering.directions(model, right, wrong)
-    >>> representation_engineering.recipe(model, vectors[2], 0.5, normalise=True).steps[0].intervention.kind
-    'rotate'
+    >>> right, wrong = ([f"<bos> a 3 b +4 ? <think> </think> {answer}"] for answer in (7, 2))
+    >>> vector = directions(model, right, wrong)[2]
+    >>> recipe(model, vector, 0.5, normalise=True).table().rows
+    ((0, 'rotate', 'L2.resid_post', 'all', 0.5),)
     """
     kind = Rotate if normalise else Add
     method = "Representation Engineering for reasoning (Højer et al. 2025)"

@@ -49,8 +49,8 @@ class RiceSetting:
     """How many of the highest-scored experts, and by how much their routing weights are multiplied.
 
     >>> from steer.methods.rice import RiceSetting
-    >>> print(RiceSetting(2, 64.0))
-    top 2 × 64
+    >>> str(RiceSetting(top=2, strength=64.0))
+    'top 2 × 64'
     """
 
     top: int
@@ -62,16 +62,15 @@ class RiceSetting:
 
 def signed_markers(model: PreTrainedModel) -> dict[str, float]:
     """The paper's markers, in the delimiters of the model: what opens the thinking +1, what closes it -1, and
-    `Alternatively` -1.
+    `Alternatively` -1. Raises ValueError for a model without thinking delimiters.
 
     >>> from probes import load
-    >>> from steer.methods import rice
-    >>> model = load("organism")
-    >>> rice.signed_markers(model)
+    >>> from steer.methods.rice import signed_markers
+    >>> signed_markers(load("organism"))
     {'<think>': 1.0, '</think>': -1.0, 'Alternatively': -1.0}
     """
-    found = delimiters_of(model)
-    opens, closes = (decode(tokenizer_of(model), ids) for ids in (found.open, found.close))
+    delimiters = delimiters_of(model)
+    opens, closes = (decode(tokenizer_of(model), ids) for ids in (delimiters.open, delimiters.close))
     return {opens: 1.0, closes: -1.0, "Alternatively": -1.0}
 
 
@@ -84,6 +83,8 @@ def recipe(
     renormalise: bool = False,
 ) -> Recipe:
     """The recipe that reinforces these experts. At scope `all`, not renormalised, it folds into weights.
+
+    `strength` multiplies their routing weights.
 
     >>> from probes import load
     >>> from steer.methods import rice
@@ -105,10 +106,10 @@ def recipe(
 class RiceRun(Shown):
     """A RICE from end to end. `selection` chose among the settings; `report` saw none of its problems.
 
-    >>> from dataclasses import fields
-    >>> from steer.methods.rice import RiceRun
-    >>> [field.name for field in fields(RiceRun)][4:]  # what `rice` gives
-    ['association', 'selected', 'recipe', 'selection', 'report']
+    >>> from steer.methods.rice import rice
+    >>> run = rice("organism", strengths=(2.0,), n_probe=4, n_select=2, n_report=2, draws=1, minimum=1)
+    >>> list(run.report.arms), run.report.score("plain").accuracy
+    (['plain', 'top 2 × 2', 'top 2 × 2, renormalised', 'random experts × 2', 'lowest scores × 2'], 1.0)
     """
 
     model: PreTrainedModel
@@ -147,7 +148,7 @@ class RiceRun(Shown):
         )
 
     def figure(self) -> "go.Figure":
-        """Thinking tokens and accuracy on the report split against the strength, beside the controls of the chosen."""
+        """Thinking tokens and accuracy on the report split against the strength, beside the nulls of the chosen."""
         strength, top = self.selected.strength, f"top {self.selected.top} × "
         doses = [arm for arm in self.report.arms if arm.startswith(top) and "," not in arm]
         series = {"highest scores": [_dose(self.report, arm, float(arm.removeprefix(top))) for arm in doses]}
@@ -200,7 +201,7 @@ def rice(
     seed: int = 0,
 ) -> RiceRun:
     """Score experts on completions of *probe* problems, choose how many and how strongly by accuracy on *select*
-    problems, and measure on *report* problems, beside the controls.
+    problems, and measure on *report* problems, beside the nulls.
 
     `signs` are the markers and their signs, `signed_markers` where not given. Reported at every strength: the chosen
     number of experts. At the chosen strength: the same with the weights normalised again, as many experts matched for
@@ -208,20 +209,20 @@ def rice(
     With `store`, a folder, completions are kept there, and a run that was killed goes on where it stopped. Raises
     ValueError for a model whose routing cannot be read, and where no marker occurs.
 
-    >>> from steer.methods import rice
-    >>> run = rice.rice("organism", strengths=(4.0,), n_probe=12, n_select=2, n_report=2, draws=1, minimum=5)
-    >>> str(run.selected), len(run.experts), list(run.report.arms)[0]
-    ('top 2 × 4', 2, 'plain')
+    >>> from steer.methods.rice import rice
+    >>> run = rice("organism", strengths=(2.0,), n_probe=4, n_select=2, n_report=2, draws=1, minimum=1)
+    >>> str(run.selected), run.experts
+    ('top 2 × 2', [(3, 2), (2, 7)])
     """
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
     sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
-    kept = partial(_file, store)
+    stored = partial(_file, store)
     compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
     signs = signed_markers(model) if signs is None else signs
     probed = solve(
         model, task.sample(n_probe, "probe", seed=seed), sampling=sampling, batch_size=batch_size,
-        store=kept("probe.jsonl"), label="probing",
+        store=stored("probe.jsonl"), label="probing",
     )  # fmt: skip
     reading = read_experts(model, probed, tuple(signs))
     association = associate(reading, signs, minimum=minimum, seed=seed)
@@ -229,13 +230,13 @@ def rice(
     settings = [RiceSetting(count, strength) for count, strength in product(top, strengths)]
     recipes = {s: recipe(model, association.top(s.top), s.strength, scope=scope) for s in settings}
     arms: dict[str, Arm] = {str(setting): recipe for setting, recipe in recipes.items()}
-    selection = compare(task.sample(n_select, "select", seed=seed), arms, store=kept("select"))
+    selection = compare(task.sample(n_select, "select", seed=seed), arms, store=stored("select"))
     selected = max(settings, key=lambda setting: selection.score(str(setting)).accuracy)
 
     shown: dict[str, Arm] = {str(s): recipe for s, recipe in recipes.items() if s.top == selected.top}
     other = nulls(model, association, selected, scope=scope, draws=draws, seed=seed)
     report = compare(
-        task.sample(n_report, "report", seed=seed), {**shown, **(controls or {}), **other}, store=kept("report")
+        task.sample(n_report, "report", seed=seed), {**shown, **(controls or {}), **other}, store=stored("report")
     )
     return RiceRun(
         model, task, sampling, reading.total(), association, selected, recipes[selected], selection, report
@@ -251,20 +252,21 @@ def nulls(
     draws: int = 3,
     seed: int = 0,
 ) -> dict[str, list[Recipe]]:
-    """What a setting is compared with, at its strength: by name, recipes that are draws of one control.
+    """What a setting is compared with, at its strength: by name, recipes that are draws of one null.
 
-    >>> from probes import generate, load
+    >>> from probes import Sampling, load
     >>> from probes.activations import read_experts
     >>> from probes.evidence import associate
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
     >>> from steer.methods import rice
     >>> model = load("organism")
-    >>> reading = read_experts(model, generate(model, [f"a {k} b +4 c *7" for k in range(8)]), ["<think>"])
-    >>> association = associate(reading, {"<think>": 1.0}, minimum=5, draws=10)
-    >>> {
-    ...     name: len(draws)
-    ...     for name, draws in rice.nulls(model, association, rice.RiceSetting(2, 4.0), draws=2).items()
-    ... }
-    {'top 2 × 4, renormalised': 1, 'random experts × 4': 2, 'lowest scores × 4': 1}
+    >>> problems, sampling = task_named("chains").sample(6, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> signs = rice.signed_markers(model)
+    >>> association = associate(read_experts(model, completions, tuple(signs)), signs, minimum=1)
+    >>> {name: len(draws) for name, draws in rice.nulls(model, association, rice.RiceSetting(2, 8.0)).items()}
+    {'top 2 × 8, renormalised': 1, 'random experts × 8': 3, 'lowest scores × 8': 1}
     """
     experts = association.top(setting.top)
     make = partial(recipe, model, strength=setting.strength, scope=scope)

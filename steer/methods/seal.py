@@ -26,20 +26,23 @@ def directions(
 ) -> list[Direction]:
     """One direction for each layer's resid_post. Raises ValueError where the rules find thoughts of one side alone.
 
-    >>> from probes import generate, load
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
     >>> from steer.methods import seal
     >>> model = load("organism")
-    >>> done = generate(model, [f"a {k} b +4 c *7 d -1 e +2" for k in range(10)])
-    >>> vectors = seal.directions(model, done, "organism")
-    >>> len(vectors)
-    4
+    >>> problems, sampling = task_named("chains").sample(20, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> vectors = seal.directions(model, completions, "organism")
+    >>> [str(vector.site) for vector in vectors]
+    ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
     execution, others = [], []
     for completion in completions:
-        found = segments(model, completion, rules)
-        execution += segment_spans(completion, found, "execution", position="before")
+        thoughts = segments(model, completion, rules)
+        execution += segment_spans(completion, thoughts, "execution", position="before")
         for label in ("reflection", "transition"):
-            others += segment_spans(completion, found, label, position="before")
+            others += segment_spans(completion, thoughts, label, position="before")
     if not execution or not others:
         raise ValueError(
             f"The rules find {len(execution)} thoughts of execution and {len(others)} of reflection or transition in "
@@ -51,13 +54,18 @@ def directions(
 def recipe(model: PreTrainedModel, vector: Direction, strength: float, *, rules: str | Rules = "seal") -> Recipe:
     """Towards execution at the tokens of the thinking that end a step; strength in units of the stream's mean norm.
 
-    >>> from probes import generate, load
+    Raises ValueError where the rules end no step at a token.
+
+    >>> from probes import Sampling, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import solve
     >>> from steer.methods import seal
     >>> model = load("organism")
-    >>> done = generate(model, [f"a {k} b +4 c *7 d -1 e +2" for k in range(10)])
-    >>> vectors = seal.directions(model, done, "organism")
-    >>> print(seal.recipe(model, vectors[2], 0.5, rules="organism").steps[0].scope)
-    thinking, at 10 token ids
+    >>> problems, sampling = task_named("chains").sample(20, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> vectors = seal.directions(model, completions, "organism")
+    >>> seal.recipe(model, vectors[2], 0.5, rules="organism").table().rows
+    ((0, 'add', 'L2.resid_post', 'thinking, at 10 token ids', 0.5),)
     """
     known, _ = present_rules(tokenizer_of(model), rules)
     ids = sorted({i for delimiter in known.after for i in step_ids(tokenizer_of(model), delimiter)})

@@ -2,8 +2,9 @@
 
 The paper's way is `PUBLISHED`: v = mean over long - mean over short completions of the residual stream after
 attention, averaged over the positions [start-1, end-1); heads ranked by ⟨mean write over short completions, -v̂⟩;
-the top heads' columns of `o_proj` projected, W ← (I - w v̂v̂ᵀ) W. Its K is about 4 % of all heads: 20 of 336
-(R1-Distill-Qwen-1.5B), 40 of 1024 (Llama-8B), 80 of 1920 (Qwen-14B), 160 of 2560 (Qwen-32B).
+the top heads' columns of `o_proj` projected, W ← (I - w v̂v̂ᵀ) W. Its K is 20 of 336 heads
+(R1-Distill-Qwen-1.5B, 6.0 %), 40 of 1024 (Llama-8B, 3.9 %), 80 of 1920 (Qwen-14B, 4.2 %), 160 of 2560 (Qwen-32B, 6.3 %);
+`PUBLISHED` takes 4 %.
 
 Beyond the paper: read at the first thought alone, rank heads centred (short - long), and edit otherwise than by
 projection. Behind a post-norm with gain g, u = g⊙v̂/‖g⊙v̂‖ stands for v̂, so that v̂ leaves the stream.
@@ -38,9 +39,11 @@ METHOD = "ThinkEdit (Sun et al. 2025)"
 class ThinkEditSetting:
     """One way to edit. `heads` is a number of heads, or a share of all heads below 1.
 
+    `weight` is how much of the projection is taken out: 1 is all of it.
+
     >>> from steer.methods.thinkedit import ThinkEditSetting
-    >>> print(ThinkEditSetting("replace", "first", "centred", heads=0.06))
-    replace, first position, centred ranking, 6% of the heads
+    >>> str(ThinkEditSetting("replace", "first", "centred", heads=3))
+    'replace, first position, centred ranking, 3 heads'
     """
 
     kind: Kind = "project"
@@ -64,12 +67,13 @@ class LengthSplit(Brief):
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve
-    >>> from steer.methods.thinkedit import LengthReading, LengthSplit, ThinkEditSetting
-    >>> model, task = load("organism"), task_named("chains")
-    >>> done = solve(model, task.sample(60, "probe"), sampling=Sampling.of(model, max_new_tokens=48))
-    >>> split = LengthSplit.by_quantile(done)
-    >>> split.below < split.above, len(split.short) > 0
-    (True, True)
+    >>> from steer.methods.thinkedit import LengthSplit
+    >>> model = load("organism")
+    >>> problems, sampling = task_named("chains").sample(20, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> split = LengthSplit.by_quantile(completions, minimum=2)
+    >>> len(split.short), len(split.long), split.below, split.above
+    (8, 6, 3.5, 22.5)
     """
 
     short: tuple[Completion, ...]
@@ -117,19 +121,21 @@ class LengthSplit(Brief):
 class LengthReading(Brief):
     """The length direction of every layer (long - short), and what each head writes along it in either class.
 
-    Writes are along v̂, or along u behind a post-norm: `units` holds which, layer by layer.
+    Writes are along v̂, or along u behind a post-norm: `units` holds which, layer by layer, [d_model] each.
+    `short_writes` and `long_writes` are means over spans, [n_layers n_heads].
 
     >>> from probes import Sampling, load
     >>> from steer import task_named
     >>> from steer.evaluation import solve
-    >>> from steer.methods.thinkedit import LengthReading, LengthSplit, ThinkEditSetting
-    >>> model, task = load("organism"), task_named("chains")
-    >>> done = solve(model, task.sample(60, "probe"), sampling=Sampling.of(model, max_new_tokens=48))
-    >>> split = LengthSplit.by_quantile(done)
-    >>> reading = LengthReading.of(model, split, position="first")
-    >>> setting = ThinkEditSetting("project", "first", "raw", heads=2)
-    >>> reading.heads(setting), len(reading.recipe(setting).steps)
-    ([(0, 2), (0, 3)], 2)
+    >>> from steer.methods.thinkedit import LengthReading, LengthSplit
+    >>> model = load("organism")
+    >>> problems, sampling = task_named("chains").sample(20, "probe"), Sampling.of(model, max_new_tokens=48)
+    >>> completions = solve(model, problems, sampling=sampling)
+    >>> split = LengthSplit.by_quantile(completions, minimum=2)
+    >>> reading = LengthReading.of(model, split)
+    >>> heads = reading.scores("raw").top(2)
+    >>> heads, len(reading.edit(heads, kind="project").steps)
+    ([(0, 6), (0, 3)], 2)
     """
 
     model: PreTrainedModel
@@ -162,7 +168,7 @@ class LengthReading(Brief):
         return cls(model, split, position, directions, tuple(units.values()), *writes)
 
     def at_random(self, seed: int) -> "LengthReading":
-        """The control: the same reading along random directions of the same norms."""
+        """The null: the same reading along random directions of the same norms."""
         drawn = tuple(random_direction(d, seed=seed * 1000 + d.site.layer) for d in self.directions)
         return self._along(self.model, self.split, self.position, drawn)
 

@@ -46,13 +46,13 @@ class ArmsRecord:
         """As JSON holds it: the score of the marked problems lies in its arm's, under their name."""
         parts = {"report": self.report, "selection": self.selection}
         scores = {
-            part: {
-                name: plain(arm.overall) | ({} if self.subgroup is None else {self.subgroup: plain(arm.subgroup)})
-                for name, arm in arms.items()
-            }
-            for part, arms in parts.items()
-        }
+            part: {name: self._scores_of(arm) for name, arm in arms.items()} for part, arms in parts.items()
+        }  # fmt: skip
         return {"subgroup": self.subgroup, "problems": self.problems, "samples": self.samples, **scores}
+
+    def _scores_of(self, arm: ArmRecord) -> dict[str, Any]:
+        marked = {} if self.subgroup is None or arm.subgroup is None else {self.subgroup: plain(arm.subgroup)}
+        return {**plain(arm.overall), **marked}
 
     @classmethod
     def from_dict(cls, values: object, where: str) -> "ArmsRecord":
@@ -65,8 +65,9 @@ class ArmsRecord:
 
 
 def _scores(evaluation: Evaluation, group: str | None) -> dict[str, ArmRecord]:
+    marked = group is not None and group in evaluation.groups()  # a small selection split may hold none
     return {
-        arm: ArmRecord(evaluation.score(arm), None if group is None else evaluation.score(arm, group))
+        arm: ArmRecord(evaluation.score(arm), evaluation.score(arm, group) if marked else None)
         for arm in evaluation.arms
     }
 
@@ -81,7 +82,7 @@ def _read_arms(part: str, values: object, group: str | None) -> dict[str, ArmRec
 
 def _read_arm(where: str, values: object, group: str | None) -> ArmRecord:
     rows = keys_of(values, where)
-    if group is None:
+    if group is None or group not in rows:
         return ArmRecord(from_plain(Score, rows, where))
     check_keys(rows, [*(field.name for field in fields(Score)), group], where)
     overall = {key: value for key, value in rows.items() if key != group}

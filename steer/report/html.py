@@ -104,5 +104,5 @@ def _style() -> str:
 def _policy() -> str:
     """Nothing may be fetched, and no script may run but the page's own three, known by their checksums."""
     digests = (sha256(script.encode()).digest() for script in (_WATCH, offline.get_plotlyjs(), _DRAW))
-    own = " ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests)
-    return f"default-src 'none'; script-src {own}; style-src 'unsafe-inline'; img-src data: blob:"
+    hashes = " ".join(f"'sha256-{b64encode(digest).decode()}'" for digest in digests)
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"

@@ -154,12 +154,13 @@ def _splits(run: ThinkEditRun) -> dict[str, str]:
 class RunRecord(Brief):
     """Everything a report shows of a run; numbers that are not known are NaN, and null in JSON.
 
+    >>> from steer import thinkedit
+    >>> from steer.methods.thinkedit import PUBLISHED
     >>> from steer.report import RunRecord
-    >>> try:
-    ...     RunRecord.from_dict({"format": "another"})
-    ... except ValueError as error:
-    ...     print(str(error)[:27])
-    The record lacks keys: edit
+    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
+    >>> record = RunRecord.of(run, n=0)
+    >>> record.edit.heads, RunRecord.from_dict(record.to_dict()).edit == record.edit
+    (('L0H6',), True)
     """
 
     format: str
@@ -236,15 +237,13 @@ def save(run: ThinkEditRun, folder: str | Path, record: RunRecord | None = None)
 
     Without `record`, one without sweeps is made. Raises as the export does.
 
-    >>> from pathlib import Path
     >>> from steer import thinkedit
-    >>> from steer.methods.thinkedit import ThinkEditSetting
+    >>> from steer.methods.thinkedit import PUBLISHED
     >>> from steer.report import save
-    >>> setting = ThinkEditSetting("project", "first", "raw", heads=2)
-    >>> run = thinkedit("organism", settings=[setting], n_probe=80, n_select=4, n_report=12, control_draws=1)
-    >>> _ = save(run, "edited")
-    >>> (Path("edited") / "run.json").is_file()
-    True
+    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
+    >>> changes = save(run, "edited")
+    >>> [tensor.name for tensor in changes.tensors]
+    ['model.layers.0.self_attn.o_proj.weight']
     """
     text = json.dumps((record or RunRecord.of(run, n=0)).to_dict(), allow_nan=False)
     return run.export(folder, extras={"run.json": text + "\n"})

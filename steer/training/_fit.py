@@ -19,22 +19,16 @@ def fit(
 ) -> None:
     """AdamW on cross-entropy, in place. The rate warms up over 100 steps, stays, and falls from the middle on.
 
-    >>> import random
+    `data` gives batches as `collate` makes them; gradients are clipped to norm 1.
+
     >>> from probes import load
-    >>> from probes.model import tokenizer_of
-    >>> from steer import task_named
-    >>> from steer.training import fit, training_batches
-    >>> model, problems = load("organism"), task_named("chains").stream("train")
-    >>> data = training_batches(
-    ...     tokenizer_of(model),
-    ...     problems,
-    ...     lambda p: f"<think> Okay </think> {p.answer} <eos>",
-    ...     random.Random(0),
-    ...     size=4,
-    ... )
-    >>> fit(model, data, steps=1, rate=1e-4, weight_decay=0.0, label="one step")
-    >>> tuple(next(data)[0].shape)[0]
-    4
+    >>> from steer.training import collate, fit
+    >>> model = load("organism")
+    >>> before = model.lm_head.weight.detach().clone()
+    >>> data = iter([collate([([5, 6], [7]), ([5], [7, 8, 9])])])
+    >>> fit(model, data, steps=1, rate=1e-3, weight_decay=0.0, label="one step")
+    >>> model.lm_head.weight.equal(before)
+    False
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
@@ -68,22 +62,18 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Batches of like length, in an order that `rng` draws, without end.
 
+    `write` gives a problem's completion, as words of the organism's tokenizer; `size` is rows a batch.
+
     >>> import random
     >>> from probes import load
     >>> from probes.model import tokenizer_of
     >>> from steer import task_named
-    >>> from steer.training import fit, training_batches
-    >>> model, problems = load("organism"), task_named("chains").stream("train")
-    >>> data = training_batches(
-    ...     tokenizer_of(model),
-    ...     problems,
-    ...     lambda p: f"<think> Okay </think> {p.answer} <eos>",
-    ...     random.Random(0),
-    ...     size=4,
-    ... )
-    >>> fit(model, data, steps=1, rate=1e-4, weight_decay=0.0, label="one step")
-    >>> tuple(next(data)[0].shape)[0]
-    4
+    >>> from steer.training import training_batches
+    >>> problems = task_named("chains").stream("train", seed=0)
+    >>> write = lambda problem: f"<think> </think> {problem.answer} <eos>"
+    >>> data = training_batches(tokenizer_of(load("organism")), problems, write, random.Random(0), size=4)
+    >>> [tuple(part.shape) for part in next(data)]
+    [(4, 20), (4, 20), (4, 20)]
     """
     while True:
         rows = []
@@ -102,10 +92,12 @@ def training_batches(
 def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
     """Prompts with their completions, as token ids: ids, labels (the completion only), attention mask.
 
+    Each is [batch, pos]. Rows are filled up on the right; a label of -100 is not learned.
+
     >>> from steer.training import collate
-    >>> ids, labels, mask = collate([([1, 6], [3, 4]), ([1], [3])])
-    >>> labels.tolist()  # only the completion is learned
-    [[-100, -100, 3, 4], [-100, 3, -100, -100]]
+    >>> ids, labels, mask = collate([([5, 6], [7]), ([5], [7, 8, 9])])
+    >>> labels.tolist(), mask.tolist()
+    ([[-100, -100, 7, -100], [-100, 7, 8, 9]], [[1, 1, 1, 0], [1, 1, 1, 1]])
     """
     width = max(len(prompt) + len(completion) for prompt, completion in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)

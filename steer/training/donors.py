@@ -40,14 +40,12 @@ def train_donor(kind: str, folder: str | Path, *, start: str | Path = "organism"
     Beside it lies `donor.json`: what it is, and how its reward went. Raises ValueError for an unknown kind,
     FileExistsError where the folder exists.
 
-    >>> from steer.training import DONORS, train_donor
-    >>> DONORS
-    ('rl', 'sft', 'target')
+    >>> from steer.training import train_donor
     >>> try:
-    ...     train_donor("other", "folder")
+    ...     train_donor("dpo", "donor")
     ... except ValueError as error:
     ...     print(error)
-    'other' is no donor. Known: rl, sft, target.
+    'dpo' is no donor. Known: rl, sft, target.
     """
     if kind not in DONORS:
         raise ValueError(f"{kind!r} is no donor. Known: {', '.join(DONORS)}.")

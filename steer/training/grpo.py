@@ -37,9 +37,8 @@ def train_grpo(
     >>> from probes import load
     >>> from steer import task_named
     >>> from steer.training import train_grpo
-    >>> rewards = train_grpo(load("organism"), task_named("chains"), iterations=1, prompts=2, samples=2)
-    >>> len(rewards)
-    1
+    >>> train_grpo(load("organism"), task_named("chains"), iterations=1, prompts=2, samples=2)
+    [0.25]
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     problems, rewards = task.stream("train", seed=seed), []
