@@ -202,6 +202,18 @@ def test_what_is_unknown_missing_or_of_another_kind_is_refused_in_a_sentence(wor
         render(bad)
 
 
+def test_a_record_comes_back_as_it_was_written_also_where_a_split_holds_no_marked_problem(words):
+    assert RunRecord.from_dict(words).to_dict() == words
+    fewer = copy.deepcopy(words)
+    for score in fewer["arms"]["selection"].values():
+        del score[fewer["arms"]["subgroup"]]
+    assert RunRecord.from_dict(fewer).to_dict() == fewer
+    assert render(fewer) == render(words)
+    del fewer["arms"]["report"]["edited"][fewer["arms"]["subgroup"]]
+    with pytest.raises(ValueError, match="This arm has no score of 'marked' problems"):
+        render(fewer)
+
+
 def test_a_folder_is_read_and_written_whole_or_refused(words, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run.json: give the folder of an exported run."):
         write_report(tmp_path, tmp_path / "report.html")
