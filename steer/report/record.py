@@ -154,13 +154,12 @@ def _splits(run: ThinkEditRun) -> dict[str, str]:
 class RunRecord(Brief):
     """Everything a report shows of a run; numbers that are not known are NaN, and null in JSON.
 
-    >>> from steer import thinkedit
-    >>> from steer.methods.thinkedit import PUBLISHED
     >>> from steer.report import RunRecord
-    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
-    >>> record = RunRecord.of(run, n=0)
-    >>> record.edit.heads, RunRecord.from_dict(record.to_dict()).edit == record.edit
-    (('L0H6',), True)
+    >>> try:
+    ...     RunRecord.from_dict({"format": "another"})
+    ... except ValueError as error:
+    ...     print(str(error)[:27])
+    The record lacks keys: edit
     """
 
     format: str

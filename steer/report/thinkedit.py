@@ -80,12 +80,12 @@ def render(record: RunRecord | Mapping[str, Any]) -> str:
 
     Raises ValueError for fields that are no record (`RunRecord.from_dict`), and where parts of it do not fit together.
 
-    >>> from steer import thinkedit
-    >>> from steer.methods.thinkedit import PUBLISHED
-    >>> from steer.report import RunRecord, render
-    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
-    >>> render(RunRecord.of(run, n=0))[:60]
-    '<!doctype html><html lang="en"><head><meta charset="utf-8"><'
+    >>> from steer.report import render
+    >>> try:
+    ...     render({"format": "another"})
+    ... except ValueError as error:
+    ...     print(str(error)[:27])
+    The record lacks keys: edit
     """
     record = record if isinstance(record, RunRecord) else RunRecord.from_dict(record)
     try:
