@@ -24,7 +24,7 @@ def write_task(path: Path, n: int = 3000) -> None:
         terms = [rng.randint(1, 9) for _ in range(rng.randint(2, 4))]
         question = f"Work out {' + '.join(map(str, terms))} step by step. End with: So the answer is <number>."
         lines[question] = json.dumps({"question": question, "answer": str(sum(terms))})
-    path.write_text("\n".join(lines.values()) + "\n")
+    path.write_text("\n".join(lines.values()) + "\n", encoding="utf-8")
 
 
 def steer(*arguments: object) -> dict:
@@ -44,7 +44,7 @@ def main() -> None:
 
     glad = [f"I love {word}. It makes me happy." for word in ("rain", "music", "bread", "trains", "winter", "maths")]
     for name, texts in (("glad", glad), ("sad", [t.replace("love", "hate").replace("happy", "sad") for t in glad])):
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
     sides = ("--positive", folder / "glad.jsonl", "--negative", folder / "sad.jsonl", "--site", "L20.resid_post")
     facts["contrast"] = steer("direction", *MODEL, *sides, "-o", folder / "glad.safetensors")
 

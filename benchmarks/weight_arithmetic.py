@@ -61,7 +61,7 @@ def measure(place: Path, options: argparse.Namespace) -> dict:
     target = Checkpoint.open(three[0])
     largest = 2 * max(p.bytes for s in target.shards for p in s.places)
     recipe = place / "merge.yaml"
-    recipe.write_text(to_mergekit(target, WeightDelta.between(three[1], three[2]), strength=0.7))
+    recipe.write_text(to_mergekit(target, WeightDelta.between(three[1], three[2]), strength=0.7), encoding="utf-8")
     arms: dict[str, list[str]] = {
         "cp": ["cp", "-r", *map(str, three), "OUT"],
         "ours": [sys.executable, "-c", RUN, *map(str, three), "OUT"],
@@ -101,7 +101,7 @@ def parity(place: Path, mergekit: Path) -> dict:
         make(folder, 50e6, seed, torch.float32)
     delta, recipe = WeightDelta.between(three[1], three[2]), place / "merge.yaml"
     add(three[0], delta, place / "ours", strength=0.7)
-    recipe.write_text(to_mergekit(Checkpoint.open(three[0]), delta, strength=0.7, dtype="float32"))
+    recipe.write_text(to_mergekit(Checkpoint.open(three[0]), delta, strength=0.7, dtype="float32"), encoding="utf-8")
     timed([str(mergekit), str(recipe), str(place / "theirs")])
     return compare(place / "ours", place / "theirs")
 
@@ -135,15 +135,17 @@ def make(folder: Path, size: float, seed: int, dtype: torch.dtype = torch.bfloat
 
     def finish(made: Path) -> None:
         named = {name: file for file, group in zip(files, groups, strict=True) for name, _ in group}
-        (made / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": named}))
+        (made / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": named}), encoding="utf-8"
+        )
         config = {
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": WIDTH,
             "intermediate_size": MLP, "num_hidden_layers": layer, "num_attention_heads": 16,
             "num_key_value_heads": 16, "vocab_size": VOCABULARY, "tie_word_embeddings": True,
         }  # fmt: skip
-        (made / "config.json").write_text(json.dumps(config))
+        (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
         words = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
-        (made / "tokenizer.json").write_text(json.dumps(words))
+        (made / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
 
     word = next(word for word, known in WHOLE.items() if known == dtype)
     plans = [
@@ -170,7 +172,7 @@ def timed(command: Sequence[str]) -> tuple[float, float]:
 
 def anonymous(pid: int) -> float:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0.0)

@@ -1,6 +1,7 @@
 """Outputs that appear under their name whole or not at all, and readers that trust no file."""
 
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -91,10 +92,33 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(handle)
 
 
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a JSONL file that are not blank, each with the words that name it in a sentence.
+
+    UTF-8, with a byte-order mark or without; a line ends at a newline alone, since JSON may hold other separators.
+    Raises ValueError, naming file and line, for what is no UTF-8, no JSON, or no mapping of keys.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"Line {number} of {path}"
+        try:
+            fields = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where} should hold keys, but is {line.strip()[:60]!r}.")
+        yield where, fields
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys of a YAML file. Raises ValueError where it is no YAML, or holds none."""
     try:
-        words = yaml.safe_load(Path(path).read_text())
+        words = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(words, dict):

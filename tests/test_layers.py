@@ -136,6 +136,18 @@ def test_the_rule_is_red_where_it_is_broken(rule, module, line, fault):
     assert any(fault in sentence for sentence in broken)
 
 
+def test_text_is_read_and_written_as_utf_8_wherever_the_machine_stands():
+    """Every `read_text` and `write_text` names its encoding: a locale's own would garble tasks and lose cards."""
+    found = []
+    for module, text in sources().items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                named = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                if named.get("encoding", "").strip("'") not in ("utf-8", "utf-8-sig"):
+                    found.append(f"{module}:{node.lineno}")
+    assert found == []
+
+
 def test_no_file_is_long_and_no_folder_is_full():
     known = sources()
     assert [module for module, text in known.items() if text.count("\n") > LONGEST_FILE] == []

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from html import escape
 from pathlib import Path
@@ -72,8 +72,13 @@ class Completion(Brief):
     @classmethod
     def from_line(cls, line: str) -> "Completion":
         """Read what `to_line` wrote. Raises ValueError, naming the keys, where some are unknown or missing."""
-        words: dict[str, Any] = dict(_OPTIONAL) | json.loads(line)
-        check_keys(words, (known.name for known in fields(cls)), "A completion")
+        return cls.from_dict(json.loads(line))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "A completion") -> "Completion":
+        """Read the keys of a line; `where` names it in a sentence."""
+        words = {**_OPTIONAL, **values}
+        check_keys(words, (known.name for known in fields(cls)), where)
         for key in ("prompt_ids", "ids"):
             words[key] = tuple(words[key])
         words["events"] = tuple((kind, at) for kind, at in words["events"])

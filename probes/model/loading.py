@@ -152,7 +152,7 @@ def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
     ('Wait', 'Hmm')
     """
     if origin_of(model).name == "organism":
-        return tuple(json.loads((ORGANISM / "organism.json").read_text())["markers"])
+        return tuple(json.loads((ORGANISM / "organism.json").read_text(encoding="utf-8"))["markers"])
     return REFLECTION_MARKERS
 
 

@@ -1,6 +1,5 @@
 """Where in a chain something is read: spans of positions, and the one table of what they are called."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from probes.files import check_keys
+from probes.files import check_keys, read_json_lines
 from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
 from probes.tables import Brief
@@ -187,13 +186,11 @@ def text_spans(model: PreTrainedModel, path: Path, *, position: str = "text") ->
     >>> [len(span.ids) for span in text_spans(load("organism"), Path("texts.jsonl"))]
     [4, 2]
     """
-    lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     spans = []
-    for number, line in enumerate(lines, start=1):
-        fields = json.loads(line)
+    for where, fields in read_json_lines(path):
         if "text" in fields:
-            check_keys(fields, ("text",), f"Line {number} of {path}")
+            check_keys(fields, ("text",), where)
             spans.append(text_span(model, fields["text"], position=position))
         else:
-            spans.append(thinking(Completion.from_line(line)))
+            spans.append(thinking(Completion.from_dict(fields, where)))
     return spans

@@ -85,7 +85,7 @@ def tensor_files(source: str | Path) -> dict[str, Path]:
     folder = _folder(source)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        places = json.loads(index.read_text())["weight_map"]
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for file in set(places.values()):
             if Path(file).name != file:
                 raise ValueError(f"{index} names {file!r}, which is not a file of its own folder.")

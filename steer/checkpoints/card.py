@@ -47,7 +47,7 @@ def write_card(path: Path, base_model: str, method: str, sections: Sequence[Sect
     title = (
         f"# {base_model}, edited\n\nMade with ThinkSteer: {method}. An ordinary checkpoint: it needs no code of ours.\n"
     )
-    path.write_text("\n".join([front, title, *map(_section, sections)]))
+    path.write_text("\n".join([front, title, *map(_section, sections)]), encoding="utf-8")
 
 
 def _section(section: Section) -> str:

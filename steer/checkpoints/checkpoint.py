@@ -137,7 +137,7 @@ class Checkpoint(Brief):
         if named is not None:
             _check_index(index, named, shards)
         path = folder / "config.json"
-        config = json.loads(inside(folder, path.name).read_text()) if os.path.lexists(path) else {}
+        config = json.loads(inside(folder, path.name).read_text(encoding="utf-8")) if os.path.lexists(path) else {}
         checkpoint = cls(str(source), folder, shards, config, None if named is None else index)
         checkpoint._check_whole()
         return checkpoint
@@ -251,7 +251,7 @@ def _folder(source: str | Path, revision: str | None) -> Path:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        named = json.loads(inside(index.parent, index.name).read_text())["weight_map"]
+        named = json.loads(inside(index.parent, index.name).read_text(encoding="utf-8"))["weight_map"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not an index of shards: it holds no weight_map.") from error
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):

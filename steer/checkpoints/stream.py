@@ -150,7 +150,7 @@ def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
     if not path.is_file():
         _note(stage, job, {})
         return {}
-    progress = json.loads(path.read_text())
+    progress = json.loads(path.read_text(encoding="utf-8"))
     if progress["job"] != json.loads(json.dumps(job)):
         raise ValueError(
             f"{stage} holds the unfinished work of another command, or of other inputs. Remove it, or name another "
@@ -162,7 +162,7 @@ def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
 
 def _note(stage: Path, job: Mapping[str, Any], done: Mapping[str, int]) -> None:
     new = stage / "progress.new"
-    new.write_text(json.dumps({"job": job, "done": done}))
+    new.write_text(json.dumps({"job": job, "done": done}), encoding="utf-8")
     new.replace(stage / "progress.json")
 
 

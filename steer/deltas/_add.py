@@ -199,7 +199,7 @@ def add(
 
     def finish(folder: Path) -> None:
         _copy_words(plan.target, folder)
-        (folder / "vector.yaml").write_text(yaml.safe_dump(words, sort_keys=False))
+        (folder / "vector.yaml").write_text(yaml.safe_dump(words, sort_keys=False), encoding="utf-8")
         section = Section("Weights summed", "Also in `vector.yaml`.", plan.table())
         write_card(folder / "README.md", plan.target.folder.name, "weight arithmetic", [section])
         _verify(plan.target, folder)

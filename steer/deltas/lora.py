@@ -68,7 +68,7 @@ class Adapter(Brief):
         weights, PiSSA and its like change them, and modules saved whole are no delta.
         """
         folder = Path(folder)
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         _check(config, folder)
         checkpoint = Checkpoint.open(folder, stem="adapter_model")
         sides: dict[str, dict[str, Tensor]] = {}

@@ -123,7 +123,7 @@ def save(
         about["made_of"] = [_absolute(words) for words in delta.made_of]
         text = yaml.safe_dump(about, sort_keys=False)
         with staged_folder(Path(folder)) as stage:
-            (stage / WORDS).write_text(text)
+            (stage / WORDS).write_text(text, encoding="utf-8")
         return open_delta(folder)
     plans, text = _plans(delta, rank, dtype), yaml.safe_dump(about, sort_keys=False)
     job = {"made_of": delta.made_of, "rank": rank, "dtype": str(dtype)}
@@ -273,11 +273,11 @@ def _finish(made: Path, text: str) -> None:
     files = sorted(made.glob("delta*.safetensors"))
     if len(files) > 1:
         _write_index(made, files)
-    (made / WORDS).write_text(text)
+    (made / WORDS).write_text(text, encoding="utf-8")
     Checkpoint.open(made, stem="delta")
 
 
 def _write_index(made: Path, files: Sequence[Path]) -> None:
     named = {place.name: file.name for file in files for place in Shard.open(file).places}
     words = {"metadata": {"total_size": sum(file.stat().st_size for file in files)}, "weight_map": named}
-    (made / "delta.safetensors.index.json").write_text(json.dumps(words, indent=1))
+    (made / "delta.safetensors.index.json").write_text(json.dumps(words, indent=1), encoding="utf-8")

@@ -65,7 +65,7 @@ def export(
             changed.append(Section("Projection of the edited heads", _PROJECTION, projected))
         write_card(stage / "README.md", origin_of(model).name, recipe.method, [*sections, *changed])
         for name, text in (extras or {}).items():
-            (stage / name).write_text(text)
+            (stage / name).write_text(text, encoding="utf-8")
     if push_to is not None:
         push(folder, push_to, private=private)
     return changes

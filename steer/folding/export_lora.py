@@ -173,7 +173,7 @@ def _write_adapter(model: PreTrainedModel, layers: Mapping[int, LowRank], stage:
     )
     written: dict[str, Any] = cast("Any", config).to_dict()
     words = {key: sorted(value) if isinstance(value, set) else value for key, value in written.items()}
-    (stage / "adapter_config.json").write_text(json.dumps(words, indent=2, sort_keys=True))
+    (stage / "adapter_config.json").write_text(json.dumps(words, indent=2, sort_keys=True), encoding="utf-8")
     tensors = {}
     for layer, change in layers.items():
         name, more = f"base_model.model.{_path(model, layer)}", rank - change.rank
@@ -208,5 +208,5 @@ def _changes(model: PreTrainedModel, layers: Mapping[int, LowRank]) -> Differenc
 
 def _write_card(path: Path, model: PreTrainedModel, recipe: Recipe, sections: Sequence[Section]) -> None:
     write_card(path, origin_of(model).name, recipe.method, sections)
-    card = path.read_text().replace("library_name: transformers", "library_name: peft", 1)
-    path.write_text(card.replace("An ordinary checkpoint: it", "An ordinary LoRA adapter: it", 1))
+    card = path.read_text(encoding="utf-8").replace("library_name: transformers", "library_name: peft", 1)
+    path.write_text(card.replace("An ordinary checkpoint: it", "An ordinary LoRA adapter: it", 1), encoding="utf-8")

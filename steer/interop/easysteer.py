@@ -50,7 +50,9 @@ def write(recipe: Recipe, path: Path) -> None:
     vectors = [_vector(number, step) for number, step in enumerate(recipe.steps)]
     vectors[0]["name"] = recipe.method or None
     with staged_file(path) as stage:
-        stage.write_text(json.dumps({"vectors": vectors, "conflict": "sequential", "debug": False}, indent=1))
+        stage.write_text(
+            json.dumps({"vectors": vectors, "conflict": "sequential", "debug": False}, indent=1), encoding="utf-8"
+        )
 
 
 def read(path: Path, model: PreTrainedModel) -> Recipe:

@@ -57,7 +57,7 @@ def write(recipe: Recipe, path: Path) -> None:
         OURS: notes(recipe),
     }
     with staged_file(path) as stage:
-        stage.write_text(json.dumps(fields))
+        stage.write_text(json.dumps(fields), encoding="utf-8")
 
 
 def read(path: Path, model: PreTrainedModel) -> Recipe:

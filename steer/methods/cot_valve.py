@@ -103,7 +103,7 @@ class LengthDial(Shown):
         """
         lines = [line for problem in self.problems for line in self._solutions(problem)]
         with staged_file(Path(output)) as stage:
-            stage.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            stage.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         counts = [(strength, sum(line["strength"] == strength for line in lines)) for strength in self.completions]
         return Table(("strength", "solutions kept"), tuple(counts), str(output))
 

@@ -109,7 +109,7 @@ class Recipe(Shown):
     def write(self, folder: Path) -> None:
         """The two files of `save`, in a folder that is there."""
         words, tensors = self._parts()
-        (folder / "recipe.yaml").write_text(words)
+        (folder / "recipe.yaml").write_text(words, encoding="utf-8")
         write_tensors(folder / "recipe.safetensors", tensors)
 
     def fingerprint(self) -> str:

@@ -97,7 +97,7 @@ def token_span(token: str, value: float, scale: float, prompt: bool, read: bool)
 
 @cache
 def _style() -> str:
-    return (files("steer.report") / "report.css").read_text()
+    return (files("steer.report") / "report.css").read_text(encoding="utf-8")
 
 
 @cache

@@ -65,13 +65,13 @@ def write_report(run_folder: str | Path, output: str | Path) -> Path:
     if not source.is_file():
         raise FileNotFoundError(f"{run_folder} holds no run.json: give the folder of an exported run.")
     try:
-        values = json.loads(source.read_text())
+        values = json.loads(source.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{source} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds no keys: it is not a record of a run.")
     with staged_file(Path(output)) as stage:
-        stage.write_text(render(values))
+        stage.write_text(render(values), encoding="utf-8")
     return Path(output)
 
 

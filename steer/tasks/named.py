@@ -1,11 +1,10 @@
 """A task by its name."""
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from probes.files import check_keys
+from probes.files import check_keys, read_json_lines
 from steer.tasks.chains import TASKS
 from steer.tasks.gym import gym_task
 from steer.tasks.published import SOURCES, published_task
@@ -43,14 +42,8 @@ def task_named(name: str, *, path: str | Path | None = None) -> Task:
 
 def _task_from_file(path: Path) -> Task:
     problems = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {path} is not JSON: {error}") from error
-        check_keys(fields, ("question", "answer"), f"Line {number} of {path}")
+    for where, fields in read_json_lines(path):
+        check_keys(fields, ("question", "answer"), where)
         problems.append(Problem(fields["question"], fields["question"], str(fields["answer"])))
     if not problems:
         raise ValueError(f"{path} holds no problems.")

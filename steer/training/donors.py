@@ -61,7 +61,7 @@ def train_donor(kind: str, folder: str | Path, *, start: str | Path = "organism"
     with staged_folder(Path(folder)) as stage:
         model.save_pretrained(stage)
         tokenizer_of(model).save_pretrained(stage)
-        (stage / "donor.json").write_text(json.dumps(facts) + "\n")
+        (stage / "donor.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
 def _tune(model: PreTrainedModel, task: Task, *, steps: int, seed: int, label: str) -> None:

@@ -166,4 +166,4 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
     with staged_folder(folder) as stage:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
-        (stage / "organism.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (stage / "organism.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

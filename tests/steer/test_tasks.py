@@ -1,7 +1,9 @@
 """Published datasets, generated ones and files are tasks of one kind; a right answer is right however it is written."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -264,3 +266,27 @@ def test_a_task_without_its_extra_says_what_to_install(monkeypatch, name, module
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"pip install 'thinksteer\[tasks\]'"):
         task_named(name)
+
+
+def test_a_task_file_is_utf_8_whatever_the_locale_says(tmp_path):
+    """A byte-order mark is no text, and U+2028 in a question ends no line; a Latin-1 locale changes nothing."""
+    path = tmp_path / "t.jsonl"
+    question = "Wie gro\u00df? \u2028 Juni"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"question": question, "answer": "Juni"}, ensure_ascii=False).encode()
+    )
+    script = "import sys; from steer import task_named; t = task_named(sys.argv[1])\n"
+    script += "import random; print(ascii(next(t.problems(random.Random(0))).question))"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, env=environment
+    )
+    assert result.stdout.strip() == ascii(question)
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "3", '"text"', "null", "{", "\xff"])
+def test_a_line_that_holds_no_keys_is_told_with_file_and_number(line, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"question": "q", "answer": "a"}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"t\.jsonl"):
+        task_named(str(path))

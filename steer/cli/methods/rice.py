@@ -100,7 +100,7 @@ def rice_(
     facts = run.to_dict()
     with probes.files.staged_folder(output) as stage:
         run.recipe.write(stage)
-        (stage / "rice.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
+        (stage / "rice.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n", encoding="utf-8")
     console.print(run.association.table())
     console.print(f"Chosen on the selection split: {run.selected}. Its recipe: {output}; completions: {kept}")
     end(run.table(), facts, as_json)

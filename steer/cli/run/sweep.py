@@ -102,6 +102,6 @@ def sweep_(
     }
     with probes.files.staged_folder(output) as stage:
         make(contrast.direction, found.selected).write(stage)
-        (stage / "sweep.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n")
+        (stage / "sweep.json").write_text(json.dumps(facts, allow_nan=False, indent=1) + "\n", encoding="utf-8")
     console.print(f"Chosen on the selection split: {found.selected:g}. Its recipe: {output}; completions: {kept}")
     end(found.table(), facts, as_json)

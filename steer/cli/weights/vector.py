@@ -119,4 +119,4 @@ def to_mergekit_(
     elif output.exists():
         raise FileExistsError(f"{output} exists. Name another file, or remove it first.")
     else:
-        output.write_text(text)
+        output.write_text(text, encoding="utf-8")
