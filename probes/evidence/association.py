@@ -53,7 +53,7 @@ def npmi(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
 def risk_difference(k: Counts, routed: Counts, markers: Counts, tokens: Counts) -> Values:
     """How much more often the expert is chosen at the marker than elsewhere: k/M - (K - k)/(T - M).
 
-    In [-1, 1]; NaN or infinite where all tokens are markers, or none is *(Fayyaz et al. 2025)*. The arguments are those
+    In [-1, 1], undefined where all tokens are markers, or none is *(Fayyaz et al. 2025)*. The arguments are those
     of `npmi`.
 
     >>> from probes.evidence import risk_difference
