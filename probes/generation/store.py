@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from probes.generation.completions import Completion, order_completions, read_completions, write_completions
 from probes.generation.sampling import Sampling
-from probes.model.hooks import edits_of
 from probes.model.loading import fingerprint, origin_of
+from probes.model.passes import edits_of
 
 Key = tuple[str, int]
 

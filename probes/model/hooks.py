@@ -1,41 +1,20 @@
-"""The only file that registers hooks, and the only one that knows a module may return a tuple."""
+"""Hooks at sites, routers and inputs: the only file that knows a module may return a tuple."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.model.architectures import block_of, head_matrices, multiplier_of, n_heads, tap_of
+from probes.model.passes import Name, hooked, named_edit
 from probes.model.routers import Routing, block_at, read_routing
 from probes.model.sites import Site
 
 Edit = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
-Name = str | Callable[[], str]
 See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int], None]
-
-
-_EDITS: "WeakKeyDictionary[nn.Module, list[Name | None]]" = WeakKeyDictionary()
-
-
-def edits_of(model: nn.Module) -> tuple[str | None, ...]:
-    """The names of the edits that are attached to the model now, each once; None for one without a name."""
-    names = [None if name is None else name if isinstance(name, str) else name() for name in _EDITS.get(model, ())]
-    return tuple(dict.fromkeys(names))
-
-
-@contextmanager
-def named_edit(model: nn.Module, name: Name | None) -> Iterator[None]:
-    """While open, the model is known to be edited by what `name` tells, a text or what gives one when asked."""
-    names = _EDITS.setdefault(model, [])
-    names.append(name)
-    try:
-        yield
-    finally:
-        names.remove(name)
 
 
 @contextmanager
@@ -120,14 +99,9 @@ def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
         new = edit(write)
         return None if new is None else output + (new - write).to(output.dtype)
 
-    if tap.side == "input":
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(after_head if site.name == "result" else after)
-    try:
+    at_output = after_head if site.name == "result" else after
+    with hooked(model, module, before if tap.side == "input" else at_output, side=tap.side, place=str(site)):
         yield
-    finally:
-        handle.remove()
 
 
 def _edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | None:
@@ -190,11 +164,8 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
             )
         see(ids, mask, 0 if cache is None else int(cache.get_seq_length()))
 
-    handle = model.register_forward_pre_hook(before, with_kwargs=True)
-    try:
+    with hooked(model, model, before, side="input", place="the model's input"):
         yield
-    finally:
-        handle.remove()
 
 
 def _refuse_beams(*_: Any) -> None:
@@ -227,7 +198,9 @@ def hook_router(
         if see is not None:
             see(found[0])
 
-    def change(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def change(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if len(args) != 3:
             raise ValueError(f"The experts of layer {layer} are not called with hidden states, ids and weights.")
         assert edit is not None
@@ -235,18 +208,15 @@ def hook_router(
         if new is None:
             return None
         k = new.ids.shape[-1]
-        return args[0], new.ids.reshape(-1, k), new.weights.reshape(-1, k)
+        return (args[0], new.ids.reshape(-1, k), new.weights.reshape(-1, k)), kwargs
 
-    handles = [
-        parts.block.register_forward_pre_hook(begin, with_kwargs=True),
-        parts.router.register_forward_hook(on_router),
-        *([] if edit is None else [parts.experts.register_forward_pre_hook(change)]),
-    ]
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(hooked(model, parts.block, begin, side="input", place=f"the sparse block of layer {layer}"))
+        stack.enter_context(hooked(model, parts.router, on_router, side="output", place=f"the router of layer {layer}"))
+        if edit is not None:
+            where = f"the experts of layer {layer}"
+            stack.enter_context(hooked(model, parts.experts, change, side="input", place=where))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -262,11 +232,8 @@ def hook_choice(model: nn.Module, layer: int, see: Callable[[Int[Tensor, "tokens
             known = True
         see(output[2])
 
-    handle = parts.router.register_forward_hook(after)
-    try:
+    with hooked(model, parts.router, after, side="output", place=f"the router of layer {layer}"):
         yield
-    finally:
-        handle.remove()
 
 
 class _Reached(Exception):
@@ -280,10 +247,5 @@ def forward_through(model: nn.Module, layer: int, input_ids: Tensor, attention_m
     def stop(_module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         raise _Reached
 
-    handle = block_of(model, layer).register_forward_hook(stop)
-    try:
+    with suppress(_Reached), hooked(model, block_of(model, layer), stop, side="output", place=f"block {layer}"):
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import o_proj_of
-from probes.model.hooks import attached, hook_inputs, hook_router, hook_site, named_edit
+from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
+from probes.model.passes import named_edit
 from probes.model.sites import Site
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Add, Intervention, placed

@@ -92,7 +92,7 @@ def test_hooks_are_registered_in_one_file_only():
         for path in (Path(__file__).parents[2] / folder).rglob("*.py"):
             names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
             registers = any(name.startswith("register_") and "hook" in name for name in names)
-            assert registers == (path.name == "hooks.py" and folder == "probes"), path
+            assert registers == (path.name == "passes.py" and folder == "probes"), path
 
 
 def test_probes_never_imports_steer():
