@@ -267,8 +267,8 @@ class _Tally:
             forward_through(model, self.layers[-1], ids, real.long().to(ids.device))
         if missing := [layer for layer in self.layers if layer not in found]:
             raise ValueError(
-                f"The routers of layers {str(missing)[1:-1]} were not heard from: a fused kernel may stand in for them. "
-                "Load the model without kernels, and dequantised."
+                f"The routers of layers {str(missing)[1:-1]} were not heard from: a fused kernel may stand in for "
+                "them. Load the model without kernels, and dequantised."
             )
         seen = [found[layer].to(ids.device) for layer in self.layers]
         return torch.stack(seen, dim=2), self.masks.sum(2).T
