@@ -1,4 +1,5 @@
 from ._record import Recorded as Recorded
+from ._record import SpanBatch as SpanBatch
 from ._record import record as record
 from ._record import span_means as span_means
 from .experts import ExpertCounts as ExpertCounts

@@ -1,11 +1,12 @@
 """Read activations and reduce them as they are read: per sequence, the mean over a span of positions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -16,28 +17,59 @@ from probes.model.sites import Site
 from probes.tables import Brief
 from probes.thinking.spans import Span
 
+SINK = 3.0
+"""A position of the stream whose norm is more than so many medians of its sequence's, and of whose squared norm one
+coordinate holds more than half, is an attention sink."""
+
+
+@dataclass(frozen=True, repr=False)
+class SpanBatch(Brief):
+    """What was read of some spans, `rows` of those asked for: per site, the mean over each span of the activation and
+    of its norm; how many of its positions were left out as sinks; and the largest share of the sum of its norms that
+    one position holds, left out or not.
+
+    >>> from probes import Site, load
+    >>> from probes.activations import span_means
+    >>> from probes.thinking import text_span
+    >>> model, site = load("organism"), Site(2, "resid_post")
+    >>> (batch,) = span_means(model, [text_span(model, text) for text in ("a 3 b +4", "a 5")], [site])
+    >>> batch.rows, batch.means[site].shape, batch.left_out[site].tolist()
+    ([0, 1], torch.Size([2, 96]), [1, 1])
+    """
+
+    rows: list[int]
+    means: dict[Site, Float[Tensor, "batch width"]]
+    norms: dict[Site, Float[Tensor, " batch"]]
+    left_out: dict[Site, Int[Tensor, " batch"]]
+    shares: dict[Site, Float[Tensor, " batch"]]
+
 
 def span_means(
     model: PreTrainedModel,
     spans: Sequence[Span],
     sites: Sequence[Site],
     *,
+    keep_sinks: bool = False,
     batch_tokens: int = 16_384,
     label: str = "reading",
-) -> Iterator[tuple[list[int], dict[Site, Float[Tensor, "batch width"]], dict[Site, Float[Tensor, " batch"]]]]:
-    """Batch by batch: which spans, and per site the mean over each span of the activation and of its norm.
+) -> Iterator[SpanBatch]:
+    """Batch by batch, the mean over each span of the activation and of its norm at each site.
 
-    Batches are cut by length and by a budget of tokens, padded on the right. Layers above the highest site are not
-    computed, and nothing longer than a span's mean is kept. Raises what `probes.model.captured` does for a site that
-    the model does not have.
+    Attention sinks are left out of the means, unless `keep_sinks`: the first position of a sequence, and those of the
+    residual stream whose norm is more than 3 times the median of their sequence and is held, for more than half of its
+    square, by one coordinate. They carry a large constant, which says nothing of the text (Sun et al. 2024, Massive
+    Activations; Xiao et al. 2024, StreamingLLM); a norm that is large in many coordinates is kept. A span that holds
+    nothing else is read as it is. Batches are cut by length and by a budget of tokens, padded on the right. Layers
+    above the highest site are not computed, and nothing longer than a span's mean is kept. Raises what
+    `probes.model.captured` does for a site that the model does not have.
 
     >>> from probes import Site, load
     >>> from probes.activations import span_means
     >>> from probes.thinking import text_span
     >>> model, site = load("organism"), Site(2, "resid_post")
     >>> spans = [text_span(model, text) for text in ("a 3 b +4", "a 5")]
-    >>> for rows, means, norms in span_means(model, spans, [site]):
-    ...     print(rows, tuple(means[site].shape), tuple(norms[site].shape))
+    >>> for batch in span_means(model, spans, [site]):
+    ...     print(batch.rows, tuple(batch.means[site].shape), tuple(batch.norms[site].shape))
     [0, 1] (2, 96) (2,)
     """
     top = max(site.layer for site in sites)
@@ -51,14 +83,13 @@ def span_means(
             wanted = (places >= torch.tensor([[s.start] for s in batch])) & (
                 places < torch.tensor([[s.stop] for s in batch])
             )
-            weights = wanted.float() / wanted.sum(1, keepdim=True)
-            means: dict[Site, Tensor] = {}
-            norms: dict[Site, Tensor] = {}
+            read = SpanBatch(rows, {}, {}, {}, {})
             with ExitStack() as stack:
                 for site in sites:
-                    stack.enter_context(hook_site(model, site, _reducer(site, weights, means, norms)))
+                    reduce_spans = partial(_reduce, site=site, real=real, wanted=wanted, keep=keep_sinks, into=read)
+                    stack.enter_context(hook_site(model, site, reduce_spans))
                 forward_through(model, top, ids, real.long().to(ids.device))
-            yield rows, means, norms
+            yield read
             bar.update(len(rows))
 
 
@@ -66,50 +97,89 @@ def span_means(
 class Recorded(Brief):
     """Moments over spans of a span's mean activation, and of its mean norm: each span counts once.
 
+    `left_out` counts the positions that were left out as sinks; `share` holds the moments of the largest share of a
+    span's norm that one position holds, over the spans of more than one.
+
     >>> from probes import Site, load, record
     >>> from probes.thinking import text_span
     >>> model, site = load("organism"), Site(2, "resid_post")
     >>> one, other = (record(model, [text_span(model, text)], [site])[site] for text in ("a 3", "a 5"))
-    >>> (one + other).activation
-    Moments(count=2, total=Tensor[96])
+    >>> (one + other).activation, (one + other).left_out
+    (Moments(count=2, total=Tensor[96]), 2)
     """
 
     activation: Moments
     norm: Moments
+    left_out: int
+    share: Moments
 
     def __add__(self, other: "Recorded") -> "Recorded":
-        return Recorded(self.activation + other.activation, self.norm + other.norm)
+        return Recorded(
+            self.activation + other.activation,
+            self.norm + other.norm,
+            self.left_out + other.left_out,
+            self.share + other.share,
+        )
 
 
 def record(
-    model: PreTrainedModel, spans: Sequence[Span], sites: Sequence[Site], *, label: str = "reading"
+    model: PreTrainedModel,
+    spans: Sequence[Span],
+    sites: Sequence[Site],
+    *,
+    keep_sinks: bool = False,
+    label: str = "reading",
 ) -> dict[Site, Recorded]:
     """Per site, the moments over all spans, merged batch by batch: memory is O(sites x d_model).
+
+    Attention sinks are left out unless `keep_sinks`, as `span_means` says.
 
     >>> from probes import Site, load, record
     >>> from probes.thinking import text_span
     >>> model, site = load("organism"), Site(2, "resid_post")
     >>> moments = record(model, [text_span(model, text) for text in ("a 3 b +4", "a 5")], [site])
     >>> moments[site].activation.mean.shape, f"{moments[site].norm.mean.item():.1f}"
-    (torch.Size([96]), '40.7')
+    (torch.Size([96]), '55.8')
     """
     total: dict[Site, Recorded] = {}
-    for _, means, norms in span_means(model, spans, sites, label=label):
+    several = torch.tensor([span.stop - span.start > 1 for span in spans])
+    for batch in span_means(model, spans, sites, keep_sinks=keep_sinks, label=label):
         for site in sites:
-            new = Recorded(Moments.of(means[site]), Moments.of(norms[site][:, None]))
+            shares = batch.shares[site].cpu()[several[batch.rows]]
+            new = Recorded(
+                Moments.of(batch.means[site]),
+                Moments.of(batch.norms[site][:, None]),
+                int(batch.left_out[site].sum()),
+                Moments.of(shares[:, None]),
+            )
             total[site] = total[site] + new if site in total else new
     return total
 
 
-def _reducer(
-    site: Site, weights: Tensor, means: dict[Site, Tensor], norms: dict[Site, Tensor]
-) -> Callable[[Tensor], None]:
-    def reduce_spans(x: Tensor) -> None:
-        wide, w = x.float(), weights.to(x.device)
-        means[site] = torch.einsum("bp,bpw->bw", w, wide)
-        norms[site] = (w * wide.norm(dim=-1)).sum(1)
+def kept(
+    x: Float[Tensor, "batch pos width"], wanted: Bool[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"], site: Site
+) -> Bool[Tensor, "batch pos"]:
+    """Those of the `wanted` positions that are no attention sinks; all where none is left."""
+    sink = torch.zeros_like(wanted)
+    sink[:, 0] = True
+    if site.name in ("resid_pre", "resid_mid", "resid_post"):  # elsewhere a norm far above the others is no constant
+        norms = x.norm(dim=-1)
+        median = norms.masked_fill(~real, torch.nan).nanmedian(1, keepdim=True).values
+        sink |= (norms > SINK * median) & (x.abs().amax(-1).square() > norms.square() / 2)
+    left = wanted & ~sink
+    return left.where(left.any(1, keepdim=True), wanted)
 
-    return reduce_spans
+
+def _reduce(x: Tensor, *, site: Site, real: Tensor, wanted: Tensor, keep: bool, into: SpanBatch) -> None:
+    wide, real, wanted = x.float(), real.to(x.device), wanted.to(x.device)
+    norms = wide.norm(dim=-1)
+    held = norms * wanted
+    chosen = wanted if keep else kept(wide, wanted, real, site)
+    weights = chosen.float() / chosen.sum(1, keepdim=True)
+    into.means[site] = torch.einsum("bp,bpw->bw", weights, wide)
+    into.norms[site] = (weights * norms).sum(1)
+    into.left_out[site] = wanted.sum(1) - chosen.sum(1)
+    into.shares[site] = held.amax(1) / held.sum(1)
 
 
 def batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from probes.activations._record import kept
 from probes.directions.direction import Direction
 from probes.model.hooks import captured, forward_through
 from probes.model.sites import Site
@@ -22,8 +23,9 @@ def principal_components(
     """The top k principal components of the activations at all positions of the spans, orthonormal, and their share of
     the variance.
 
-    Streams: what is kept is a mean and a [width, width] second moment, in float64. Raises ValueError where there are
-    fewer than k + 1 positions or k is more than the width.
+    Attention sinks are left out, as by `probes.activations.span_means`. Streams: what is kept is a mean and a [width,
+    width] second moment, in float64. Raises ValueError where there are fewer than k + 1 positions or k is more than the
+    width.
 
     >>> from probes import Site, load
     >>> from probes.directions import principal_components
@@ -32,14 +34,17 @@ def principal_components(
     >>> spans = [text_span(model, text) for text in ("a 3 b +4", "a 5 b -2 c +9")]
     >>> components, share = principal_components(model, spans, Site(2, "resid_post"), k=3)
     >>> components.shape, f"{share:.2f}"
-    (torch.Size([3, 96]), '0.92')
+    (torch.Size([3, 96]), '0.95')
     """
     count, total, second = 0, torch.zeros(0), torch.zeros(0)
     for span in tqdm(spans, desc="principal components", unit="span", delay=2, leave=False):
         ids = torch.tensor([span.ids[: span.stop]], device=model.device)
         with captured(model, [site]) as cache:
             forward_through(model, site.layer, ids, torch.ones_like(ids))
-        rows = cache[site][0, span.start : span.stop].double()
+        x = cache[site][0].double()
+        wanted = torch.zeros(1, len(x), dtype=torch.bool, device=x.device)
+        wanted[0, span.start : span.stop] = True
+        rows = x[kept(x[None], wanted, torch.ones_like(wanted), site)[0]]
         if not count:
             total, second = rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1], rows.shape[1])
         count, total, second = count + len(rows), total + rows.sum(0), second + rows.T @ rows

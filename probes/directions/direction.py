@@ -1,5 +1,6 @@
 """A direction in activation space, with where it came from."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,6 +122,7 @@ class Direction(Shown):
     def table(self) -> Table:
         """What it is, and its birth."""
         estimator, position, spans, seed, data, model = self.provenance.line()
+        share = self.provenance.sink_share
         rows = (
             ("site", str(self.site)),
             ("norm", self.norm),
@@ -129,6 +131,8 @@ class Direction(Shown):
             ("position", position),
             ("n positive, n negative", spans),
             ("seed", seed),
+            ("sinks left out", self.provenance.left_out),
+            ("one position's share", "" if share is None else share),
             ("model", model),
             ("data", data),
             *((f"parent {i + 1}", ", ".join(p.line())) for i, p in enumerate(self.provenance.parents)),
@@ -140,11 +144,18 @@ class Direction(Shown):
 
 
 def difference_in_means(
-    model: PreTrainedModel, positive: Sequence[Span], negative: Sequence[Span], sites: Sequence[Site]
+    model: PreTrainedModel,
+    positive: Sequence[Span],
+    negative: Sequence[Span],
+    sites: Sequence[Site],
+    *,
+    keep_sinks: bool = False,
 ) -> dict[Site, Direction]:
     """v = mean over positive - mean over negative, of each span's mean activation (a span counts once).
 
-    The estimator of *(Marks and Tegmark 2023)*. Raises ValueError where a class is empty.
+    The estimator of *(Marks and Tegmark 2023)*. Attention sinks are left out of the means and of the stream's norm,
+    unless `keep_sinks` (see `probes.activations.span_means`); a warning says so where they are kept and one position
+    holds half the norm. Raises ValueError where a class is empty.
 
     >>> from probes import Site, difference_in_means, load
     >>> from probes.thinking import text_span
@@ -152,24 +163,29 @@ def difference_in_means(
     >>> quick = [text_span(model, text) for text in ("a 3 b +4 quick", "a 5 quick")]
     >>> plain = [text_span(model, text) for text in ("a 3 b +4", "a 5")]
     >>> list(difference_in_means(model, quick, plain, sites).values())
-    [Direction(L1.resid_post, norm 7.27, 0.23 of the stream), Direction(L2.resid_post, norm 10.1, 0.26 of the stream)]
+    [Direction(L1.resid_post, norm 16.2, 0.45 of the stream), Direction(L2.resid_post, norm 23.6, 0.49 of the stream)]
     """
     if not positive or not negative:
         raise ValueError(
             f"A direction needs both classes, but got {len(positive)} positive and {len(negative)} negative."
         )
-    above = record(model, positive, sites, label="reading positive")
-    below = record(model, negative, sites, label="reading negative")
-    provenance = Provenance.now(model, "difference in means", positive, negative)
-    return {
-        site: Direction(
-            site,
-            (above[site].activation.mean - below[site].activation.mean).float().cpu(),
-            float((above[site].norm + below[site].norm).mean),
-            provenance,
-        )
-        for site in sites
-    }
+    above = record(model, positive, sites, keep_sinks=keep_sinks, label="reading positive")
+    below = record(model, negative, sites, keep_sinks=keep_sinks, label="reading negative")
+    birth = Provenance.now(model, "difference in means", positive, negative)
+    made = {}
+    for site in sites:
+        both = above[site] + below[site]
+        share = float(both.share.mean) if both.share.count else None
+        if keep_sinks and share is not None and share > 0.5:
+            warnings.warn(
+                f"One position holds {share:.0%} of a text's norm at {site}: an attention sink, and the direction is "
+                "mostly its. Without keep_sinks such positions are left out.",
+                stacklevel=2,
+            )
+        vector = (above[site].activation.mean - below[site].activation.mean).float().cpu()
+        provenance = replace(birth, left_out=both.left_out, sink_share=share)
+        made[site] = Direction(site, vector, float(both.norm.mean), provenance)
+    return made
 
 
 def direction_between(
@@ -179,11 +195,13 @@ def direction_between(
     site: Site | str,
     *,
     position: str = "text",
+    keep_sinks: bool = False,
 ) -> Direction:
     """The direction from texts b to texts a at a site: any contrast, of plain texts.
 
-    Each text is read at the mean of its tokens (`text`) or at its last one (`text_last`). Raises ValueError where a
-    class is empty, or the position is none of a text.
+    Each text is read at the mean of its tokens (`text`) or at its last one (`text_last`). Attention sinks, the first
+    token among them, are left out of a mean, unless `keep_sinks` (see `probes.activations.span_means`). Raises
+    ValueError where a class is empty, or the position is none of a text.
 
     >>> from probes import direction_between, load
     >>> direction_between(load("organism"), ["a 3 quick"], ["a 3"], "L2.resid_post", position="text_last")
@@ -191,7 +209,7 @@ def direction_between(
     """
     where = Site.parse(site) if isinstance(site, str) else site
     a, b = ([text_span(model, text, position=position) for text in texts] for texts in (texts_a, texts_b))
-    return difference_in_means(model, a, b, [where])[where]
+    return difference_in_means(model, a, b, [where], keep_sinks=keep_sinks)[where]
 
 
 def random_direction(direction: Direction, *, seed: int) -> Direction:
@@ -202,7 +220,7 @@ def random_direction(direction: Direction, *, seed: int) -> Direction:
     >>> direction = direction_between(load("organism"), ["a 3 quick"], ["a 3"], "L2.resid_post")
     >>> null = random_direction(direction, seed=0)
     >>> f"{null.norm / direction.norm:.3f}", f"{float(null.unit @ direction.unit):.2f}"
-    ('1.000', '-0.04')
+    ('1.000', '-0.06')
     """
     noise = torch.randn(direction.vector.shape, generator=torch.Generator().manual_seed(seed))
     vector = noise / noise.norm() * direction.norm

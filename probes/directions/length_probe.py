@@ -65,10 +65,10 @@ def fit_length(
             "do. Generate more, or with more new tokens."
         )
     x = torch.zeros(len(closed), 0)
-    for rows, means, _ in span_means(model, [POSITIONS[position](c) for c in closed], [site], label="length probe"):
+    for batch in span_means(model, [POSITIONS[position](c) for c in closed], [site], label="length probe"):
         if not x.shape[1]:
-            x = torch.zeros(len(closed), means[site].shape[1], dtype=torch.float64)
-        x[rows] = means[site].double().cpu()
+            x = torch.zeros(len(closed), batch.means[site].shape[1], dtype=torch.float64)
+        x[batch.rows] = batch.means[site].double().cpu()
     y = torch.tensor([float(c.thinking_tokens) for c in closed], dtype=torch.float64)
     seen = torch.arange(len(closed)) % 4 != 3
     mean, level = x[seen].mean(0), y[seen].mean()

@@ -31,7 +31,8 @@ def contrast_vectors(
     pairs, as long as the mean difference; *pca* the first principal component of the pairs' differences, centred as
     in the paper, scaled to the norm of the mean difference; *pca uncentred* the same of the differences as they are.
     A component's sign is arbitrary, so it is turned to the side of the mean difference. Raises ValueError where pairs
-    are needed and the classes are not of one size, or a class is empty.
+    are needed and the classes are not of one size, a class is empty, or the differences have no spread to find a
+    component of.
 
     >>> from probes import Site, load
     >>> from probes.directions import contrast_vectors
@@ -39,9 +40,9 @@ def contrast_vectors(
     >>> model, site = load("organism"), Site(2, "resid_post")
     >>> quick, plain = ([text_span(model, f"a {k} b +4{end}") for k in (3, 5, 8)] for end in (" quick", ""))
     >>> contrast_vectors(model, quick, plain, [site])[site]
-    Direction(L2.resid_post, norm 7.19, 0.22 of the stream)
+    Direction(L2.resid_post, norm 9.74, 0.27 of the stream)
     >>> contrast_vectors(model, quick, plain, [site], estimator="pca")[site]
-    Direction(L2.resid_post, norm 7.19, 0.22 of the stream)
+    Direction(L2.resid_post, norm 9.74, 0.27 of the stream)
     """
     if estimator == "reading" and negative:
         raise ValueError("A reading vector has one class: leave the negative one empty.")
@@ -65,6 +66,11 @@ def _vector(rows: Float[Tensor, "pairs d_model"], estimator: Estimator) -> Float
     if estimator in ("reading", "contrast"):
         return mean
     centred = rows - mean if estimator == "pca" else rows
+    if not float(centred.norm()) > 1e-6 * float(rows.norm()):
+        raise ValueError(
+            f"The {len(rows)} differences have no spread, so they have no principal component: give pairs that differ, "
+            "or use estimator='contrast', the mean difference."
+        )
     unit = torch.linalg.svd(centred, full_matrices=False).Vh[0]
     out: Tensor = unit * torch.sign(unit @ mean) * mean.norm()
     return out
@@ -76,8 +82,9 @@ def _rows(
     """Each span's mean activation and mean norm, in the order of the spans, in float64."""
     rows: dict[Site, list[Any]] = {site: [None] * len(spans) for site in sites}
     sizes: dict[Site, list[Any]] = {site: [None] * len(spans) for site in sites}
-    for places, means, norms in span_means(model, spans, sites):
+    for batch in span_means(model, spans, sites):
         for site in sites:
-            for i, row, norm in zip(places, means[site].double().cpu(), norms[site].double().cpu(), strict=True):
+            means, norms = batch.means[site].double().cpu(), batch.norms[site].double().cpu()
+            for i, row, norm in zip(batch.rows, means, norms, strict=True):
                 rows[site][i], sizes[site][i] = row, norm
     return {s: torch.stack(rows[s]) for s in sites}, {s: torch.stack(sizes[s]) for s in sites}

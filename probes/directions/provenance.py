@@ -13,7 +13,7 @@ from probes.model.loading import identity_of
 from probes.tables import Brief, Table
 from probes.thinking.spans import Span
 
-_SINCE_0_2 = {"position": "", "seed": None, "parents": ()}
+_SINCE_0_2 = {"position": "", "seed": None, "parents": (), "left_out": 0, "sink_share": None}
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +22,9 @@ class Provenance(Brief):
 
     `data` is a checksum over the spans. `position` says where they were read (a name in `probes.thinking.POSITIONS`),
     empty where it is not known. `seed` is that of the sampling which wrote them, or of what was drawn at random; None
-    where there is none, or are several. `parents` are the births of what a direction was computed from.
+    where there is none, or are several. `parents` are the births of what a direction was computed from. `left_out` is
+    how many positions were left out of the means as attention sinks, `sink_share` the mean over spans of the largest
+    share of a span's norm that one position holds; None where each span is one position.
 
     >>> from probes import direction_between, load
     >>> direction = direction_between(load("organism"), ["a 3 quick"], ["a 3"], "L2.resid_post", position="text_last")
@@ -42,6 +44,8 @@ class Provenance(Brief):
     position: str = ""
     seed: int | None = None
     parents: tuple["Provenance", ...] = ()
+    left_out: int = 0
+    sink_share: float | None = None
 
     @classmethod
     def now(
@@ -74,6 +78,8 @@ class Provenance(Brief):
             position=" and ".join(dict.fromkeys(p for p in (self.position, other.position) if p)),
             seed=self.seed if self.seed == other.seed else None,
             parents=(self, other),
+            left_out=self.left_out + other.left_out,
+            sink_share=max((s for s in (self.sink_share, other.sink_share) if s is not None), default=None),
         )
 
     def to_dict(self) -> dict[str, Any]:

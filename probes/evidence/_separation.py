@@ -46,10 +46,10 @@ def evidence_for(
     """
     spans, sites = [*positive, *negative], sites_in(model, site)
     means: Tensor | None = None
-    for rows, batch, _ in span_means(model, spans, sites, label="evidence"):
-        stacked = torch.stack([batch[place].cpu() for place in sites], dim=1)
+    for batch in span_means(model, spans, sites, label="evidence"):
+        stacked = torch.stack([batch.means[place].cpu() for place in sites], dim=1)
         means = torch.empty(len(spans), *stacked.shape[1:]) if means is None else means
-        means[rows] = stacked
+        means[batch.rows] = stacked
     confounds = {
         "prompt length": torch.tensor([float(span.start) for span in spans]),
         "span length": torch.tensor([float(span.stop - span.start) for span in spans]),
@@ -135,10 +135,10 @@ def project(
     """Projection of each span's mean activation on each direction's unit vector."""
     out = torch.empty(len(directions), len(spans), dtype=torch.float64)
     sites = list({direction.site for direction in directions})
-    for rows, means, _ in span_means(model, spans, sites, label="projecting"):
+    for batch in span_means(model, spans, sites, label="projecting"):
         for i, direction in enumerate(directions):
-            mean = means[direction.site]
-            out[i, rows] = (mean @ direction.unit.to(mean.device)).double().cpu()
+            mean = batch.means[direction.site]
+            out[i, batch.rows] = (mean @ direction.unit.to(mean.device)).double().cpu()
     return out
 
 

@@ -81,7 +81,7 @@ class Sweep(Shown):
     ...     sampling=Sampling.of(model, max_new_tokens=48), draws=0,
     ... )
     >>> swept.strengths, list(swept.selection.arms), round(swept.kl, 2)
-    ((0.5,), ['plain', 'strength +0.5'], 0.16)
+    ((0.5,), ['plain', 'strength +0.5'], 0.2)
     """
 
     strengths: tuple[float, ...]

@@ -49,7 +49,7 @@ def directions(
     >>> labelled = {"backtracking": [behaviours.label_span(span.ids, 4, 7) for span in overall]}
     >>> vectors = behaviours.directions(model, labelled, overall)["backtracking"]
     >>> [str(vector.site) for vector in vectors], round(vectors[2].norm, 1)
-    (['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post'], 12.7)
+    (['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post'], 14.4)
     """
     sites = sites_in(model, "resid_post")
     if empty := [label for label, spans in labelled.items() if not spans]:

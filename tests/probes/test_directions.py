@@ -52,8 +52,8 @@ def direction(llama):
 @torch.no_grad()
 @pytest.mark.parametrize("position", ["text", "text_last"])
 def test_a_direction_is_the_difference_of_the_means_over_texts(model, position):
-    read = {"text": lambda x: x.mean(0), "text_last": lambda x: x[-1]}[position]
-    norm = {"text": lambda x: x.norm(dim=-1).mean(), "text_last": lambda x: x[-1].norm()}[position]
+    read = {"text": lambda x: x[-len(x[1:]) :].mean(0), "text_last": lambda x: x[-1]}[position]  # but the first token
+    norm = {"text": lambda x: x[-len(x[1:]) :].norm(dim=-1).mean(), "text_last": lambda x: x[-1].norm()}[position]
     ours = direction_between(model, A, B, str(SITE), position=position)
     theirs = mean_over_texts(model, A, read) - mean_over_texts(model, B, read)
     torch.testing.assert_close(ours.vector.double(), theirs, atol=1e-5, rtol=0)
@@ -83,13 +83,14 @@ def test_batches_of_any_size_read_each_text_once_and_alike(family, batch_tokens)
     spans = [text_span(model, text, position=position) for text in A + B for position in ("text", "text_last")]
     alone = [next(span_means(model, [span], sites)) for span in spans]
     seen, sizes = [], []
-    for rows, means, norms in span_means(model, spans, sites, batch_tokens=batch_tokens):
-        sizes.append(len(rows) * max(len(spans[row].ids) for row in rows))
-        for i, row in enumerate(rows):
+    for batch in span_means(model, spans, sites, batch_tokens=batch_tokens):
+        sizes.append(len(batch.rows) * max(len(spans[row].ids) for row in batch.rows))
+        for i, row in enumerate(batch.rows):
             seen.append(row)
             for site in sites:
-                torch.testing.assert_close(means[site][i], alone[row][1][site][0], atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(norms[site][i], alone[row][2][site][0], atol=1e-5, rtol=1e-5)
+                for one, all_ in ((alone[row].means, batch.means), (alone[row].norms, batch.norms)):
+                    torch.testing.assert_close(all_[site][i], one[site][0], atol=1e-5, rtol=1e-5)
+                assert batch.left_out[site][i] == alone[row].left_out[site][0]
     assert sorted(seen) == list(range(len(spans)))
     assert all(size <= max(batch_tokens, 6) for size in sizes)
 
