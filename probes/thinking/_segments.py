@@ -47,7 +47,8 @@ class Rules:
     A thought ends with a text of `after`, and begins with a word of `before`, as written; blank space that leads
     such a word must stand before it, and stays with the thought before. A thought is the first of answer,
     backtracking, transition and reflection whose words in `opens` it begins with, or whose words in `holds` it has
-    anywhere, in small or capital letters; else execution. Raises ValueError for a label that words do not give.
+    anywhere, in small or capital letters; else execution. `tried` is that order. Raises ValueError for a label that
+    words do not give, or that is not tried.
 
     >>> from probes import generate, load
     >>> from probes.thinking import Rules, segments
@@ -63,10 +64,15 @@ class Rules:
     before: tuple[str, ...] = ()
     opens: _Words = field(default_factory=dict)
     holds: _Words = field(default_factory=dict)
+    tried: tuple[Label, ...] = _TRIED
 
     def __post_init__(self) -> None:
-        if unknown := [label for label in (*self.opens, *self.holds) if label not in _TRIED]:
+        if unknown := [label for label in (*self.opens, *self.holds, *self.tried) if label not in _TRIED]:
             raise ValueError(f"{unknown[0]!r} is no label that words give. Known: {', '.join(_TRIED)}.")
+        if untried := [label for label in (*self.opens, *self.holds) if label not in self.tried]:
+            raise ValueError(
+                f"The rules {self.name!r} give words for {untried[0]}, but never try it: name it in tried."
+            )
 
 
 RULES: Mapping[str, Rules] = {
@@ -75,17 +81,18 @@ RULES: Mapping[str, Rules] = {
         Rules(
             "seal",
             after=("\n\n",),
+            opens={"reflection": ("wait",), "transition": ("alternatively",)},
             holds={
                 "transition": (
-                    "alternatively",
                     "think differently",
                     *(f"another {x}" for x in ("way", "approach", "method", "solution", "strategy", "technique")),
                 ),
                 "reflection": (
-                    *("wait", "verify", "make sure", "hold on", "think again"),
+                    *("verify", "make sure", "hold on", "think again"),
                     *("'s correct", "'s incorrect", "let me check", "seems right"),
                 ),
             },
+            tried=("reflection", "transition"),
         ),
         Rules(
             "trimr",
@@ -103,11 +110,12 @@ RULES: Mapping[str, Rules] = {
 }
 """Published lists, as far as they are known; none is verified, so no fidelity to a paper is claimed.
 
-*seal* (Chen et al. 2025): the words of a replication of it; the authors' own list was not checked, nor the order in
-which they try the classes. *trimr* (Lin et al. 2025): cut at the three words that summaries of it name, of a longer
-list that is not public. It tells answer-bearing thoughts with a verifier model, in whose place stand words of ours; its
-labels are ours too. *organism*: the embedded model's own words, where a result ends a step. No list gives backtracking:
-in Venhoff et al. (2025) a language model labels it. For that, write `Rules` of your own.
+*seal* (Chen et al. 2025): the words of a replication; their order, and that `Wait` and `Alternatively` count only where
+a thought begins with them, as three public forks of the authors' code have it. *trimr* (Lin et al. 2025): cut at the
+three words that summaries of it name, of a longer list that is not public. It tells answer-bearing thoughts with a
+verifier model, in whose place stand words of ours; its labels are ours too. *organism*: the embedded model's own words,
+where a result ends a step. No list gives backtracking: in Venhoff et al. (2025) a language model labels it. For that,
+write `Rules` of your own.
 """
 
 
@@ -284,7 +292,7 @@ def _ending(word: str) -> str:
 
 def _label(text: str, rules: Rules) -> Label:
     small = text.strip().lower()
-    for label in _TRIED:
+    for label in rules.tried:
         if any(re.match(_whole_word(word.lower()), small) for word in rules.opens.get(label, ())):
             return label
         if any(word.lower() in small for word in rules.holds.get(label, ())):

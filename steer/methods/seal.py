@@ -1,8 +1,9 @@
 """SEAL: steer the tokens that end a step towards execution, away from reflection and transition (Chen et al. 2025).
 
 The direction is mean(execution) - mean(reflection and transition), read at the token that ends the step before a
-thought, and added at such tokens while the model thinks. The authors' keyword list and their layers were not checked
-(see `probes.thinking.RULES`); layer and strength are to be chosen on a selection split.
+thought, and added at such tokens while the model thinks. The first thought, before which no step ends, is not read, as
+in three public forks of the authors' code. Their keyword list and their layers were not checked (see
+`probes.thinking.RULES`); layer and strength are to be chosen on a selection split.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def directions(
     """
     execution, others = [], []
     for completion in completions:
-        thoughts = segments(model, completion, rules)
+        thoughts = segments(model, completion, rules)[1:]  # before the first, no step ends
         execution += segment_spans(completion, thoughts, "execution", position="before")
         for label in ("reflection", "transition"):
             others += segment_spans(completion, thoughts, label, position="before")

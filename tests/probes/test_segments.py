@@ -216,3 +216,25 @@ def test_a_segment_is_read_where_its_tokens_are_predicted_or_at_the_end_of_the_s
         assert (one.ids, one.start, one.stop) == (whole[: segment.start], segment.start - 1, segment.start)
     assert before[1].ids[-1] in step_ids(bpe)
     assert segment_spans(done, found, "backtracking") == []
+
+
+@pytest.mark.parametrize(
+    ("thought", "label"),
+    [
+        ("Wait, is there another way?", "reflection"),
+        ("But wait, that is odd.", "execution"),
+        ("Alternatively, let me check it.", "reflection"),
+        ("Alternatively, add it first.", "transition"),
+        ("So we try another approach.", "transition"),
+        ("Now that seems right, so go on.", "reflection"),
+        ("Waiting is no answer.", "execution"),
+    ],
+)
+def test_seals_labels_are_those_of_the_forks(bpe, thought, label):
+    chain = written(bpe, f"So 3.\n\n{thought}\n\nSo 4.")
+    assert [segment.label for segment in segments(bpe, chain)] == ["execution", label, "execution"]
+
+
+def test_words_of_a_label_that_is_never_tried_are_refused():
+    with pytest.raises(ValueError, match="words for transition, but never try it"):
+        Rules("short", after=("x",), holds={"transition": ("y",)}, tried=("reflection",))
