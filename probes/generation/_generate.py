@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from probes.generation.completions import Completion
 from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
 from probes.generation.store import Store
-from probes.model.loading import delimiters_of, origin_of, tokenizer_of
-from probes.model.tokens import Prompt, decode, encode_prompt, thinking_span
+from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
+from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt, thinking_span
 
 
 def generate(
@@ -27,7 +27,7 @@ def generate(
     sampling: Sampling | None = None,
     samples: int = 1,
     batch_size: int = 64,
-    template: Mapping[str, Any] | None = None,
+    template: Template | None = None,
     prefill: Sequence[int] = (),
     decoding: Decoding | None = None,
     store: Path | None = None,
@@ -36,13 +36,14 @@ def generate(
 ) -> list[Completion]:
     """`samples` completions of each prompt, prompt by prompt.
 
-    `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template; `prefill`,
-    token ids that begin the model's turn, is part of the prompt. `decoding` decides over tokens beside the model.
-    With `store`, each batch is appended to that JSONL file, what it already holds is not generated again, and in the
-    end it is in the order of the prompts: a run that was killed and started again ends with the same bytes.
+    `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template, or is `"raw"`
+    for texts that a base model continues; `prefill`, token ids that begin the model's turn, is part of the prompt. A
+    model without thinking delimiters never thinks: what it writes is its answer. `decoding` decides over tokens beside
+    the model. With `store`, each batch is appended to that JSONL file, what it already holds is not generated again,
+    and in the end it is in the order of the prompts: a run that was killed and started again ends with the same bytes.
     Randomness belongs to prompt and sample number, so batch size and order change nothing but speed. The progress
     bar shows tokens a second, and with `judge` the share of new completions that it calls right. Raises ValueError
-    where `ids` do not name the prompts one by one, or `store` holds another model's completions.
+    where `ids` do not name the prompts one by one, `prompts` are no list, or `store` holds another model's completions.
 
     >>> from probes import Sampling, generate, load
     >>> model = load("organism")
@@ -52,6 +53,10 @@ def generate(
     >>> [(c.id, c.sample) for c in generate(model, ["a 3 b +4 c *7"], ids=["sum"], samples=2)]
     [('sum', 0), ('sum', 1)]
     """
+    check_prompts(prompts)
+    for name, number in (("samples", samples), ("batch_size", batch_size)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}, but at least 1 is needed.")
     sampling = sampling or Sampling.of(model)
     names = [str(i) for i in range(len(prompts))] if ids is None else list(ids)
     if len(names) != len(prompts):
@@ -59,7 +64,6 @@ def generate(
     if len(set(names)) < len(names):
         raise ValueError(f"The id {Counter(names).most_common(1)[0][0]!r} names more than one prompt.")
     tokenizer = tokenizer_of(model)
-    delimiters_of(model)  # refused before any work where there are none
     encoded = [[*encode_prompt(tokenizer, prompt, template=template), *prefill] for prompt in prompts]
     name = "" if decoding is None else decoding.name
     rows = sorted(
@@ -173,7 +177,7 @@ def _read(
     stopped = length > 0 and new[length - 1] in stops
     new, said = new[:length], new[: length - stopped]
     tokenizer = tokenizer_of(model)
-    span = thinking_span(prompt, said, delimiters_of(model))
+    span = thinking_span(prompt, said, delimiters_if_any(model))
     thinking, answer = None, said
     if span is not None:
         whole = prompt + said

@@ -28,6 +28,7 @@ from .sites import SiteName as SiteName
 from .tokens import Delimiters as Delimiters
 from .tokens import Message as Message
 from .tokens import Prompt as Prompt
+from .tokens import Template as Template
 from .tokens import ThinkingSpan as ThinkingSpan
 from .tokens import decode as decode
 from .tokens import encode_prompt as encode_prompt

@@ -144,6 +144,14 @@ def delimiters_of(model: PreTrainedModel) -> Delimiters:
     return origin_of(model).delimiters
 
 
+def delimiters_if_any(model: PreTrainedModel) -> Delimiters:
+    """As `delimiters_of`, but empty ones for a model that has none: whatever it writes is its answer."""
+    try:
+        return delimiters_of(model)
+    except ValueError:
+        return Delimiters(open=(), close=())
+
+
 def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
     """The reflection markers to look for: the organism's own list, else the common ones.
 

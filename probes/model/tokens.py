@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
+Template = Mapping[str, Any] | Literal["raw"]
 
 # What opens and closes the thinking in published models.
 KNOWN_DELIMITERS: tuple[tuple[str, str], ...] = (
@@ -83,13 +84,20 @@ class ThinkingSpan:
         return self.end - self.n_close
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, template: Mapping[str, Any] | None = None
-) -> list[int]:
+def check_prompts(prompts: object) -> None:
+    """A text is a sequence of letters, and a conversation one of messages: neither is a list of prompts."""
+    if isinstance(prompts, str | bytes):
+        raise ValueError(f"One prompt was given as such, {prompts!r:.60}: give a list of prompts, [prompt].")
+    if isinstance(prompts, Sequence) and any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise ValueError("One conversation was given as such: give a list of conversations, [messages].")
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, template: Template | None = None) -> list[int]:
     """Ids of a user's words, or of a conversation, up to where the model speaks.
 
-    `template` holds arguments of the chat template, such as `{"enable_thinking": False}`.
-    Raises ValueError where the tokenizer has no chat template.
+    `template` holds arguments of the chat template, such as `{"enable_thinking": False}`; `"raw"` writes a text as it
+    is, without one, as a base model reads it. Raises ValueError where the tokenizer has no chat template, and for a
+    conversation that should be raw.
 
     >>> from probes.model import decode, encode_prompt, load, tokenizer_of
     >>> tokenizer = tokenizer_of(load("organism"))
@@ -99,10 +107,17 @@ def encode_prompt(
     >>> decode(tokenizer, encode_prompt(tokenizer, "a 3", template={"enable_thinking": False}))
     '<bos> a 3 ? <think> </think>'
     """
+    if isinstance(template, str):
+        if template != "raw":
+            raise ValueError(f"{template!r} is no template. Known: 'raw', or the arguments of the chat template.")
+        if not isinstance(prompt, str):
+            raise ValueError("A conversation cannot be written raw: give its text, or leave template='raw' out.")
+        return [int(token) for token in tokenizer.encode(prompt)]
     if not tokenizer.chat_template:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no chat template, so a prompt cannot be written as the "
-            "model was trained to read it. Set tokenizer.chat_template, or load the instruction-tuned model."
+            "model was trained to read it. Set tokenizer.chat_template, load the instruction-tuned model, or give "
+            "template='raw' for a base model."
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     encoded: Any = tokenizer.apply_chat_template(
@@ -207,6 +222,8 @@ def thinking_span(
     """
     ids, begin = [*prompt_ids, *completion_ids], len(prompt_ids)
     opens, closes = delimiters.open, delimiters.close
+    if not opens:
+        return None
     at = find(ids, opens, _turn_start(prompt_ids, delimiters))
     if at is None:
         return None

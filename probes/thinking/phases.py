@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.model.loading import delimiters_of, tokenizer_of
+from probes.model.loading import delimiters_if_any, delimiters_of, tokenizer_of
 from probes.model.tokens import Delimiters
 from probes.tables import Brief
 
@@ -16,7 +16,6 @@ PHASES = ("prompt", "thinking", "answer")
 Ids = tuple[int, ...]
 
 _PAD = -1
-_NOWHERE = Delimiters(open=(), close=())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,12 +95,7 @@ class Clock:
     def of(cls, model: PreTrainedModel, *, needed: bool = True, markers: Sequence[tuple[Ids, ...]] = ()) -> "Clock":
         """The clock of a model. Raises ValueError where phases are `needed` and the model has no delimiters."""
         tokenizer, config = tokenizer_of(model), model.generation_config
-        try:
-            delimiters = delimiters_of(model)
-        except ValueError:
-            if needed:
-                raise
-            delimiters = _NOWHERE
+        delimiters = delimiters_of(model) if needed else delimiters_if_any(model)
         found = [tokenizer.eos_token_id, None if config is None else config.eos_token_id]
         ends = {end for ids in found if ids is not None for end in (ids if isinstance(ids, list) else [ids])}
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -1,18 +1,16 @@
 """Prompt arms: what words alone do to the length of thinking, as a baseline of every edit and control."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from probes.model.loading import delimiters_of, tokenizer_of
-from probes.model.tokens import encode_prompt, thinking_span, words_ids
+from probes.model.tokens import Template, encode_prompt, thinking_span, words_ids
 
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How a question is put: words `before` and `after` it, arguments of the chat template, and how the turn begins.
+    """How a question is put: words `before` and `after` it, the chat template, and how the turn begins.
 
     With `thought`, the model's turn begins with an opened thinking and these words (none, if empty), and with `closed`
     also with its closing delimiter. Where the template opens the thinking itself, it is not opened twice.
@@ -27,7 +25,7 @@ class PromptStyle:
 
     before: str = ""
     after: str = ""
-    template: Mapping[str, Any] = field(default_factory=dict)
+    template: Template = field(default_factory=dict)
     thought: str | None = None
     closed: bool = False
 

@@ -17,7 +17,7 @@ from probes.model.architectures import width_of
 from probes.model.hooks import captured, forward_through
 from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
-from probes.model.tokens import Prompt, decode
+from probes.model.tokens import Prompt, check_prompts, decode
 from probes.tables import Shown, Table
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
@@ -95,6 +95,7 @@ def compare(
     >>> [arm[0].answer for arm in (comparison.plain, comparison.steered)]
     ['9', '9']
     """
+    check_prompts(prompts)
     names = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in prompts]
     ids = [f"{i}: {name[:60]}" for i, name in enumerate(names)]
     plain = generate(model, prompts, ids=ids, sampling=sampling, batch_size=batch_size, label="plain")

@@ -14,7 +14,6 @@ from probes.generation import _generate as generation
 from probes.generation._generate import generate
 from probes.generation.completions import Completion, by_problem, read_completions, write_completions
 from probes.generation.sampling import GumbelNoise, Sampling, row_key
-from probes.model.hooks import hook_inputs
 from probes.model.loading import load, tokenizer_of
 from probes.model.tokens import ThinkingSpan, decode, encode_prompt
 
@@ -217,12 +216,11 @@ def test_ids_that_do_not_match_the_prompts_are_refused(organism):
         generate(organism, CHAINS[:2], ids=["p0"])
 
 
-def test_a_model_without_delimiters_is_refused_before_it_writes_a_token():
+def test_a_model_without_delimiters_never_thinks():
     plain = build_tokenizer(("<pad>", "<bos>", "<eos>", "?"), "<bos> {{ messages[0]['content'] }} ?")
-    model, passes = load(build("llama"), tokenizer=plain), []
-    with hook_inputs(model, lambda *_: passes.append(1)), pytest.raises(ValueError, match="a reasoning model"):
-        generate(model, ["w7"], sampling=GREEDY)
-    assert passes == []
+    (done,) = generate(load(build("llama"), tokenizer=plain), ["w7"], sampling=GREEDY)
+    assert (done.thinking, done.span, done.thinking_tokens) == (None, None, 0)
+    assert done.answer == plain.decode(done.ids, skip_special_tokens=True).strip()
 
 
 def test_nothing_asked_nothing_made(organism):
