@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from math import isfinite, nan
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from probes.files import check_keys
 
 T = TypeVar("T")
+
+_LARGEST = 1 << 64
 
 
 def plain(value: Any) -> Any:
@@ -48,13 +50,17 @@ def from_plain(kind: type[T], values: object, where: str) -> T:
 def keys_of(values: object, where: str) -> Mapping[str, Any]:
     """A mapping as it is. Raises ValueError for anything else."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} should hold keys, but is {values!r}.")
+        raise ValueError(f"{where} should hold keys, but is {_quoted(values)}.")
     return values
 
 
 def _value(hint: Any, value: Any, key: str | int, where: str, inner: str) -> Any:
     """What `hint` makes of the value that `where` holds under `key`."""
     origin, parts = get_origin(hint) or hint, get_args(hint)
+    if origin is Literal:
+        if value not in parts:
+            raise ValueError(f"{where} has {key} {value!r}. Known: {', '.join(map(str, parts))}.")
+        return value
     if origin in (Union, UnionType):
         if value is None and NoneType in parts:
             return None
@@ -74,10 +80,12 @@ def _value(hint: Any, value: Any, key: str | int, where: str, inner: str) -> Any
 def _row(parts: tuple[Any, ...], value: object, key: str | int, where: str, inner: str) -> tuple[Any, ...]:
     """A tuple of a list; `parts` are the types of its items, one or each of them."""
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{where}'s {key} should be a list, but is {value!r}.")
+        raise ValueError(f"{where}'s {key} should be a list, but is {_quoted(value)}.")
     kinds = parts if len(parts) > 1 and parts[-1] is not Ellipsis else parts[:1] * len(value)
     if len(kinds) != len(value):
-        raise ValueError(f"{where}'s {key} should hold {len(kinds)} items, but is {value!r}.")
+        raise ValueError(f"{where}'s {key} should hold {len(kinds)} items, but is {_quoted(value)}.")
+    if set(parts) <= {int, Ellipsis} and set(map(type, value)) == {int}:  # thousands of token ids
+        return tuple(value)
     return tuple(_value(kind, item, i, where, inner) for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
 
 
@@ -88,5 +96,13 @@ def _scalar(kind: Any, value: Any, key: str | int, where: str) -> Any:
         return nan
     known = (int, float) if kind is float else kind
     if not isinstance(value, known) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{where}: {key} should be a {kind.__name__}, but is {value!r}")
+        raise TypeError(f"{where}: {key} should be a {kind.__name__}, but is {_quoted(value)}")
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise ValueError(f"{where}: {key} is {_quoted(value)}, which is larger than any number of ours.")
     return value
+
+
+def _quoted(value: object) -> str:
+    """A value as it stands in a sentence, its beginning where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."

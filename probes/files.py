@@ -1,16 +1,15 @@
-"""Outputs that appear under their name whole or not at all, and readers that trust no file."""
+"""Outputs that appear under their name whole or not at all, and errors of reading that are sentences."""
 
 import glob
-import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 try:
     import fcntl
@@ -29,8 +28,13 @@ def staged_folder(final: Path) -> Iterator[Path]:
         raise FileExistsError(f"{final} exists. Name another output folder, or remove it first.")
     with _stage(final) as stage:
         yield stage
-        stage.chmod(0o755)
-        stage.rename(final)
+        stage.chmod(_mode(stage, Path.mkdir))
+        try:
+            stage.rename(final)
+        except OSError as error:  # another writer was faster
+            if not final.exists():
+                raise
+            raise FileExistsError(f"{final} exists. Name another output folder, or remove it first.") from error
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def staged_file(final: Path) -> Iterator[Path]:
     final = Path(final)
     with _stage(final) as stage:
         yield stage / final.name
-        (stage / final.name).chmod(0o644)
+        (stage / final.name).chmod(_mode(stage, Path.touch))
         (stage / final.name).replace(final)
 
 
@@ -70,6 +74,15 @@ def _stage(final: Path) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def _mode(stage: Path, make: Callable[[Path], None]) -> int:
+    """The permissions of what is newly made there: those that the umask leaves, which a stage itself lacks."""
+    probe = stage / ".mode"
+    make(probe)
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir() if probe.is_dir() else probe.unlink()
+    return mode
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Whether `path` could be locked; it is until the block ends, or the process."""
@@ -92,44 +105,97 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(handle)
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a JSONL file that are not blank, each with the words that name it in a sentence.
+@contextmanager
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """What goes wrong inside, while `path` is read as `what`, is told in a sentence that names the path.
 
-    UTF-8, with a byte-order mark or without; a line ends at a newline alone, since JSON may hold other separators.
-    Raises ValueError, naming file and line, for what is no UTF-8, no JSON, or no mapping of keys.
+    Sentences that name it already pass, as do errors of what is not installed. All else, whatever library it comes
+    from, is a ValueError, or for what the system refuses the same kind of OSError. `what` follows "is no whole".
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"Line {number} of {path}"
-        try:
-            fields = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where} should hold keys, but is {line.strip()[:60]!r}.")
-        yield where, fields
+        yield
+    except (ImportError, NotImplementedError):
+        raise
+    except OSError as error:
+        if printable(str(error)) != str(error) or error.errno is not None or str(path) not in str(error):
+            raise _refused(path, what, error) from error
+        raise
+    except BaseException as error:  # a parser of others may raise anything, and one in Rust panics past Exception
+        if type(error).__name__ == "OutOfMemoryError" or not _is_ordinary(error):
+            raise
+        message = _one_line(error)
+        if str(path) not in str(error):
+            message = f"{path} is no whole {what}: {message.rstrip('.')}. Make it again, or name another."
+        elif isinstance(error, ValueError | IndexError) and printable(str(error)) == str(error):
+            raise
+        raise ValueError(message) from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file. Raises ValueError where it is no YAML, or holds none."""
-    try:
-        words = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(words, dict):
-        raise ValueError(f"{path} holds no keys: it is not a file of ours.")
-    return words
+def printable(text: str) -> str:
+    """The text with what would steer a terminal, or turn the direction of a line, escaped; lines and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if _steers(c) else c for c in text)
+
+
+def _steers(c: str) -> bool:
+    if c in "\n\t":
+        return False
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) in _TURNS
+
+
+_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+_LONGEST = 2000  # of a sentence: what a file holds is quoted in it
+
+
+def _is_ordinary(error: BaseException) -> bool:
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, in one line that no terminal obeys; of one that says nothing, its name."""
+    text = printable(" ".join(str(error).split()))
+    named = isinstance(error, KeyError | AssertionError | MemoryError | AttributeError) or not text
+    text = f"{type(error).__name__} {text}".strip() if named else text
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _refused(path: str | Path, what: str, error: OSError) -> OSError:
+    """What the system or a library refuses, by the path: of the same kind, so that it is caught as before."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, OSError)
+    kind = next(kind for kind in kinds if isinstance(error, kind))
+    name = path if error.filename is None else printable(os.fsdecode(error.filename))
+    if error.errno is None:
+        return kind(f"{path} is no whole {what}: {_one_line(error).rstrip('.')}. Make it again, or name another.")
+    beside = "" if str(name) == str(path) else f", which {path} needs"
+    reasons = {
+        FileNotFoundError: f"{name} does not exist{beside}. Name another {what}.",
+        PermissionError: f"{name} may not be read{beside}: change its permissions, or name another {what}.",
+        IsADirectoryError: f"{name} is a folder, not a file of a {what}{beside}. Name the file.",
+    }
+    return kind(reasons.get(kind, f"{name} cannot be read ({error.strerror}){beside}. Name another {what}."))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name in the folder. Raises ValueError where it, or the link it is, leads outside.
+
+    The cache of the hub keeps what its folders hold as links into `blobs` of the same repository: those are inside.
+    """
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        raise ValueError(f"{folder} names the file {name!r}, which is not a file of its own folder.")
+    root = folder.resolve()
+    home = root.parents[1] if root.parent.name == "snapshots" else root
+    if not (folder / name).resolve().is_relative_to(home):
+        raise ValueError(f"{folder / name} is a link to a place outside its folder. Copy the file itself there.")
+    return folder / name
 
 
 def check_keys(words: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Refuse keys that are unknown and keys that are missing, by name."""
     known = list(known)
-    if unknown := sorted(set(words) - set(known)):
-        raise ValueError(f"{where} has unknown keys: {', '.join(unknown)}. Known: {', '.join(known)}.")
+    if unknown := sorted(set(words) - set(known), key=str):
+        raise ValueError(
+            f"{where} has unknown keys: {printable(', '.join(map(str, unknown)))[:500]}. Known: {', '.join(known)}."
+        )
     if missing := [key for key in known if key not in words]:
         raise ValueError(f"{where} lacks keys: {', '.join(missing)}.")

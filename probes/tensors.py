@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probes.files import staged_file
+from probes.files import reading, staged_file
+from probes.texts import parse_json
+
+TENSOR_BYTES = 4 << 30  # that are read of a direction or a recipe, which hold vectors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str, Any] | None = None) -> None:
@@ -24,12 +27,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], words: Mapping[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file, and its words. Raises ValueError where it is no whole file."""
-    try:
+    """The tensors of a safetensors file, and its words.
+
+    Raises ValueError where it is no whole file, or of more than `TENSOR_BYTES`.
+    """
+    with reading(path, "safetensors file"):
+        if (size := Path(path).stat().st_size) > TENSOR_BYTES:
+            raise ValueError(f"{path} has {size:,} bytes, and one of ours at most {TENSOR_BYTES:,}. Name another.")
         with safe_open(path, framework="pt") as file:
-            words = json.loads((file.metadata() or {}).get("thinksteer", "{}"))
+            words = parse_json((file.metadata() or {}).get("thinksteer", "{}"), f"The header of {path}")
+            if not isinstance(words, dict):
+                raise ValueError(f"The header of {path} holds no keys: it is no file of ours.")
             return {name: file.get_tensor(name) for name in file.keys()}, words  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}). It may be truncated: make it again."
-        ) from error

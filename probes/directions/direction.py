@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import record
 from probes.directions.provenance import Provenance
-from probes.directions.vector import check_number, check_row
-from probes.files import check_keys
+from probes.directions.vector import check_number, check_row, number_in
+from probes.files import check_keys, reading
 from probes.model.architectures import final_norm_of
 from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
@@ -113,11 +114,17 @@ class Direction(Shown):
     @classmethod
     def load(cls, path: Path) -> "Direction":
         """Read what `save` wrote. Raises ValueError where the file is truncated, or its keys are not ours."""
-        tensors, words = read_tensors(path)
-        check_keys(words, ("kind", "site", "stream_norm", "provenance"), f"{path}")
-        check_keys(tensors, ("vector",), f"{path}")
-        provenance = Provenance.from_dict(words["provenance"], f"The provenance in {path}")
-        return cls(Site.parse(words["site"]), tensors["vector"], words["stream_norm"], provenance)
+        with reading(path, "direction"):
+            tensors, words = read_tensors(path)
+            check_keys(words, ("kind", "site", "stream_norm", "provenance"), f"{path}")
+            check_keys(tensors, ("vector",), f"{path}")
+            provenance = Provenance.from_dict(words["provenance"], f"The provenance in {path}")
+            norm = number_in(words, "stream_norm", f"{path}")
+            return cls(Site.parse(words["site"]), tensors["vector"], norm, provenance)
+
+    @property
+    def _of_stream(self) -> float:
+        return self.norm / self.stream_norm if self.stream_norm else nan
 
     def table(self) -> Table:
         """What it is, and its birth."""
@@ -126,7 +133,7 @@ class Direction(Shown):
         rows = (
             ("site", str(self.site)),
             ("norm", self.norm),
-            ("norm / stream norm", self.norm / self.stream_norm),
+            ("norm / stream norm", self._of_stream),
             ("estimator", estimator),
             ("position", position),
             ("n positive, n negative", spans),
@@ -140,7 +147,7 @@ class Direction(Shown):
         return Table(("Direction", ""), rows)
 
     def __repr__(self) -> str:
-        return f"Direction({self.site}, norm {self.norm:.3g}, {self.norm / self.stream_norm:.2f} of the stream)"
+        return f"Direction({self.site}, norm {self.norm:.3g}, {self._of_stream:.2f} of the stream)"
 
 
 def difference_in_means(

@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from probes.files import check_keys
+from probes.fields import from_plain, keys_of
 from probes.model.loading import identity_of
 from probes.tables import Brief, Table
 from probes.thinking.spans import Span
@@ -43,7 +43,7 @@ class Provenance(Brief):
     versions: dict[str, str]
     position: str = ""
     seed: int | None = None
-    parents: tuple["Provenance", ...] = ()
+    parents: tuple["Provenance", ...] = field(default=(), metadata={"where": "A parent in {whole}"})
     left_out: int = 0
     sink_share: float | None = None
 
@@ -88,15 +88,14 @@ class Provenance(Brief):
 
     @classmethod
     def from_dict(cls, birth: Mapping[str, Any], where: str) -> "Provenance":
-        """Raises ValueError, naming `where`, for keys that are unknown or missing; files of version 0.1 lack some."""
-        if not isinstance(birth, Mapping):
-            raise ValueError(f"{where} should hold keys, but is {birth!r}.")
-        whole = {**_SINCE_0_2, **birth}
-        check_keys(whole, (field.name for field in fields(cls)), where)
-        if not isinstance(whole["parents"], Sequence):
-            raise ValueError(f"{where} has parents {whole['parents']!r}, which is no list.")
-        parents = tuple(cls.from_dict(parent, f"A parent in {where}") for parent in whole["parents"])
-        return cls(**{**whole, "parents": parents})
+        """Raises ValueError, naming `where`, for keys that are unknown or missing; files of version 0.1 lack some.
+
+        Raises TypeError for a value of another type.
+        """
+        made = from_plain(cls, {**_SINCE_0_2, **keys_of(birth, where)}, where)
+        if lacking := [key for key in ("name", "fingerprint") if not isinstance(made.model.get(key), str)]:
+            raise ValueError(f"{where} has a model without {' and '.join(lacking)}, so it is not known whose it is.")
+        return made
 
     def line(self) -> tuple[str, str, str, str, str, str]:
         """Estimator, position, spans, seed, data and model, as a row of words."""

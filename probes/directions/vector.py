@@ -1,5 +1,8 @@
 """What a vector must be before anything is done with it: one row of finite floating-point numbers."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,3 +27,11 @@ def check_number(value: float, name: str, where: str) -> None:
     """Raise ValueError, naming `where`, for a number that is not finite in float32."""
     if not torch.tensor(float(value), dtype=torch.float32).isfinite():
         raise ValueError(f"{where} has {name} {value}. Give a finite number, that float32 can hold.")
+
+
+def number_in(fields: Mapping[str, Any], key: str, where: str) -> float:
+    """The number under a key of what a file holds. Raises ValueError, naming `where`, for anything else."""
+    value = fields[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where} has {key} {value!r}, which is no number.")
+    return float(value)

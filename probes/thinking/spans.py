@@ -7,10 +7,11 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from probes.files import check_keys, read_json_lines
+from probes.files import check_keys
 from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
 from probes.tables import Brief
+from probes.texts import read_json_lines
 
 Thing = Literal["completion", "text", "segment"]
 

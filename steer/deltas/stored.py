@@ -12,8 +12,9 @@ import yaml
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.files import check_keys, read_yaml, staged_folder
+from probes.files import check_keys, staged_folder
 from probes.tables import Brief
+from probes.texts import read_yaml
 from steer.checkpoints.checkpoint import WHOLE, Checkpoint, Shard, blocks
 from steer.checkpoints.stream import Piece, ShardPlan, header_of, stream
 from steer.deltas.delta import DeltaSource, Term, WeightDelta, path_of_source

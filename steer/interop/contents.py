@@ -1,7 +1,7 @@
 """What of a recipe a neighbour's file may hold: what it cannot is refused by name, and nothing is dropped."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from probes.files import check_keys
 from probes.model.loading import identity_of
 from probes.model.sites import Site
+from probes.texts import parse_json
 from steer.interventions.activation import Ablate
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope
@@ -80,7 +81,7 @@ def recipe_of(model: PreTrainedModel, steps: Sequence[Step], path: Path, noted: 
     """
     identity = identity_of(model)
     if noted is not None:
-        fields = _parse(noted, f"What ThinkSteer noted in {path}")
+        fields = parse_json(noted, f"What ThinkSteer noted in {path}")
         check_mapping(fields, f"What ThinkSteer noted in {path}")
         check_keys(fields, ("method", "model"), f"What ThinkSteer noted in {path}")
         if not isinstance(fields["model"], dict) or not isinstance(fields["method"], str):
@@ -92,34 +93,9 @@ def recipe_of(model: PreTrainedModel, steps: Sequence[Step], path: Path, noted: 
     return recipe
 
 
-def read_json(path: Path) -> Any:
-    """Raises ValueError where the file is no JSON, or holds NaN or infinite numbers."""
-    try:
-        return _parse(Path(path).read_bytes().decode(), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-
-
 def check_mapping(value: Any, where: str) -> None:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"{where} is {type(value).__name__}, where a mapping of words was expected.")
-
-
-def number_in(fields: Mapping[str, Any], key: str, where: str) -> float:
-    value = fields[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where} has {key} {value!r}, which is no number.")
-    return float(value)
-
-
-def _parse(text: str, where: str) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{where} holds {constant}, which is no finite number.")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}. It may be truncated: make it again.") from error
 
 
 def _is_output_before(site: Site) -> bool:

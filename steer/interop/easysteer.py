@@ -13,9 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.directions.vector import number_in
 from probes.files import check_keys, staged_file
 from probes.model.sites import Site
-from steer.interop.contents import check_mapping, check_steps, number_in, read_json, recipe_of, refusal
+from probes.texts import read_json
+from steer.interop.contents import check_mapping, check_steps, recipe_of, refusal
 from steer.interop.gguf_vectors import directions_in
 from steer.interventions.activation import Ablate, Add, Intervention, Rotate
 from steer.recipes.recipe import Recipe, Step

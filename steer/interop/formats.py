@@ -8,7 +8,8 @@ from types import ModuleType
 
 from transformers import PreTrainedModel
 
-from steer.interop.contents import read_json
+from probes.files import reading
+from probes.texts import read_json
 from steer.interop.table import FORMATS, Format
 from steer.recipes.recipe import Recipe
 
@@ -62,11 +63,10 @@ def import_recipe(path: str | Path, model: PreTrainedModel, format: str | None =
         raise FileNotFoundError(f"{path} is not a file.")
     format = _told(path) if format is None else format
     read: Callable[..., Recipe] = _module(_format(format)).read
-    if "shift" in signature(read).parameters:
-        return read(path, model, shift=shift)
-    if shift:
+    if shift and "shift" not in signature(read).parameters:
         raise ValueError(f"shift is for GGUF files: the layers of {format} are counted from 0.")
-    return read(path, model)
+    with reading(path, f"file of {format}"):
+        return read(path, model, shift=shift) if shift else read(path, model)
 
 
 def _module(format: Format) -> ModuleType:

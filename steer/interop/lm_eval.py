@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.directions.vector import number_in
 from probes.files import check_keys, staged_file
 from probes.model.architectures import architecture_of, multiplier_of
 from probes.model.families import ARCHITECTURES, Architecture
 from probes.model.paths import site_of
 from probes.model.sites import Site
-from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, number_in, recipe_of, refusal
+from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, recipe_of, refusal
 from steer.interventions.activation import Ablate, Add
 from steer.recipes.recipe import Recipe, Step
 

@@ -14,9 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.directions.vector import number_in
 from probes.files import check_keys, staged_file
 from probes.model.sites import Site
-from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, number_in, read_json, recipe_of
+from probes.texts import read_json
+from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, recipe_of
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe, Step
 

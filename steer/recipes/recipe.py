@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.directions.provenance import Provenance, births_table
-from probes.files import check_keys, read_yaml, staged_folder
+from probes.files import check_keys, staged_folder
 from probes.model.loading import identity_of
 from probes.model.quantised import is_quantised
 from probes.tables import Brief, Shown, Table
 from probes.tensors import read_tensors, write_tensors
+from probes.texts import read_yaml
 from steer.interventions.activation import Intervention
 from steer.interventions.kinds import KINDS
 from steer.interventions.routing import RoutingEdit

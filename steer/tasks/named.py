@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from probes.files import check_keys, read_json_lines
+from probes.files import check_keys
+from probes.texts import read_json_lines
 from steer.tasks.chains import TASKS
 from steer.tasks.gym import gym_task
 from steer.tasks.published import SOURCES, published_task
