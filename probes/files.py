@@ -110,7 +110,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     """What goes wrong inside, while `path` is read as `what`, is told in a sentence that names the path.
 
     Sentences that name it already pass, as do errors of what is not installed. All else, whatever library it comes
-    from, is a ValueError, or for what the system refuses the same kind of OSError. `what` follows "is no whole".
+    from, is a ValueError, or for what the system refuses the same kind of OSError. `what` follows "not a whole".
     """
     try:
         yield
@@ -123,12 +123,11 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     except BaseException as error:  # a parser of others may raise anything, and one in Rust panics past Exception
         if type(error).__name__ == "OutOfMemoryError" or not _is_ordinary(error):
             raise
-        message = _one_line(error)
-        if str(path) not in str(error):
-            message = f"{path} is no whole {what}: {message.rstrip('.')}. Make it again, or name another."
-        elif isinstance(error, ValueError | IndexError) and printable(str(error)) == str(error):
+        named, ours = str(path) in str(error), isinstance(error, ValueError | IndexError)
+        if named and ours and printable(str(error)) == str(error):
             raise
-        raise ValueError(message) from error
+        kind = IndexError if isinstance(error, IndexError) and (named or _is_sentence(error)) else ValueError
+        raise kind(_one_line(error) if named else _about(path, what, error)) from error
 
 
 def printable(text: str) -> str:
@@ -160,13 +159,24 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
+def _is_sentence(error: BaseException) -> bool:
+    return isinstance(error, ValueError | IndexError | TypeError | OSError) and str(error).endswith(".")
+
+
+def _about(path: str | Path, what: str, error: BaseException) -> str:
+    message = _one_line(error)
+    if _is_sentence(error):
+        return f"{path}: {message}"
+    return f"{path} is not a whole {what} ({message}). It may be truncated: make it again, or name another."
+
+
 def _refused(path: str | Path, what: str, error: OSError) -> OSError:
     """What the system or a library refuses, by the path: of the same kind, so that it is caught as before."""
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, OSError)
     kind = next(kind for kind in kinds if isinstance(error, kind))
     name = path if error.filename is None else printable(os.fsdecode(error.filename))
     if error.errno is None:
-        return kind(f"{path} is no whole {what}: {_one_line(error).rstrip('.')}. Make it again, or name another.")
+        return kind(_about(path, what, error))
     beside = "" if str(name) == str(path) else f", which {path} needs"
     reasons = {
         FileNotFoundError: f"{name} does not exist{beside}. Name another {what}.",

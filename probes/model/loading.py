@@ -1,7 +1,7 @@
 """Load a model: by hub id, from a folder or a GGUF file, as an object, or the embedded one, `organism`."""
 
 import hashlib
-import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from probes.files import reading
 from probes.model.architectures import config_of, n_heads, n_layers, width_of
 from probes.model.families import ARCHITECTURES
 from probes.model.gguf_files import converted, smollm2_file
@@ -17,6 +18,7 @@ from probes.model.identities import adopt
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
 from probes.tables import Brief
+from probes.texts import read_json
 
 ORGANISM = Path(__file__).parent / "organism"
 
@@ -80,12 +82,15 @@ def load(
     else:
         name = str(source)
         path = resolve(source)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map, revision=revision)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision)
+        with reading(path, "folder of a model") if Path(path).is_dir() else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=False
+            )
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if tokenizer is None:
         if not model.config._name_or_path:
             raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     if config_of(model).model_type not in ARCHITECTURES:
         adopt(model.eval())
     setattr(model, "_thinksteer", Origin(name, revision, tokenizer, delimiters))
@@ -160,7 +165,7 @@ def markers_of(model: PreTrainedModel) -> tuple[str, ...]:
     ('Wait', 'Hmm')
     """
     if origin_of(model).name == "organism":
-        return tuple(json.loads((ORGANISM / "organism.json").read_text(encoding="utf-8"))["markers"])
+        return tuple(read_json(ORGANISM / "organism.json")["markers"])
     return REFLECTION_MARKERS
 
 

