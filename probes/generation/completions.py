@@ -3,19 +3,22 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from probes.files import check_keys, staged_file
+from probes.fields import from_plain, keys_of
+from probes.files import printable, reading, staged_file
 from probes.generation.sampling import Event, Sampling
 from probes.model.tokens import ThinkingSpan
 from probes.tables import Brief
+from probes.texts import parse_json
 
 Stop = Literal["eos", "length"]
 _OPTIONAL: dict[str, Any] = {"decoding": "", "events": (), "fingerprint": ""}  # not in a file where they say nothing
 
+_VOCABULARY = 1 << 24
 _BEGIN = b'{"id": '
 
 
@@ -72,19 +75,25 @@ class Completion(Brief):
     @classmethod
     def from_line(cls, line: str) -> "Completion":
         """Read what `to_line` wrote. Raises ValueError, naming the keys, where some are unknown or missing."""
-        return cls.from_dict(json.loads(line))
+        return cls.from_dict(parse_json(line, "A completion"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "A completion") -> "Completion":
-        """Read the keys of a line; `where` names it in a sentence."""
-        words = {**_OPTIONAL, **values}
-        check_keys(words, (known.name for known in fields(cls)), where)
-        for key in ("prompt_ids", "ids"):
-            words[key] = tuple(words[key])
-        words["events"] = tuple((kind, at) for kind, at in words["events"])
-        words["span"] = None if words["span"] is None else ThinkingSpan(**words["span"])
-        words["sampling"] = Sampling(**words["sampling"])
-        return cls(**words)
+        """Read the keys of a line; `where` names it in a sentence.
+
+        Raises ValueError for keys that are unknown or missing, for ids that are none and a span that lies outside of
+        them, TypeError for a value of another type.
+        """
+        words = {**_OPTIONAL, **keys_of(values, where)}
+        if isinstance(words.get("span"), dict):
+            words["span"] = {"n_close": None, **words["span"]}
+        made = from_plain(cls, words, where)
+        if any(not 0 <= i < _VOCABULARY for i in (*made.prompt_ids, *made.ids)):
+            raise ValueError(f"{where} has token ids that no vocabulary has: they are 0 to {_VOCABULARY:,}.")
+        span, length = made.span, len(made.prompt_ids) + len(made.ids)
+        if span is not None and not 0 <= span.first <= span.end <= length >= span.start >= 0:
+            raise ValueError(f"{where} has a span from {span.start} to {span.end}, and {length} tokens.")
+        return made
 
     def _repr_html_(self) -> str:
         def pre(text: str, style: str) -> str:
@@ -158,14 +167,15 @@ def read_completions(path: Path) -> list[Completion]:
     >>> [c.answer for c in read_completions(path)]
     ['9', '2']
     """
-    whole, tail = _parted(Path(path).read_bytes(), Path(path))
+    with reading(path, "file of completions"):
+        whole, tail = _parted(Path(path).read_bytes(), Path(path))
     rows = []
     for number, line in enumerate((whole + (tail or b"")).split(b"\n"), start=1):
         if line.strip():
             try:
                 rows.append(Completion.from_line(line.decode("utf-8")))
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"Line {number} of {path} is no completion: {error}") from error
+                raise ValueError(f"Line {number} of {path} is no completion: {printable(str(error))}") from error
     return rows
 
 

@@ -15,10 +15,12 @@ from tempfile import gettempdir
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
+from probes.files import printable
 from probes.generation.completions import Completion, order_completions, read_completions, write_completions
 from probes.generation.sampling import Sampling
 from probes.model.loading import fingerprint, origin_of
 from probes.model.passes import edits_of
+from probes.texts import read_json
 
 Key = tuple[str, int]
 
@@ -122,7 +124,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _holder(path: Path) -> str:
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {about['pid']} on {about['host']}, since {about['since']}"
+        about = read_json(path)
+        return printable(f"process {about['pid']} on {about['host']}, since {about['since']}")
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

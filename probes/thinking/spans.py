@@ -7,7 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from probes.files import check_keys
+from probes.files import check_keys, reading
 from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
 from probes.tables import Brief
@@ -189,9 +189,12 @@ def text_spans(model: PreTrainedModel, path: Path, *, position: str = "text") ->
     """
     spans = []
     for where, fields in read_json_lines(path):
-        if "text" in fields:
+        with reading(path, "file of texts or completions"):
+            if "text" not in fields:
+                spans.append(thinking(Completion.from_dict(fields, where)))
+                continue
             check_keys(fields, ("text",), where)
+            if not isinstance(fields["text"], str):
+                raise ValueError(f"{where} has a text that is none: {str(fields['text'])[:60]}.")
             spans.append(text_span(model, fields["text"], position=position))
-        else:
-            spans.append(thinking(Completion.from_dict(fields, where)))
     return spans

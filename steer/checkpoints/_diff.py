@@ -1,17 +1,18 @@
 """Which tensors differ between two checkpoints, by how much, and in how many dimensions."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from probes.files import inside, reading
 from probes.model.loading import resolve
 from probes.tables import Shown, Table
+from steer.checkpoints.checkpoint import weight_map
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,12 @@ def tensor_files(source: str | Path) -> dict[str, Path]:
     folder = _folder(source)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        for file in set(places.values()):
-            if Path(file).name != file:
-                raise ValueError(f"{index} names {file!r}, which is not a file of its own folder.")
-        return {name: folder / file for name, file in places.items()}
+        return {name: inside(folder, file) for name, file in weight_map(index).items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         raise FileNotFoundError(f"{folder} holds no model.safetensors: it is not a safetensors checkpoint.")
-    try:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
-    except SafetensorError as error:
-        raise ValueError(f"{single} is not a whole safetensors file ({error}). It may be truncated.") from error
+    with reading(single, "safetensors file"), safe_open(inside(folder, single.name), framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)
 
 
 def _folder(source: str | Path) -> Path:
@@ -110,12 +104,9 @@ def _folder(source: str | Path) -> Path:
 
 
 def _read(path: Path, name: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            out: Tensor = file.get_tensor(name)
-            return out
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). It may be truncated.") from error
+    with reading(path, "safetensors file"), safe_open(path, framework="pt") as file:
+        out: Tensor = file.get_tensor(name)
+        return out
 
 
 def _compare(name: str, x: Tensor | None, y: Tensor | None) -> TensorDifference | None:

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from probes.files import inside, reading
 from probes.model.loading import resolve
 from probes.tables import Brief
+from probes.texts import parse_json, read_json
 
 WHOLE: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -67,15 +70,13 @@ class Shard(Brief):
         """Raises FileNotFoundError where it is not there, ValueError where it is not whole."""
         if not path.is_file():
             raise FileNotFoundError(f"{path.parent} lacks its shard {path.name}: fetch or copy the checkpoint again.")
-        try:
+        with reading(path, "safetensors file"):
             with safe_open(path, framework="pt"):  # checks the header, its offsets, and the size of the file
                 pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}). It may be truncated.") from error
-        with path.open("rb") as file:
-            length = file.read(8)
-            header = length + file.read(int.from_bytes(length, "little"))
-        fields = json.loads(header[8:])
+            with path.open("rb") as file:
+                length = file.read(8)
+                header = length + file.read(int.from_bytes(length, "little"))
+            fields = parse_json(header[8:].decode(), f"The header of {path}")
         fields.pop("__metadata__", None)
         tensors = [
             TensorInfo(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
@@ -118,26 +119,28 @@ class Checkpoint(Brief):
     index: Path | None
 
     @classmethod
-    def open(cls, source: str | Path, *, revision: str | None = None, stem: str = "model") -> "Checkpoint":
-        """A local folder, a hub id, or a name that `probes.load` knows.
+    def open(
+        cls, source: str | Path, *, revision: str | None = None, stem: str = "model", download: bool = True
+    ) -> "Checkpoint":
+        """A local folder, a hub id, or a name that `probes.load` knows; without `download`, what is here of the hub.
 
         Every file has to lie in the folder: an index or a link that leads outside it is refused, as are shards that
         are missing, truncated, or that hold other tensors than the index says, and weights that are quantised.
         Raises ValueError or FileNotFoundError.
         """
-        folder = _folder(source, revision)
+        folder = _folder(source, revision, download)
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         named: dict[str, str] | None = None
         if not os.path.lexists(single):  # transformers, too, takes the single file where there are both
             if not index.is_file():
                 raise FileNotFoundError(f"{folder} holds no {stem}.safetensors, nor an index of its shards.")
-            named = _weight_map(index)
+            named = weight_map(index)
         files = [single.name] if named is None else sorted(set(named.values()))
         shards = tuple(Shard.open(inside(folder, file)) for file in files)
         if named is not None:
             _check_index(index, named, shards)
         path = folder / "config.json"
-        config = json.loads(inside(folder, path.name).read_text(encoding="utf-8")) if os.path.lexists(path) else {}
+        config = _config(inside(folder, path.name)) if os.path.lexists(path) else {}
         checkpoint = cls(str(source), folder, shards, config, None if named is None else index)
         checkpoint._check_whole()
         return checkpoint
@@ -167,7 +170,8 @@ class Checkpoint(Brief):
         path = self.folder / "tokenizer.json"
         if not os.path.lexists(path):
             return ""
-        tokens = Tokenizer.from_file(str(inside(self.folder, path.name))).get_vocab(with_added_tokens=True)
+        with reading(path, "tokenizer"):
+            tokens = Tokenizer.from_file(str(inside(self.folder, path.name))).get_vocab(with_added_tokens=True)
         return vocabulary_of(tokens)
 
     @cached_property
@@ -214,20 +218,6 @@ def vocabulary_of(tokens: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:16]
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file of that name in the folder. Raises ValueError where it, or the link it is, leads outside.
-
-    The cache of the hub keeps what its folders hold as links into `blobs` of the same repository: those are inside.
-    """
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError(f"{folder} names the file {name!r}, which is not a file of its own folder.")
-    root = folder.resolve()
-    home = root.parents[1] if root.parent.name == "snapshots" else root
-    if not (folder / name).resolve().is_relative_to(home):
-        raise ValueError(f"{folder / name} is a link to a place outside its folder. Copy the file itself there.")
-    return folder / name
-
-
 def as_rows(tensor: Tensor) -> Float[Tensor, "rows width"]:
     """Every tensor as a matrix: the last axis is the width; a vector is a column."""
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(-1, 1)
@@ -240,20 +230,36 @@ def blocks(shape: Sequence[int], size: int = 1 << 17) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _folder(source: str | Path, revision: str | None) -> Path:
+def _folder(source: str | Path, revision: str | None, download: bool) -> Path:
     folder = Path(resolve(source))
     if folder.is_dir():
         return folder
     if Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
         raise FileNotFoundError(f"{source} is not a folder.")
-    return Path(snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
     try:
-        named = json.loads(inside(index.parent, index.name).read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of shards: it holds no weight_map.") from error
+        found = snapshot_download(
+            str(source), revision=revision, allow_patterns=_HUB_FILES, local_files_only=not download
+        )
+    except LocalEntryNotFoundError as error:
+        if download:
+            raise
+        raise FileNotFoundError(f"{source} is not on this machine: fetch it first, hf download {source}.") from error
+    return Path(found)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    config = read_json(path, "config of a model", finite=False)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no keys: it is no config of a model.")
+    return config
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """In which file of its folder each tensor is. Raises ValueError where the index does not say so."""
+    whole = read_json(inside(index.parent, index.name), "index of shards")
+    if not isinstance(whole, dict) or "weight_map" not in whole:
+        raise ValueError(f"{index} is not an index of shards: it holds no weight_map.")
+    named = whole["weight_map"]
     if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
         raise ValueError(f"{index} is not an index of shards: its weight_map names no files.")
     return named

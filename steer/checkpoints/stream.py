@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from probes.files import locked
+from probes.files import locked, reading
+from probes.texts import read_json
 from steer.checkpoints.checkpoint import WHOLE
 
 _PIECE = 1 << 24
@@ -150,14 +151,15 @@ def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
     if not path.is_file():
         _note(stage, job, {})
         return {}
-    progress = json.loads(path.read_text(encoding="utf-8"))
-    if progress["job"] != json.loads(json.dumps(job)):
+    progress = read_json(path, "note of what is written already")
+    with reading(path, "note of what is written already"):
+        noted, done = progress["job"], dict(progress["done"])
+    if noted != json.loads(json.dumps(job)):
         raise ValueError(
             f"{stage} holds the unfinished work of another command, or of other inputs. Remove it, or name another "
             "output."
         )
-    out: dict[str, int] = progress["done"]
-    return out
+    return done
 
 
 def _note(stage: Path, job: Mapping[str, Any], done: Mapping[str, int]) -> None:

@@ -13,9 +13,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from probes.files import inside
 from probes.tables import Shown, Table
 from steer.checkpoints.card import Section, write_card
-from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, WHOLE, Checkpoint, TensorInfo, blocks, inside
+from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, WHOLE, Checkpoint, TensorInfo, blocks
 from steer.checkpoints.hub import check_repository, push
 from steer.checkpoints.stream import DEPTH, Piece, ShardPlan, ahead, copied, stream
 from steer.deltas.delta import (

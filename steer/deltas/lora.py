@@ -1,6 +1,5 @@
 """A PEFT LoRA adapter as a weight delta: (lora_alpha / r) B A for each module *(Hu et al. 2022)*."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,9 +10,14 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.fields import keys_of
+from probes.files import inside, reading
 from probes.tables import Brief
+from probes.texts import read_json
 from steer.checkpoints.checkpoint import Checkpoint, as_rows
 
+# A regular expression of a file is run only where it cannot run long: names, dots, and "or".
+_NAMES = re.compile(r"\^?(?:\w|\.|\\\.|-|\|){1,500}\$?")
 _PREFIX = "base_model.model."
 _COPY = ".base_layer.weight"  # peft saves an embedding that it adapts as well
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:(?P<embedding>embedding_)?(?P<side>[AB]))(?:\.(?P<kind>weight|bias))?")
@@ -67,9 +71,13 @@ class Adapter(Brief):
         Raises ValueError, by name, for what adds something else than (lora_alpha / r) B A: DoRA depends on the base's
         weights, PiSSA and its like change them, and modules saved whole are no delta.
         """
-        folder = Path(folder)
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        _check(config, folder)
+        with reading(folder, "LoRA adapter"):
+            return cls._read(Path(folder))
+
+    @classmethod
+    def _read(cls, folder: Path) -> "Adapter":
+        config = read_json(inside(folder, "adapter_config.json"), "config of an adapter")
+        _check(keys_of(config, f"{folder / 'adapter_config.json'}"), folder)
         checkpoint = Checkpoint.open(folder, stem="adapter_model")
         sides: dict[str, dict[str, Tensor]] = {}
         for key in checkpoint.places:
@@ -121,6 +129,15 @@ class Adapter(Brief):
 
 
 def _check(config: Mapping[str, Any], folder: Path) -> None:
+    patterns = keys_of(config.get("alpha_pattern") or {}, f"alpha_pattern in {folder}")
+    if odd_key := next((key for key in patterns if not _NAMES.fullmatch(key)), None):
+        raise ValueError(
+            f"{folder} has the alpha_pattern {odd_key[:80]!r}, and patterns of names alone are read, such as "
+            "'self_attn.q_proj' or 'q_proj|k_proj': write its modules one by one."
+        )
+    for name, alpha in {"lora_alpha": config.get("lora_alpha"), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or abs(alpha) > 1e9:
+            raise ValueError(f"{folder} has {str(alpha)[:40]!r} as {name[:80]}, which is no size of an adapter.")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')}: only LORA is a difference.")
     start = config.get("init_lora_weights", True)
@@ -153,4 +170,6 @@ def _scaling(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any]
     rank = len(parts["A"] if "A" in parts else parts["embedding_A"])
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    if not rank:
+        raise ValueError(f"The factors of {module} have rank 0: they make no matrix.")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -9,79 +9,16 @@ from typing import Any
 
 import torch
 import yaml
-from jaxtyping import Float
 from torch import Tensor
 
-from probes.files import check_keys, staged_folder
-from probes.tables import Brief
-from probes.texts import read_yaml
+from probes.files import staged_folder
 from steer.checkpoints.checkpoint import WHOLE, Checkpoint, Shard, blocks
 from steer.checkpoints.stream import Piece, ShardPlan, header_of, stream
-from steer.deltas.delta import DeltaSource, Term, WeightDelta, path_of_source
-from steer.deltas.lora import Adapter, Factors
+from steer.deltas.delta import WeightDelta
+from steer.deltas.opened import WORDS, open_delta
 
-WORDS = "delta.yaml"
-SHIPPED = {f"organism-{kind}": Path(__file__).parent / "shipped" / kind for kind in ("rl", "sft", "target")}
-_KEYS = ("stored", "made_of", "notes", "rank", "vocabulary", "tied", "config")
 _SHARD = 4_000_000_000
 _OVERSAMPLE, _ITERATIONS = 8, 4
-_PARTS = ("@up", "@down", "@energy")
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Stored(Brief):
-    """A delta that `save` wrote: each tensor whole, or as `NAME@up` [rows, rank] times `NAME@down` [rank, width].
-
-    >>> from steer.deltas import open_delta
-    >>> stored = open_delta("organism-rl").terms[0].source
-    >>> stored.words["delta"], len(stored.names), round(stored.kept_energy(), 2)
-    ('organism-rl', 151, 0.98)
-    """
-
-    folder: Path
-    checkpoint: Checkpoint
-    about: Mapping[str, Any]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name.partition("@")[0] for name in self.checkpoint.places))
-
-    @property
-    def vocabulary(self) -> str | None:
-        out: str | None = self.about["vocabulary"]
-        return out
-
-    @property
-    def tied(self) -> bool | None:
-        out: bool | None = self.about["tied"]
-        return out
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        out: Mapping[str, Any] = self.about["config"]
-        return out
-
-    @property
-    def words(self) -> dict[str, Any]:
-        shipped = next((name for name, folder in SHIPPED.items() if folder == self.folder), None)
-        return {"delta": shipped or str(self.folder), "fingerprint": self.checkpoint.fingerprint}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name in self.checkpoint.places:
-            return self.checkpoint.shape(name)
-        return self.checkpoint.shape(f"{name}@up")[0], self.checkpoint.shape(f"{name}@down")[1]
-
-    def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]:
-        if name in self.checkpoint.places:
-            return self.checkpoint.block(name, rows)
-        up, down = (self.checkpoint.read(name + part) for part in _PARTS[:2])
-        return Factors(up, down).block(rows)
-
-    def kept_energy(self) -> float:
-        """Share of Σ Δ² over the factored tensors that their factors keep; 1 where none is factored."""
-        parts = [n for n in self.checkpoint.places if n.endswith("@energy")]
-        kept, whole = sum((self.checkpoint.read(n).double() for n in parts), torch.zeros(2).double()).tolist()
-        return kept / whole if whole else 1.0
 
 
 def save(
@@ -143,43 +80,6 @@ def dtype_named(name: str) -> torch.dtype:
         if str(known) == f"torch.{name}":
             return known
     raise ValueError(f"{name!r} is no dtype that a delta is stored in: float32, bfloat16 or float16.")
-
-
-def open_delta(folder: str | Path) -> WeightDelta:
-    """A delta of ours, a PEFT LoRA adapter, or one of `SHIPPED` by name (see `steer.training.donors`).
-
-    Raises FileNotFoundError for anything else, ValueError for a link to what changed.
-
-    >>> from steer.deltas import open_delta
-    >>> delta = open_delta("organism-target")
-    >>> len(delta.names), delta.names[0]
-    (151, 'lm_head.weight')
-    """
-    folder = Path(folder) if Path(folder).is_dir() else SHIPPED.get(str(folder), Path(folder))
-    if (folder / "adapter_config.json").is_file():
-        adapter = Adapter.open(folder)
-        return WeightDelta((Term(1.0, adapter, frozenset(adapter.names)),), adapter.notes)
-    if not (folder / WORDS).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds neither {WORDS} nor adapter_config.json: it is no weight delta. Shipped are "
-            f"{', '.join(SHIPPED)}."
-        )
-    about = read_yaml(folder / WORDS)
-    check_keys(about, _KEYS, str(folder / WORDS))
-    if about["stored"]:
-        stored = Stored(folder, Checkpoint.open(folder, stem="delta"), about)
-        return WeightDelta((Term(1.0, stored, frozenset(stored.names)),), tuple(about["notes"]))
-    return WeightDelta(tuple(_linked(words) for words in about["made_of"]), tuple(about["notes"]))
-
-
-def _linked(words: Mapping[str, Any]) -> Term:
-    kind = next(key for key in ("checkpoint", "adapter", "delta") if key in words)
-    place = words[kind]
-    source: DeltaSource = Checkpoint.open(place) if kind == "checkpoint" else open_delta(place).terms[0].source
-    if source.words["fingerprint"] != words["fingerprint"]:
-        raise ValueError(f"{path_of_source(source)} is not what it was when the delta was made: make it again.")
-    names = source.names if words["names"] is None else words["names"]
-    return Term(float(words["weight"]), source, frozenset(names))
 
 
 def _absolute(words: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from probes.model.sites import Site
 
 T = TypeVar("T")
 
+_LARGEST = 3.4e38
 _BESIDE = ("vector", "birth")  # kept elsewhere: the one in the safetensors file, the other once for all steps
 
 
@@ -76,4 +77,6 @@ def _value(value: Any, name: str, hint: Any, field: Field[Any], where: str) -> A
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} has {name} {value!r}, which is no number.")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{where} has {name} {str(value)[:40]}. Give a finite number, that float32 can hold.")
     return float(value)

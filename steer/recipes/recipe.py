@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.directions.provenance import Provenance, births_table
-from probes.files import check_keys, staged_folder
+from probes.fields import keys_of
+from probes.files import check_keys, inside, reading, staged_folder
 from probes.model.loading import identity_of
 from probes.model.quantised import is_quantised
 from probes.tables import Brief, Shown, Table
@@ -148,17 +149,25 @@ class Recipe(Shown):
         path = Path(folder) / "recipe.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no recipe.yaml: it is not a recipe.")
-        words = read_yaml(path)
+        with reading(folder, "recipe"):
+            return cls._read(path)
+
+    @classmethod
+    def _read(cls, path: Path) -> "Recipe":
+        words = read_yaml(inside(path.parent, path.name), "recipe")
         if words.get("format") == _WITHOUT_BIRTHS:
             words = {"births": [], **words}
         check_keys(words, ("format", "method", "model", "births", "steps"), str(path))
         if words["format"] not in (FORMAT, _WITHOUT_BIRTHS):
             raise ValueError(f"{path} has format {words['format']!r}, and this version reads {FORMAT!r}.")
-        check_keys(words["model"], _IDENTITY, f"model in {path}")
-        if not isinstance(words["births"], list):
-            raise ValueError(f"{path} has births {words['births']!r}, which is no list.")
+        check_keys(keys_of(words["model"], f"model in {path}"), _IDENTITY, f"model in {path}")
+        if not isinstance(words["method"], str):
+            raise ValueError(f"{path} has method {words['method']!r}, which is no text.")
+        for key in ("births", "steps"):
+            if not isinstance(words[key], list):
+                raise ValueError(f"{path} has {key} {words[key]!r}, which is no list.")
         births = [Provenance.from_dict(b, f"Birth {i} in {path}") for i, b in enumerate(words["births"])]
-        tensors, _ = read_tensors(path.with_suffix(".safetensors"))
+        tensors, _ = read_tensors(inside(path.parent, path.with_suffix(".safetensors").name))
         steps = tuple(_read_step(i, step, tensors, births, path) for i, step in enumerate(words["steps"]))
         recipe = cls(steps, words["model"], words["method"])
         check_keys(tensors, recipe._tensors(), f"{path.with_suffix('.safetensors')}")
@@ -197,6 +206,7 @@ def _read_step(
     i: int, words: dict[str, Any], tensors: Mapping[str, Tensor], births: Sequence[Provenance], path: Path
 ) -> Step:
     where = f"Step {i} in {path}"
+    words = dict(keys_of(words, where))
     kind = KINDS.get(str(words.get("kind")))
     if kind is None:
         raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
@@ -216,6 +226,6 @@ def _read_step(
 def _birth(births: Sequence[Provenance], number: Any, where: str) -> Provenance | None:
     if number is None:
         return None
-    if not isinstance(number, int) or not 0 <= number < len(births):
+    if type(number) is not int or not 0 <= number < len(births):
         raise ValueError(f"{where} has birth {number!r}, but the recipe has {len(births)} births, numbered from 0.")
     return births[number]

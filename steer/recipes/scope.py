@@ -147,8 +147,10 @@ class Scope(Brief):
             if known[name] is not None:
                 known[name] = _read_part(kind, known[name], tensors.get(name), f"{name} of the scope of {where}")
         try:
-            known["markers"] = tuple(tuple(ids) for ids in known["markers"])
-            known["tokens"], known["window"] = tuple(known["tokens"]), tuple(known["window"])
+            known["markers"] = tuple(_token_ids(ids, where) for ids in known["markers"])
+            known["tokens"], (first, last) = _token_ids(known["tokens"], where), known["window"]
+            known["window"] = (_count(first, "window", where), last if last is None else _count(last, "window", where))
+            known["after"] = _count(known["after"], "after", where)
             return cls(**known)
         except TypeError as error:
             raise ValueError(f"The scope of {where} is malformed: {error}.") from error
@@ -165,6 +167,7 @@ class Scope(Brief):
         return ", ".join(said)
 
 
+_VOCABULARY, _POSITIONS = 1 << 24, 1 << 31  # more token ids and positions than any model has
 _PARTS: dict[str, type] = {"schedule": Schedule, "condition": Condition, "controller": Controller}
 
 
@@ -172,6 +175,19 @@ def _tokens(share: float, budget: int) -> int:
     if not 0 < share <= 1 or budget < 1:
         raise ValueError(f"A share of a budget is above 0 and at most 1, but got {share} of {budget} tokens.")
     return max(1, round(share * budget))
+
+
+def _token_ids(values: Any, where: str) -> Ids:
+    """Raise ValueError for what is no list of token ids: a table as long as the largest is made of them."""
+    if not isinstance(values, list | tuple) or not all(type(i) is int and 0 <= i < _VOCABULARY for i in values):
+        raise ValueError(f"The scope of {where} has {str(values)[:80]}, which are no token ids below {_VOCABULARY:,}.")
+    return tuple(values)
+
+
+def _count(value: Any, name: str, where: str) -> int:
+    if type(value) is not int or abs(value) > _POSITIONS:
+        raise ValueError(f"The scope of {where} has {name} {str(value)[:80]}, which is no number of tokens.")
+    return value
 
 
 def _lists(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """The report of a run: one HTML file that shows its record, and needs nothing but itself."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from html import escape
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
-from probes.files import staged_file
+from probes.files import inside, reading, staged_file
+from probes.texts import read_json
 from probes.thinking.spans import POSITIONS
 from steer.evaluation.evaluation import Score
 from steer.report.arms import ArmsRecord
@@ -64,14 +64,13 @@ def write_report(run_folder: str | Path, output: str | Path) -> Path:
     source = Path(run_folder) / "run.json"
     if not source.is_file():
         raise FileNotFoundError(f"{run_folder} holds no run.json: give the folder of an exported run.")
-    try:
-        values = json.loads(source.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is not JSON: {error}") from error
+    values = read_json(inside(Path(run_folder), source.name), "record of a run")
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds no keys: it is not a record of a run.")
+    with reading(source, "record of a run"):
+        text = render(values)
     with staged_file(Path(output)) as stage:
-        stage.write_text(render(values), encoding="utf-8")
+        stage.write_text(text, encoding="utf-8")
     return Path(output)
 
 
@@ -99,7 +98,7 @@ def render(record: RunRecord | Mapping[str, Any]) -> str:
             "completions": completions_section(record.completions),
             "provenance": _provenance(record.provenance),
         }
-    except (TypeError, ValueError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(
             f"The record does not hold what its keys promise ({error!r}): export the run again."
         ) from error

@@ -3,7 +3,7 @@
 Both donors see chains of the split `train`. `sft` is trained on written completions, 70 % of them too short to be
 right; `rl` is reinforced for right answers alone. `target` learns a new operation, `^k`, from completions as short.
 The package holds what the three of the embedded organism differ by from it: `open_delta("organism-rl")`,
-`"organism-sft"`, `"organism-target"` (`steer.deltas.stored`).
+`"organism-sft"`, `"organism-target"` (`steer.deltas.opened`).
 """
 
 import json

@@ -16,7 +16,8 @@ from steer.cli.weights.vector import app
 from steer.deltas._norms import cosine, norms
 from steer.deltas.delta import WeightDelta, matches
 from steer.deltas.nulls import random_like, shuffled_layers
-from steer.deltas.stored import Stored, open_delta, save
+from steer.deltas.opened import Stored, open_delta
+from steer.deltas.stored import save
 from steer.methods.reasoning_vectors import nulls
 
 

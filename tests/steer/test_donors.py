@@ -21,7 +21,7 @@ from steer.deltas._norms import norms
 from steer.deltas.delta import WeightDelta
 from steer.deltas.dial import dialled
 from steer.deltas.nulls import random_like
-from steer.deltas.stored import SHIPPED, open_delta
+from steer.deltas.opened import SHIPPED, open_delta
 from steer.evaluation._evaluate import solve
 from steer.evaluation.outcomes import Outcomes
 from steer.evaluation.statistics import interval_of_mean
