@@ -160,7 +160,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def _is_sentence(error: BaseException) -> bool:
-    return isinstance(error, ValueError | IndexError | TypeError | OSError) and str(error).endswith(".")
+    """Did our own code say it, as a sentence? What a library says needs to be told what it is about."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    ours = last is not None and str(last.tb_frame.f_globals.get("__name__")).partition(".")[0] in ("probes", "steer")
+    return ours and isinstance(error, ValueError | IndexError | TypeError | OSError) and str(error).endswith(".")
 
 
 def _about(path: str | Path, what: str, error: BaseException) -> str:

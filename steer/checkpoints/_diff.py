@@ -86,7 +86,11 @@ def tensor_files(source: str | Path) -> dict[str, Path]:
     folder = _folder(source)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: inside(folder, file) for name, file in weight_map(index).items()}
+        places = weight_map(index)
+        for file in set(places.values()):
+            if Path(file).name != file:
+                raise ValueError(f"{index} names {file!r}, which is not a file of its own folder.")
+        return {name: inside(folder, file) for name, file in places.items()}
     single = folder / "model.safetensors"
     if not single.is_file():
         raise FileNotFoundError(f"{folder} holds no model.safetensors: it is not a safetensors checkpoint.")

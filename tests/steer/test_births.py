@@ -146,7 +146,7 @@ def test_files_of_version_0_1_load_without_births(both, tmp_path):
         (lambda w: w["steps"][0].update(birth="x"), "Step 0 in .* has birth 'x'"),
         (lambda w: w["births"][0].update(who=1), "Birth 0 in .* has unknown keys: who"),
         (lambda w: w["births"][0].pop("data"), "Birth 0 in .* lacks keys: data"),
-        (lambda w: w["births"][0].update(parents=[{"who": 1}]), "A parent in Birth 0 in"),
+        (lambda w: w["births"][0].update(parents=[{"who": 1}]), "A parent in birth 0 in"),
         (lambda w: w.update(births=3), "has births 3, which is no list"),
     ],
 )

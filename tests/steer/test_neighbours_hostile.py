@@ -136,7 +136,7 @@ def test_a_torch_file_runs_no_code(model, tmp_path):
             return open, (str(tmp_path / "made"), "w")
 
     torch.save({"layers.1": Opens()}, tmp_path / "v.pt")
-    with pytest.raises(ValueError, match="is no whole torch file of plain tensors"):
+    with pytest.raises(ValueError, match="is not a whole torch file of plain tensors"):
         import_recipe(tmp_path / "v.pt", model)
     assert not (tmp_path / "made").exists()
 
