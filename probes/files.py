@@ -117,14 +117,14 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     except (ImportError, NotImplementedError):
         raise
     except OSError as error:
-        if printable(str(error)) != str(error) or error.errno is not None or str(path) not in str(error):
+        if error.errno is not None or str(path) not in str(error) or not _is_printable(error):
             raise _refused(path, what, error) from error
         raise
     except BaseException as error:  # a parser of others may raise anything, and one in Rust panics past Exception
         if type(error).__name__ == "OutOfMemoryError" or not _is_ordinary(error):
             raise
         named, ours = str(path) in str(error), isinstance(error, ValueError | IndexError)
-        if named and ours and printable(str(error)) == str(error):
+        if named and ours and _is_printable(error):
             raise
         kind = IndexError if isinstance(error, IndexError) and (named or _is_sentence(error)) else ValueError
         raise kind(_one_line(error) if named else _about(path, what, error)) from error
@@ -145,6 +145,10 @@ def _steers(c: str) -> bool:
 
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _LONGEST = 2000  # of a sentence: what a file holds is quoted in it
+
+
+def _is_printable(error: BaseException) -> bool:
+    return printable(str(error)) == str(error) and len(str(error)) <= _LONGEST
 
 
 def _is_ordinary(error: BaseException) -> bool:
@@ -179,7 +183,7 @@ def _refused(path: str | Path, what: str, error: OSError) -> OSError:
     """What the system or a library refuses, by the path: of the same kind, so that it is caught as before."""
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, OSError)
     kind = next(kind for kind in kinds if isinstance(error, kind))
-    name = path if error.filename is None else printable(os.fsdecode(error.filename))
+    name = path if error.filename is None else printable(os.fsdecode(error.filename)[:300])
     if error.errno is None:
         return kind(_about(path, what, error))
     beside = "" if str(name) == str(path) else f", which {path} needs"

@@ -45,6 +45,8 @@ def _task_from_file(path: Path) -> Task:
     problems = []
     for where, fields in read_json_lines(path):
         check_keys(fields, ("question", "answer"), where)
+        if not isinstance(fields["question"], str) or isinstance(fields["answer"], list | dict | None):
+            raise ValueError(f"{where} should hold a question and an answer in words.")
         problems.append(Problem(fields["question"], fields["question"], str(fields["answer"])))
     if not problems:
         raise ValueError(f"{path} holds no problems.")

@@ -97,7 +97,7 @@ def test_what_is_saved_is_what_is_loaded_to_the_bit(tmp_path):
         (lambda w: w["steps"][0].update(scope="late"), "Step 0 in .* has scope 'late'. Known: all, prompt"),
         (lambda w: w["steps"][0].update(site="L0.stream"), "'L0.stream' is not a site. Write L<layer>.<name>"),
         (lambda w: w.update(format="recipe 2"), "has format 'recipe 2', and this version reads 'thinksteer recipe 2'"),
-        (lambda w: w["steps"].append(w["steps"][0]), "recipe.safetensors lacks keys: 2.vector."),
+        (lambda w: w["steps"].append(dict(w["steps"][0])), "recipe.safetensors lacks keys: 2.vector."),
         (lambda w: w["steps"].pop(), "recipe.safetensors has unknown keys: 1.vector."),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_recipe_runs_no_code(saved, tmp_path):
         Recipe.load(saved)
     assert not (tmp_path / "made").exists()
     path.write_text("")
-    with pytest.raises(ValueError, match="recipe.yaml holds no keys: it is not a file of ours"):
+    with pytest.raises(ValueError, match="recipe.yaml holds no keys: it is not a recipe"):
         Recipe.load(saved)
     with pytest.raises(FileNotFoundError, match="holds no recipe.yaml: it is not a recipe"):
         Recipe.load(tmp_path)
