@@ -59,7 +59,7 @@ def _value(hint: Any, value: Any, key: str | int, where: str, inner: str) -> Any
     origin, parts = get_origin(hint) or hint, get_args(hint)
     if origin is Literal:
         if value not in parts:
-            raise ValueError(f"{where} has {key} {value!r}. Known: {', '.join(map(str, parts))}.")
+            raise ValueError(f"{where} has {key} {_quoted(value)}. Known: {', '.join(map(str, parts))}.")
         return value
     if origin in (Union, UnionType):
         if value is None and NoneType in parts:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from probes.files import printable
+
 if TYPE_CHECKING:
     import pandas
 
@@ -31,7 +33,7 @@ class Table:
         return pandas.DataFrame(list(self.rows), columns=list(self.columns))
 
     def __rich__(self) -> RichTable:
-        table = RichTable(title=Text(self.title) if self.title else None)
+        table = RichTable(title=Text(printable(self.title)) if self.title else None)
         for i, column in enumerate(self.columns):
             numeric = all(isinstance(row[i], int | float) for row in self.rows)
             table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
@@ -113,4 +115,4 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str
 
 
 def text_of(cell: Any) -> str:
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    return f"{cell:.4g}" if isinstance(cell, float) else printable(str(cell))

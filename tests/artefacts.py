@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,16 +17,16 @@ from families import build
 from transformers import PreTrainedModel
 
 from probes import Direction, Sampling, direction_between, generate, load, read_completions, write_completions
-from probes.generation.store import Store, _alone
+from probes.generation.store import Store, _holder
 from probes.model import Site, tokenizer_of
 from probes.model.gguf_files import check_gguf
-from probes.tensors import read_tensors
+from probes.tensors import read_tensors, write_tensors
 from probes.texts import read_json, read_json_lines, read_yaml
 from probes.thinking import text_spans
 from steer import Ablate, Add, Clamp, Condition, Controller, Recipe, Rotate, Scale, Schedule, Scope, Step, diff
 from steer.checkpoints import Checkpoint
 from steer.checkpoints.stream import stream
-from steer.deltas import Adapter, Stored, WeightDelta, open_delta, save, to_mergekit
+from steer.deltas import Adapter, Stored, WeightDelta, open_delta, save
 from steer.folding import export_adapter
 from steer.interop import export_recipe, import_recipe
 from steer.interventions import Forbid, Force, Reinforce
@@ -113,8 +113,6 @@ def _direction_0_1(folder: Path) -> Path:
     tensors, words = read_tensors(path)
     for key in ("position", "seed", "parents"):
         words["provenance"].pop(key)
-    from probes.tensors import write_tensors
-
     write_tensors(path, tensors, words)
     return path
 
@@ -156,15 +154,13 @@ def _read_store(file: Path) -> object:
         return store.rows
 
 
-def _holder(folder: Path) -> Path:
+def _held(folder: Path) -> Path:
     (folder / "holder.json").write_text(json.dumps({"pid": 1, "host": "here", "since": "2026-01-01 00:00:00"}))
     return folder / "holder.json"
 
 
 def _read_holder(file: Path) -> object:
-    from probes.generation.store import _holder as who
-
-    return who(file)
+    return _holder(file)
 
 
 def _texts(folder: Path) -> Path:
@@ -206,12 +202,9 @@ def _read_tensors_of_delta(file: Path) -> object:
 def _sum(folder: Path) -> Path:
     for name in ("base", "tuned"):
         organism().save_pretrained(folder / name)
+        tokenizer_of(organism()).save_pretrained(folder / name)
     save(WeightDelta.between(folder / "tuned", folder / "base"), folder / "delta", linked=True)
     return folder / "delta" / "delta.yaml"
-
-
-def _mergekit(file: Path) -> object:
-    return to_mergekit(Checkpoint.open("organism"), open_delta(file.parent))
 
 
 def _adapter(name: str) -> Callable[[Path], Path]:
@@ -267,7 +260,7 @@ def _read_progress(file: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
     (home / ".out.resume").mkdir(parents=True)
     shutil.copy(file, home / ".out.resume" / "progress.json")
-    stream(home / "out", [], {"a": 1}, lambda made: None)
+    stream(home / "out", [], {"a": 1}, str)
 
 
 def _gguf(folder: Path) -> Path:
@@ -325,8 +318,9 @@ def record() -> dict[str, object]:
     """A record of a run, of two layers, two heads and two arms."""
     pair = [0.1, 0.2]
     score = {
-        "n": 2, "samples": 1, "accuracy": 0.5, "interval": pair, "difference": 0.1, "difference_interval": pair, "p": 0.5,
-        "p_adjusted": None, "length": 5.0, "per_1000": 1.0, "truncation": 0.0, "repeated": None, "shortest": {"0.1": pair},
+        "n": 2, "samples": 1, "accuracy": 0.5, "interval": pair, "difference": 0.1, "difference_interval": pair,
+        "p": 0.5, "p_adjusted": None, "length": 5.0, "per_1000": 1.0, "truncation": 0.0, "repeated": None,
+        "shortest": {"0.1": pair},
     }  # fmt: skip
     dose = {
         "strength": 0.1, "length": 5.0, "length_interval": pair, "accuracy": 0.5, "accuracy_interval": pair,
@@ -358,8 +352,8 @@ def record() -> dict[str, object]:
         "completions": {"rule": "r", "site": "L1.resid_post", "midpoint": 0.0, "scale": 1.0, "examples": [example]},
         "provenance": {
             "model": Recipe.of(organism(), []).model, "task": "chains", "sampling": asdict(Sampling()),
-            "splits": {"probe": "p", "select": "s", "report": "r"}, "seeds": {"sampling": 0}, "estimator": "e", "data": "d",
-            "versions": {"python": "3"}, "command": "c",
+            "splits": {"probe": "p", "select": "s", "report": "r"}, "seeds": {"sampling": 0}, "estimator": "e",
+            "data": "d", "versions": {"python": "3"}, "command": "c",
         },
     }  # fmt: skip
 
@@ -376,11 +370,6 @@ def _plain(text: str, name: str) -> Callable[[Path], Path]:
     return make
 
 
-def _alone_with(file: Path) -> None:
-    with _alone(file):
-        pass
-
-
 TARGETS = (
     Target("recipe words", _recipe("recipe.yaml"), _read_recipe, "yaml", 2),
     Target("recipe tensors", _recipe("recipe.safetensors"), _read_recipe, "safetensors"),
@@ -390,14 +379,14 @@ TARGETS = (
     Target("completions", _completions, _read_completions, "lines", 2),
     Target("completions appended to", _completions, _append, "lines"),
     Target("store", _store, _read_store, "lines"),
-    Target("holder of a store", _holder, _read_holder, "json", 0.5),
+    Target("holder of a store", _held, _read_holder, "json", 0.5),
     Target("texts", _texts, lambda file: text_spans(organism(), file), "lines"),
     Target("tasks", _tasks, lambda file: task_named(str(file)).sample(1, "train"), "lines"),
     Target("delta words", _delta("delta.yaml"), _read_delta, "yaml"),
     Target("delta tensors", _delta("delta.safetensors"), _read_delta, "safetensors"),
     Target("delta numbers", _delta("delta.safetensors"), _read_tensors_of_delta, "safetensors"),
     Target("linked delta", _delta("delta.yaml", linked=True), _read_delta, "yaml"),
-    Target("linked delta for mergekit", _sum, _mergekit, "yaml", 0.5),
+    Target("linked delta of checkpoints", _sum, _read_delta, "yaml", 0.5),
     Target("adapter config", _adapter("adapter_config.json"), _read_adapter, "json"),
     Target("adapter config as a delta", _adapter("adapter_config.json"), _read_delta, "json"),
     Target("adapter tensors", _adapter("adapter_model.safetensors"), _read_adapter, "safetensors"),

@@ -165,7 +165,9 @@ def _yaml(data: bytes, rng: random.Random) -> bytes:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else str(value) if type(value) is _Deep else value
+    return (
+        [_plain(item) for item in value] if isinstance(value, list) else str(value) if type(value) is _Deep else value
+    )
 
 
 def _safetensors(data: bytes, rng: random.Random) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from probes.fields import from_plain, keys_of
-from probes.files import printable, reading, staged_file
+from probes.files import reading, staged_file
 from probes.generation.sampling import Event, Sampling
 from probes.model.tokens import ThinkingSpan
 from probes.tables import Brief
@@ -167,15 +167,15 @@ def read_completions(path: Path) -> list[Completion]:
     >>> [c.answer for c in read_completions(path)]
     ['9', '2']
     """
+    rows = []
     with reading(path, "file of completions"):
         whole, tail = _parted(Path(path).read_bytes(), Path(path))
-    rows = []
-    for number, line in enumerate((whole + (tail or b"")).split(b"\n"), start=1):
-        if line.strip():
-            try:
-                rows.append(Completion.from_line(line.decode("utf-8")))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"Line {number} of {path} is no completion: {printable(str(error))}") from error
+        for number, line in enumerate((whole + (tail or b"")).split(b"\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(Completion.from_line(line.decode("utf-8")))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"Line {number} of {path} is no completion: {error}") from error
     return rows
 
 

@@ -129,6 +129,11 @@ class Checkpoint(Brief):
         Raises ValueError or FileNotFoundError.
         """
         folder = _folder(source, revision, download)
+        with reading(folder, "checkpoint"):
+            return cls._read(str(source), folder, stem)
+
+    @classmethod
+    def _read(cls, name: str, folder: Path, stem: str) -> "Checkpoint":
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         named: dict[str, str] | None = None
         if not os.path.lexists(single):  # transformers, too, takes the single file where there are both
@@ -141,7 +146,7 @@ class Checkpoint(Brief):
             _check_index(index, named, shards)
         path = folder / "config.json"
         config = _config(inside(folder, path.name)) if os.path.lexists(path) else {}
-        checkpoint = cls(str(source), folder, shards, config, None if named is None else index)
+        checkpoint = cls(name, folder, shards, config, None if named is None else index)
         checkpoint._check_whole()
         return checkpoint
 

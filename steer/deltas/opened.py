@@ -161,7 +161,8 @@ def _linked(words: Mapping[str, Any], number: int, path: Path) -> Term:
     if source.words["fingerprint"] != words["fingerprint"]:
         raise ValueError(f"{path_of_source(source)} is not what it was when the delta was made: make it again.")
     names = source.names if words["names"] is None else words["names"]
-    if absent := [name for name in names if name not in source.names]:
+    known = set(source.names)
+    if absent := [name for name in names if name not in known]:
         raise ValueError(f"{where} names the tensor {str(absent[0])[:80]!r}, which {place} has not.")
     weight = number_in(words, "weight", where)
     check_number(weight, "weight", where)

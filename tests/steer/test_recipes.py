@@ -141,7 +141,7 @@ def test_tensors_that_are_missing_truncated_or_too_many_are_refused(saved):
 def test_a_recipe_runs_no_code(saved, tmp_path):
     path = saved / "recipe.yaml"
     path.write_text(f"!!python/object/apply:os.mkdir [{tmp_path / 'made'}]\n")
-    with pytest.raises(ValueError, match="recipe.yaml has a tag .tag:yaml.org,2002:python/object/apply:os.mkdir.: write plain texts"):
+    with pytest.raises(ValueError, match="recipe.yaml has a tag .*os.mkdir.: write plain texts"):
         Recipe.load(saved)
     assert not (tmp_path / "made").exists()
     path.write_text("")
