@@ -130,6 +130,13 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
         raise kind(_one_line(error) if named else _about(path, what, error)) from error
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise ValueError for a pipe or a device, which has no end; a folder is refused when it is opened."""
+    mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path} is no regular file, but a pipe or a device. Name another.")
+
+
 def printable(text: str) -> str:
     """The text with what would steer a terminal, or turn the direction of a line, escaped; lines and tabs stay."""
     if text.isascii() and text.isprintable():

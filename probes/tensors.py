@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from probes.files import reading, staged_file
+from probes.files import check_regular, reading, staged_file
 from probes.texts import parse_json
 
 TENSOR_BYTES = 4 << 30  # that are read of a direction or a recipe, which hold vectors
@@ -32,6 +32,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises ValueError where it is no whole file, or of more than `TENSOR_BYTES`.
     """
     with reading(path, "safetensors file"):
+        check_regular(path)
         if (size := Path(path).stat().st_size) > TENSOR_BYTES:
             raise ValueError(f"{path} has {size:,} bytes, and one of ours at most {TENSOR_BYTES:,}. Name another.")
         with safe_open(path, framework="pt") as file:

@@ -1,7 +1,6 @@
 """JSON, JSONL and YAML of others, read within bounds: no key twice, no aliases, no more than such a file holds."""
 
 import json
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from probes.files import printable, reading
+from probes.files import check_regular, printable, reading
 
 # The most bytes that are read of one: the largest known are an index of shards (15 MB) and a list of tensor names.
 JSON_BYTES, LINE_BYTES, YAML_BYTES = 64 << 20, 64 << 20, 16 << 20
@@ -31,13 +30,9 @@ def read_json(path: Path, what: str = "file of JSON", *, finite: bool = True) ->
 def read_text(path: Path, what: str, limit: int) -> str:
     """The text of a file in UTF-8. Raises as `read_json` does, before it reads, for one of more than `limit` bytes."""
     with reading(path, what):
-        about = Path(path).stat()
-        if not stat.S_ISREG(about.st_mode) and not stat.S_ISDIR(about.st_mode):  # a pipe has no end
-            raise ValueError(f"{path} is no regular file. Name another {what}.")
-        if about.st_size > limit:
-            raise ValueError(
-                f"{path} has {about.st_size:,} bytes, and a {what} at most {limit:,}. Is it another kind of file?"
-            )
+        check_regular(path)
+        if (size := Path(path).stat().st_size) > limit:
+            raise ValueError(f"{path} has {size:,} bytes, and a {what} at most {limit:,}. Is it another kind of file?")
         try:
             return Path(path).read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -168,8 +163,7 @@ def _check_depth(value: Any, where: str) -> None:
 
 def _lines(path: Path) -> Iterator[bytes]:
     with reading(path, "file of lines of JSON"), Path(path).open("rb") as file:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError(f"{path} is no regular file. Name another.")
+        check_regular(path)
         while line := file.readline(LINE_BYTES + 1):
             if len(line) > LINE_BYTES:
                 raise ValueError(f"{path} has a line of more than {LINE_BYTES:,} bytes. Is it another kind of file?")

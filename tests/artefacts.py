@@ -270,7 +270,7 @@ def _gguf(folder: Path) -> Path:
     return folder / "v.gguf"
 
 
-def _gguf_head(folder: Path) -> Path:
+def gguf_head(folder: Path) -> Path:
     writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
     writer.add_uint32("llama.block_count", 2)
@@ -404,7 +404,7 @@ TARGETS = (
     Target("model's chat template", _checkpoint("chat_template.jinja"), _read_model, "bytes", 0.3),
     Target("progress of a stream", _progress, _read_progress, "json"),
     Target("gguf vectors", _gguf, _neighbour_read, "bytes", 2),
-    Target("head of a gguf model", _gguf_head, check_gguf, "bytes"),
+    Target("head of a gguf model", gguf_head, check_gguf, "bytes"),
     Target("easysteer", _neighbour("easysteer"), _neighbour_read, "json", 2),
     Target("easysteer with a source", _easysteer_source, _read_source, "json"),
     Target("vllm-lens", _neighbour("vllm-lens"), _neighbour_read, "json", 2),

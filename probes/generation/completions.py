@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from probes.fields import from_plain, keys_of
-from probes.files import reading, staged_file
+from probes.files import check_regular, reading, staged_file
 from probes.generation.sampling import Event, Sampling
 from probes.model.tokens import ThinkingSpan
 from probes.tables import Brief
@@ -169,6 +169,7 @@ def read_completions(path: Path) -> list[Completion]:
     """
     rows = []
     with reading(path, "file of completions"):
+        check_regular(path)
         whole, tail = _parted(Path(path).read_bytes(), Path(path))
         for number, line in enumerate((whole + (tail or b"")).split(b"\n"), start=1):
             if line.strip():

@@ -15,7 +15,7 @@ from tempfile import gettempdir
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
-from probes.files import printable
+from probes.files import printable, reading
 from probes.generation.completions import Completion, order_completions, read_completions, write_completions
 from probes.generation.sampling import Sampling
 from probes.model.loading import fingerprint, origin_of
@@ -50,9 +50,10 @@ class Store:
         path = Path(path)
         writer = writer_of(model)
         with _alone(path):
-            held = read_completions(path) if path.exists() else []
-            for completion in held:
-                _check(path, completion, origin_of(model).name, writer, prompts, sampling, decoding)
+            with reading(path, "store of completions"):
+                held = read_completions(path) if path.exists() else []
+                for completion in held:
+                    _check(path, completion, origin_of(model).name, writer, prompts, sampling, decoding)
             yield cls(path, writer, {(c.id, c.sample): c for c in held})
 
     def add(self, completions: Sequence[Completion]) -> list[Completion]:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from probes.files import reading, staged_folder
+from probes.files import check_regular, reading, staged_folder
 
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
 _TEXT, _ARRAY, _DIMENSIONS, _NESTED = 8, 9, 4, 4
@@ -54,6 +54,7 @@ def check_gguf(path: Path, most: int = 1 << 23) -> None:
     Its reader believes them: an array of 2^60 numbers would be counted through. `most` bounds the values of arrays.
     """
     with reading(path, "GGUF file"), Path(path).open("rb") as file:
+        check_regular(path)
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if file.read(4) != b"GGUF" or _number(file, 4) not in (2, 3):
