@@ -95,9 +95,9 @@ def test_a_pipe_is_no_file(tmp_path):
     [KeyError("a"), RuntimeError("it"), MemoryError(), RecursionError("x"), struct.error("y"), OverflowError("z")],
 )
 def test_whatever_is_raised_ends_in_a_sentence_that_names_the_file(error):
-    with pytest.raises(ValueError, match=r"^some/x.bin is not a whole list \(.+\). It may be truncated: make it again"):
-        with reading("some/x.bin", "list"):
-            raise error
+    sentence = r"^some/x.bin is not a whole list \(.+\). It may be truncated: make it again"
+    with pytest.raises(ValueError, match=sentence), reading("some/x.bin", "list"):
+        raise error
 
 
 def test_what_the_system_refuses_keeps_its_kind(tmp_path):
@@ -161,11 +161,11 @@ def test_what_is_written_has_the_permissions_that_the_umask_leaves(umask, tmp_pa
 
 
 def test_of_two_writers_of_one_folder_the_second_is_told(tmp_path):
-    with pytest.raises(FileExistsError, match="folder exists. Name another output folder"):
-        with staged_folder(tmp_path / "folder") as stage:
-            (stage / "a").write_text("")
-            (tmp_path / "folder").mkdir()
-            (tmp_path / "folder" / "b").write_text("")
+    told = pytest.raises(FileExistsError, match="folder exists. Name another output folder")
+    with told, staged_folder(tmp_path / "folder") as stage:
+        (stage / "a").write_text("")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "b").write_text("")
 
 
 def test_of_two_first_loads_of_a_gguf_file_one_converts_and_both_read(tmp_path, monkeypatch):
