@@ -162,9 +162,10 @@ def _check_depth(value: Any, where: str) -> None:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    with reading(path, "file of lines of JSON"), Path(path).open("rb") as file:
-        check_regular(path)
-        while line := file.readline(LINE_BYTES + 1):
-            if len(line) > LINE_BYTES:
-                raise ValueError(f"{path} has a line of more than {LINE_BYTES:,} bytes. Is it another kind of file?")
-            yield line
+    with reading(path, "file of lines of JSON"):
+        check_regular(path)  # before it is opened: a pipe waits for whoever writes
+        with Path(path).open("rb") as file:
+            while line := file.readline(LINE_BYTES + 1):
+                if len(line) > LINE_BYTES:
+                    raise ValueError(f"{path} has a line of more than {LINE_BYTES:,} bytes. Is it another kind?")
+                yield line

@@ -58,8 +58,8 @@ class HeadScores(Shown):
 
     def _ranked(self) -> list[Head]:
         width = self.scores.shape[1]
-        order = self.scores.flatten().sort(descending=True, stable=True).indices.tolist()
-        return [(i // width, i % width) for i in order]
+        ranked = self.scores.flatten().sort(descending=True, stable=True)
+        return [(i // width, i % width) for i in ranked.indices[~ranked.values.isnan()].tolist()]
 
     def table(self, k: int = 10) -> Table:
         """The k highest, highest first."""
@@ -92,7 +92,8 @@ def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_m
 def head_writes(
     model: PreTrainedModel, spans: Sequence[Span], vectors: Mapping[int, Float[Tensor, " d_model"]]
 ) -> Float[Tensor, "n_layers n_heads"]:
-    """Mean over spans of ⟨head's mean write, vector of its layer⟩; NaN in layers without a vector.
+    """Mean over spans of ⟨head's mean write, vector of its layer⟩; NaN in layers without a vector, and where a layer
+    has fewer heads than another.
 
     The write is linear in z, so it is never built: z's mean is taken first, and u_h = W_hᵀ v once for each head. In
     activation units where the vectors are unit vectors; it ranks the heads that ThinkEdit edits *(Sun et al. 2025)*.
@@ -110,7 +111,7 @@ def head_writes(
     moments = record(model, spans, [Site(layer, "z") for layer in vectors], label="reading heads")
     for layer, vector in vectors.items():
         matrices = head_matrices(model, layer).double()
-        z = moments[Site(layer, "z")].activation.mean.to(matrices.device).unflatten(0, (n_heads(model), -1))
+        z = moments[Site(layer, "z")].activation.mean.to(matrices.device).unflatten(0, (n_heads(model, layer), -1))
         u = torch.einsum("dhk,d->hk", matrices, vector.double().to(matrices.device))
-        out[layer] = (z * u).sum(-1).cpu()
+        out[layer, : len(z)] = (z * u).sum(-1).cpu()
     return out

@@ -32,7 +32,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     Tap(path='post_attention_layernorm', side='input')
     """
     model_type = config_of(model).model_type
-    row = ARCHITECTURES.get(model_type) or getattr(model, "_thinksteer_row", None)
+    row: Architecture | None = getattr(model, "_thinksteer_row", None) or ARCHITECTURES.get(model_type)
     if row is None:
         raise ValueError(
             f"No architecture row for model_type {model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. "
@@ -57,15 +57,24 @@ def n_layers(model: nn.Module) -> int:
     return len(blocks_of(model))
 
 
-def n_heads(model: nn.Module) -> int:
-    """Attention heads of a layer, as the config of the text decoder says.
+def n_heads(model: nn.Module, layer: int | None = None) -> int:
+    """Attention heads of a layer: as its attention counts them, else as the config does; the most of any, of none.
+
+    A head is what writes its own slice of `z`: in differential attention that is a pair of the config's heads.
 
     >>> from probes import load
     >>> from probes.model import n_heads
-    >>> n_heads(load("organism"))
-    8
+    >>> model = load("organism")
+    >>> n_heads(model), n_heads(model, 0)
+    (8, 8)
     """
-    return int(config_of(model).num_attention_heads)
+    if layer is None:
+        return max(n_heads(model, one) for one in range(n_layers(model)))
+    row = architecture_of(model)
+    attention = block_of(model, layer).get_submodule(row.o_proj.rpartition(".")[0])
+    counted = getattr(attention, "num_heads", None)
+    heads = int(counted if isinstance(counted, int) else config_of(model).num_attention_heads)
+    return heads // 2 if row.differential else heads
 
 
 def block_of(model: nn.Module, layer: int) -> nn.Module:
@@ -101,7 +110,7 @@ def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_head
         weight = computed_weight(module)
     else:
         weight = output_first(model, architecture_of(model).o_proj, stored)
-    by_head: Tensor = weight.unflatten(1, (n_heads(model), -1))
+    by_head: Tensor = weight.unflatten(1, (n_heads(model, layer), -1))
     return by_head
 
 
@@ -121,7 +130,7 @@ def width_of(model: nn.Module, site: Site) -> int:
     d_in, d_model = (getattr(module, name) for name in names)
     if site.name != "z":
         return int(d_model)
-    return int(d_in if site.head is None else d_in // n_heads(model))
+    return int(d_in if site.head is None else d_in // n_heads(model, site.layer))
 
 
 def multiplier_of(model: nn.Module) -> float:
@@ -160,8 +169,9 @@ def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
             f"{config_of(model).model_type} has no resid_mid: attention and MLP read the same stream, and both are "
             "added to it at once. Read resid_pre, attn_out or resid_post."
         )
-    if site.head is not None and not site.head < n_heads(model):
-        raise IndexError(f"Head {site.head} is out of range: the model has heads 0 to {n_heads(model) - 1}.")
+    if site.head is not None and not site.head < n_heads(model, site.layer):
+        last = n_heads(model, site.layer) - 1
+        raise IndexError(f"Head {site.head} is out of range: layer {site.layer} has heads 0 to {last}.")
     if site.name == "routing":
         raise ValueError(f"{site} is no activation but a router's choice: read it with probes.activations.experts.")
     if site.name == "result" and site.head is None:

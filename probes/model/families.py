@@ -25,7 +25,8 @@ class Architecture:
     `gain_offset` + weight); nothing folds at `attn_out` or `mlp_out` where there is one. `multiplier` is the config
     key that scales what is added to the stream. `parallel` is the config key under which attention and MLP read one
     stream, so that there is no `resid_mid`; `"always"` where they do in every model of the family. `declares_bias` is
-    the config key that gives `o_proj` a bias. `centred` tells a final norm that takes the mean out.
+    the config key that gives `o_proj` a bias. `centred` tells a final norm that takes the mean out, `differential`
+    attention whose heads are pairs of those the config counts.
 
     >>> from probes.model import architecture_of, load
     >>> row = architecture_of(load("organism"))
@@ -51,6 +52,7 @@ class Architecture:
     parallel: str | None = None
     declares_bias: str | None = None
     centred: bool = False
+    differential: bool = False
 
 
 PRE_NORM = Architecture(
@@ -144,6 +146,7 @@ GPT_NEOX = Architecture(
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": BIASED,
+    "diffllama": replace(PRE_NORM, differential=True),
     "mistral": PRE_NORM,
     "qwen2": PRE_NORM,
     "qwen3": BIASED,

@@ -53,8 +53,7 @@ def check_gguf(path: Path, most: int = 1 << 23) -> None:
 
     Its reader believes them: an array of 2^60 numbers would be counted through. `most` bounds the values of arrays.
     """
-    with reading(path, "GGUF file"), Path(path).open("rb") as file:
-        check_regular(path)
+    with reading(path, "GGUF file"), _opened(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         if file.read(4) != b"GGUF" or _number(file, 4) not in (2, 3):
@@ -102,6 +101,11 @@ def _text(file: BinaryIO, size: int) -> bytes:
     if length > size:
         raise ValueError(f"a text in it has {length:,} bytes")
     return _take(file, length)
+
+
+def _opened(path: Path) -> BinaryIO:
+    check_regular(path)  # before it is opened: a pipe waits for whoever writes
+    return Path(path).open("rb")
 
 
 def _number(file: BinaryIO, size: int) -> int:

@@ -69,11 +69,12 @@ def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     module, tap = tap_of(model, site)
     matrix = head_matrices(model, site.layer)[:, site.head].float().T if site.name == "result" else None
+    heads = n_heads(model, site.layer)
     scale = multiplier_of(model) if site.name in ("attn_out", "mlp_out") else 1.0
 
     def edited(value: Tensor) -> Tensor | None:
         if site.head is not None:
-            return _edit_head(value, site.head, n_heads(model), edit)
+            return _edit_head(value, site.head, heads, edit)
         if scale == 1.0:
             return edit(value)
         new = edit(value * scale)  # what is added to the stream
@@ -94,7 +95,7 @@ def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def after_head(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        z = args[0].unflatten(-1, (n_heads(model), -1))[..., site.head, :]
+        z = args[0].unflatten(-1, (heads, -1))[..., site.head, :]
         write = z.float() @ matrix
         new = edit(write)
         return None if new is None else output + (new - write).to(output.dtype)

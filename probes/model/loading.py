@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from probes.files import reading
 from probes.model.architectures import config_of, n_heads, n_layers, width_of
-from probes.model.families import ARCHITECTURES
 from probes.model.gguf_files import converted, smollm2_file
-from probes.model.identities import adopt
+from probes.model.identities import place
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
 from probes.tables import Brief
@@ -65,14 +64,15 @@ def load(
     `source` is a hub id, a local folder, a GGUF file, `"organism"` (the embedded model, 0.76 M parameters), `"smollm2"`
     (SmolLM2-135M-Instruct out of a package), or a model that you built yourself, with its `tokenizer`. `delimiters`
     override what opens and closes the thinking, which is else found in the tokenizer. A family without a row in
-    `probes.model.families` is taken if a generic row holds (`probes.model.identities`), else refused with a
-    ValueError.
+    `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does hold
+    (`probes.model.identities`), else refused with a ValueError; so are a model without a head, and a wrapped one.
 
     >>> from probes import load
     >>> model = load("organism")
     >>> type(model).__name__, f"{model.num_parameters():,} parameters"
     ('Qwen3MoeForCausalLM', '756,000 parameters')
     """
+    check_source(source)
     if isinstance(source, PreTrainedModel):
         model, name = source, source.config._name_or_path or type(source).__name__
         known: Origin | None = getattr(source, "_thinksteer", None)
@@ -91,11 +91,27 @@ def load(
         if not model.config._name_or_path:
             raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
-    if config_of(model).model_type not in ARCHITECTURES:
-        adopt(model.eval())
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"A {type(model).__name__} has no head over the vocabulary: load it as a causal LM.")
+    place(model.eval())
     setattr(model, "_thinksteer", Origin(name, revision, tokenizer, delimiters))
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def check_source(source: object) -> None:
+    """Refuse what is no model, and say what to give in its place."""
+    if isinstance(source, PreTrainedModel | str | Path):
+        return
+    kind = type(source).__name__
+    remedy = {
+        "PeftModel": "merge its adapter first, model.merge_and_unload()",
+        "OptimizedModule": "give the model that was compiled, model._orig_mod: it is compiled no less",
+    }
+    known = next((remedy[base.__name__] for base in type(source).__mro__ if base.__name__ in remedy), None)
+    raise ValueError(
+        f"A {kind} is no model of transformers: {known or 'give a hub id, a folder, or a PreTrainedModel'}."
+    )
 
 
 def resolve(source: str | Path) -> str | Path:

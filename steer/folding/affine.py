@@ -103,5 +103,5 @@ def _columns(model: PreTrainedModel, site: Site, draft: Draft) -> Tensor:
     weight = output_first(model, architecture_of(model).o_proj, stored)
     if site.head is None:
         return weight
-    out: Tensor = weight.unflatten(1, (n_heads(model), -1))[:, site.head]
+    out: Tensor = weight.unflatten(1, (n_heads(model, site.layer), -1))[:, site.head]
     return out

@@ -42,7 +42,7 @@ def test_a_place_outside_the_model_is_refused():
     model = build("llama")
     with pytest.raises(IndexError, match="Layer 3 is out of range: the model has layers 0 to 2"):
         tap_of(model, Site(3, "resid_mid"))
-    with pytest.raises(IndexError, match="Head 4 is out of range: the model has heads 0 to 3"):
+    with pytest.raises(IndexError, match="Head 4 is out of range: layer 0 has heads 0 to 3"):
         tap_of(model, Site(0, "z", 4))
     with pytest.raises(ValueError, match="L0.result needs a head"), attached(model, Site(0, "result"), lambda _: None):
         pass
