@@ -49,7 +49,7 @@ def main() -> None:
     facts["contrast"] = steer("direction", *MODEL, *sides, "-o", folder / "glad.safetensors")
 
     sizes = ("--n-probe", 256, "--n-select", 64, "--n-report", 192, "--control-draws", 3, "--share", 0.3)
-    edits = ("--heads", 0.04, "--kind", "project")
+    edits = ("--heads", 0.06, "--kind", "project")
     facts["thinkedit"] = steer("thinkedit", *MODEL, *task, *sizes, *edits, "-o", folder / "edited")
     changed = steer("diff", "smollm2", folder / "edited")["tensors"]
     facts["changed"] = [tensor["tensor"] for tensor in changed]

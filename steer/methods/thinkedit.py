@@ -2,8 +2,9 @@
 
 The paper's way is `PUBLISHED`: v = mean over long - mean over short completions of the residual stream after attention,
 averaged over the positions [start-1, end-1); heads ranked by ⟨mean write over short completions, -v̂⟩; the top heads'
-columns of `o_proj` projected, W ← (I - w v̂v̂ᵀ) W. Its K is 20 of 336 heads (R1-Distill-Qwen-1.5B, 6.0 %), 40 of 1024
-(Llama-8B, 3.9 %), 80 of 1920 (Qwen-14B, 4.2 %), 160 of 2560 (Qwen-32B, 6.3 %); `PUBLISHED` takes 4 %.
+columns of `o_proj` projected, W ← (I - w v̂v̂ᵀ) W. `PUBLISHED` takes the share of the smallest published model, 20 of 336
+heads (R1-Distill-Qwen-1.5B, 6.0 %); the others': 40 of 1024 (Llama-8B, 3.9 %), 80 of 1920 (Qwen-14B, 4.2 %), 160 of
+2560 (Qwen-32B, 6.3 %).
 
 Beyond the paper: read at the first thought alone, rank heads centred (short - long), and edit otherwise than by
 projection. Behind a post-norm with gain g, u = g⊙v̂/‖g⊙v̂‖ stands for v̂, so that v̂ leaves the stream.
@@ -48,7 +49,7 @@ class ThinkEditSetting:
     kind: Kind = "project"
     position: Position = "thinking"
     ranking: Ranking = "raw"
-    heads: float = 0.04
+    heads: float = 0.06
     weight: float = 1.0
 
     def __str__(self) -> str:

@@ -58,7 +58,7 @@ class ThinkEditRun(Shown):
     >>> from steer.methods.thinkedit import PUBLISHED
     >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
     >>> str(run.selected), str(run.direction.site), run.fold_error() < 1e-4
-    ('project, thinking position, raw ranking, 4% of the heads', 'L0.resid_mid', True)
+    ('project, thinking position, raw ranking, 6% of the heads', 'L0.resid_mid', True)
     """
 
     model: PreTrainedModel
@@ -160,7 +160,7 @@ def thinkedit(
     >>> from steer.methods.thinkedit import PUBLISHED
     >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
     >>> run.heads, list(run.report.arms)
-    (((0, 6),), ['plain', 'published', 'edited', 'lowest_heads', 'random_heads', 'random_direction'])
+    (((0, 6), (0, 0)), ['plain', 'published', 'edited', 'lowest_heads', 'random_heads', 'random_direction'])
     """
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
