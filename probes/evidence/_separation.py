@@ -12,7 +12,7 @@ from probes.activations._record import span_means
 from probes.directions.direction import Direction
 from probes.evidence.layers import Evidence, LayerEvidence, Range
 from probes.late import stats
-from probes.model.paths import sites_in
+from probes.model.architectures import sites_in
 from probes.model.sites import Site, SiteName
 from probes.thinking.spans import Span
 

@@ -15,8 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from probes.generation.completions import Completion
 from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
 from probes.generation.store import Store
+from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
-from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt, thinking_span
+from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
 
 
 def generate(
@@ -177,18 +178,13 @@ def _read(
     stopped = length > 0 and new[length - 1] in stops
     new, said = new[:length], new[: length - stopped]
     tokenizer = tokenizer_of(model)
-    span = thinking_span(prompt, said, delimiters_if_any(model))
-    thinking, answer = None, said
-    if span is not None:
-        whole = prompt + said
-        thinking = decode(tokenizer, whole[span.text_start : span.text_end]).strip()
-        answer = whole[span.end :]
+    span, thinking, answer = read_turn(tokenizer, prompt, said, delimiters_if_any(model))
     return Completion(
         id=name,
         sample=sample,
         prompt=decode(tokenizer, prompt),
         thinking=thinking,
-        answer=decode(tokenizer, answer, special=False).strip(),
+        answer=answer,
         prompt_ids=tuple(prompt),
         ids=tuple(new),
         span=span,

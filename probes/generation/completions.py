@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Literal
 from probes.fields import from_plain, keys_of
 from probes.files import check_regular, reading, staged_file
 from probes.generation.sampling import Event, Sampling
-from probes.model.tokens import ThinkingSpan
+from probes.model.delimiters import ThinkingSpan
 from probes.tables import Brief
 from probes.texts import parse_json
 

@@ -1,7 +1,14 @@
 from .architectures import architecture_of as architecture_of
 from .architectures import n_heads as n_heads
 from .architectures import n_layers as n_layers
+from .architectures import path_of as path_of
+from .architectures import site_of as site_of
+from .architectures import sites_in as sites_in
 from .architectures import width_of as width_of
+from .delimiters import Delimiters as Delimiters
+from .delimiters import ThinkingSpan as ThinkingSpan
+from .delimiters import find_delimiters as find_delimiters
+from .delimiters import thinking_span as thinking_span
 from .families import Architecture as Architecture
 from .hooks import attached as attached
 from .hooks import captured as captured
@@ -15,9 +22,6 @@ from .loading import markers_of as markers_of
 from .loading import origin_of as origin_of
 from .loading import resolve as resolve
 from .loading import tokenizer_of as tokenizer_of
-from .paths import path_of as path_of
-from .paths import site_of as site_of
-from .paths import sites_in as sites_in
 from .quantised import is_quantised as is_quantised
 from .routers import Expert as Expert
 from .routers import Routing as Routing
@@ -25,12 +29,8 @@ from .routers import moe_layers as moe_layers
 from .sites import SITE_NAMES as SITE_NAMES
 from .sites import Site as Site
 from .sites import SiteName as SiteName
-from .tokens import Delimiters as Delimiters
 from .tokens import Message as Message
 from .tokens import Prompt as Prompt
 from .tokens import Template as Template
-from .tokens import ThinkingSpan as ThinkingSpan
 from .tokens import decode as decode
 from .tokens import encode_prompt as encode_prompt
-from .tokens import find_delimiters as find_delimiters
-from .tokens import thinking_span as thinking_span

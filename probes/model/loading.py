@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from probes.files import reading
 from probes.model.architectures import config_of, n_heads, n_layers, width_of
+from probes.model.delimiters import Delimiters, find_delimiters
 from probes.model.gguf_files import converted, smollm2_file
 from probes.model.identities import place
 from probes.model.sites import Site
-from probes.model.tokens import REFLECTION_MARKERS, Delimiters, find_delimiters
+from probes.model.tokens import REFLECTION_MARKERS
 from probes.tables import Brief
 from probes.texts import read_json
 
@@ -33,7 +34,7 @@ class Origin(Brief):
     >>> origin.name, origin.revision, origin.given
     ('organism', None, None)
     >>> origin.delimiters
-    Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
+    Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,), tool=())
     """
 
     name: str
@@ -160,7 +161,7 @@ def delimiters_of(model: PreTrainedModel) -> Delimiters:
 
     >>> from probes.model import delimiters_of, load
     >>> delimiters_of(load("organism"))
-    Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
+    Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,), tool=())
     """
     return origin_of(model).delimiters
 

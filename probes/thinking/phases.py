@@ -8,8 +8,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.model.delimiters import Delimiters
 from probes.model.loading import delimiters_if_any, delimiters_of, tokenizer_of
-from probes.model.tokens import Delimiters
 from probes.tables import Brief
 
 PHASES = ("prompt", "thinking", "answer")
@@ -66,8 +66,8 @@ class Clock:
 
     The phase of a token is the last delimiter up to it: the header of the model's turn begins *prompt*, the opening
     delimiter *thinking*, the closing one *answer*; so every token has one phase, the one that its prediction belongs
-    to. A header opens a turn only if a user's header stands between it and the header before, where that is
-    known. What stands before the last opened turn of a pass is prompt: earlier turns do not count. A turn with
+    to. A header opens a turn only if a user's header, or a tool's, stands between it and the header before, where
+    that is known. What stands before the last opened turn of a pass is prompt: earlier turns do not count. A turn with
     neither delimiter is all prompt. Pads have no phase, and neither have the tokens with which a batch fills rows that
     have ended (`pad` after one of `ends`). State is constant: some numbers and the last few ids of each row, updated
     from the new tokens alone, on their device.
@@ -156,8 +156,9 @@ class Clock:
     @property
     def _memory(self) -> int:
         d = self.delimiters
-        wanted = (d.open, d.close, d.turn, d.user, *(ids for ways in self.markers for ids in ways), (0, 0))
-        return max(map(len, wanted)) - 1
+        wanted = (d.open, d.close, d.turn, d.user, d.tool, *(ids for ways in self.markers for ids in ways), (0, 0))
+        texts = (needle.text for needle in (d.open_text, d.close_text) if needle is not None)
+        return max(*map(len, wanted), *map(len, texts)) - 1
 
     def _filled(self, window: Tensor, state: "_State", new: int) -> Tensor:
         """Which of the last `new` tokens only fill a row that has ended: `pad`, and after one of `ends` or such a fill.
@@ -179,7 +180,8 @@ class Clock:
         header would."""
         d = self.delimiters
         place = torch.arange(new, device=window.device).expand(len(window), new)
-        header, user = (_latest(_ends(window, wanted, new), place) for wanted in (d.turn, d.user))
+        header, user, tool = (_latest(_ends(window, wanted, new), place) for wanted in (d.turn, d.user, d.tool))
+        user = user.maximum(tool)
         before = torch.cat([torch.full_like(header[:, :1], -1), header[:, :-1]], dim=1)  # the header before this token
         opens = header == place
         if d.user:
@@ -187,8 +189,9 @@ class Clock:
         armed = (user[:, -1] > header[:, -1]) | ((header[:, -1] < 0) & state.armed)
 
         event = torch.full_like(place, _PAD).masked_fill(opens, 0)
-        for number, wanted in ((1, d.open), (2, d.close)):
-            event = event.masked_fill(_ends(window, wanted, new), number)
+        for number, wanted, needle in ((1, d.open, d.open_text), (2, d.close, d.close_text)):
+            hit = _ends(window, wanted, new) if needle is None else needle.ends(window)[:, window.shape[1] - new :]
+            event = event.masked_fill(hit, number)
         latest = _latest(event != _PAD, place)
         phase = event.gather(1, latest.clamp(min=0)).where(latest >= 0, state.phase[:, None])
         turn = _latest(opens, place)[:, -1:]

@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from probes.generation.sampling import CUT
 from probes.model.loading import tokenizer_of
-from probes.model.tokens import find, words_ids
+from probes.model.tokens import words_ids
 from steer.decoding.control import Processors
-from steer.decoding.state import DecodingState, Ids, Scores
+from steer.decoding.state import DecodingState, Ids, Scores, added
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class BudgetForcing:
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         """The processors of one run."""
         ids = words_ids(tokenizer_of(model), self.marker, "marker")
-        closes = find((*rows.delimiters.close[:-1], *ids), rows.delimiters.close) is not None
+        closes = rows.delimiters.closing((*rows.delimiters.close[:-1], *ids)) is not None
         if closes or set(ids) & set(rows.ends.tolist()):
             raise ValueError(f"The marker {self.marker!r} would itself end the thinking. Name another.")
         insert = _Insert(rows, self.n, torch.tensor(ids, device=rows.mask.device))
@@ -140,8 +140,7 @@ class _Hold(LogitsProcessor):
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
         rows, where = self.insert.rows, self.insert.fresh & self.insert.rows.thinking
-        scores = _added(scores, rows.ends, where, -math.inf)
-        return _added(scores, rows.close[-1:], where & (rows.closing == len(rows.close) - 1), -math.inf)
+        return rows.closing_added(added(scores, rows.ends, where, -math.inf), where, -math.inf)
 
 
 @dataclass(frozen=True)
@@ -182,13 +181,7 @@ class _Bias(LogitsProcessor):
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
         rows = self.rows
-        where = rows.thinking & (rows.closing == len(rows.close) - 1)
+        where = rows.thinking
         if self.bias.until is not None:
             where = where & (rows.thoughts < self.bias.until)
-        return _added(scores, rows.close[-1:], where, self.bias.strength)
-
-
-def _added(scores: Scores, tokens: Tensor, where: Tensor, amount: float) -> Scores:
-    """`amount` added to the scores of some tokens in some rows."""
-    logits = scores[:, tokens]
-    return scores.index_copy(1, tokens, torch.where(where[:, None], logits + amount, logits))
+        return rows.closing_added(scores, where, self.bias.strength)

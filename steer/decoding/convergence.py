@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from probes.model.loading import delimiters_of, markers_of, tokenizer_of
-from probes.model.tokens import decode, encode_prompt, find, words_ids
+from probes.model.tokens import decode, encode_prompt, words_ids
 from steer.decoding.control import Processors
 from steer.decoding.state import DecodingState, Ids, Scores
 
@@ -115,10 +115,10 @@ class _Stop(LogitsProcessor):
                     self.stopping[row] = True
 
     def _thoughts(self, ids: list[int], row: int) -> list[str]:
-        opens = delimiters_of(self.model).open
         assert self.began is not None
-        at = None if self.began[row] else find(ids, opens)
-        return thoughts_of(decode(tokenizer_of(self.model), ids[0 if at is None else at + len(opens) :]), self.markers)
+        opened = None if self.began[row] else delimiters_of(self.model).opening(ids)
+        begin = 0 if opened is None else opened.end
+        return thoughts_of(decode(tokenizer_of(self.model), ids[begin:]), self.markers)
 
 
 class _Count:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from probes.model.delimiters import thinking_span
 from probes.model.loading import delimiters_of, tokenizer_of
-from probes.model.tokens import Template, encode_prompt, thinking_span, words_ids
+from probes.model.tokens import Template, encode_prompt, words_ids
 
 
 @dataclass(frozen=True)

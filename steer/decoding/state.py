@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.generation.sampling import Event
-from probes.model.tokens import Delimiters
+from probes.model.delimiters import Delimiters
+from probes.needles import Needle
 from probes.thinking.phases import Clock
 
 Ids = Int[Tensor, "batch pos"]
@@ -26,7 +27,8 @@ class DecodingState:
     - `opened`, `closed`, `done`: the thinking has begun, has ended, the row has ended; `thinking`: it is in between.
     - `thoughts`: tokens generated since the thinking was opened. `said`: tokens generated outside the thinking, since
       it was closed or, until it is opened, since the row began.
-    - `opening`, `closing`: how many tokens of that delimiter have just been written, less than all.
+    - `opening`, `closing`: how many tokens of that delimiter have just been written, less than all (letters, where it
+      is found by its text); `open` and `close`: the token that goes on from there.
     - `shut`: the closing delimiter is being written for the row. `taken`: its next token is decided; who comes later
       leaves it alone.
     - `step`: the number of the token that is being decided.
@@ -43,8 +45,14 @@ class DecodingState:
 
     def __init__(self, delimiters: Delimiters, ends: Sequence[int], mask: Int[Tensor, "batch pos"]) -> None:
         self.delimiters, self.mask = delimiters, mask
+        opens, closes = delimiters.open_text, delimiters.close_text
         self.open, self.close, self.ends = (
-            torch.tensor(ids, device=mask.device) for ids in (delimiters.open, delimiters.close, ends)
+            torch.tensor(ids, device=mask.device)
+            for ids in (
+                delimiters.open if opens is None else opens.writes,
+                delimiters.close if closes is None else closes.writes,
+                ends,
+            )
         )
         self._clock = Clock(delimiters)
         self._events: list[tuple[str, int, Where]] = []
@@ -74,8 +82,11 @@ class DecodingState:
             self._begin(ids)
         else:
             self._advance(ids)
-        self.opening = _partial(ids, self.delimiters.open).masked_fill(self.opened, 0)
-        self.closing = _partial(ids, self.delimiters.close).masked_fill(~self.thinking, 0)
+        d = self.delimiters
+        self.opening = _partial(ids, d.open, d.open_text).masked_fill(self.opened, 0)
+        self.closing = _partial(ids, d.close, d.close_text).masked_fill(~self.thinking, 0)
+        if d.close_text is not None:
+            self._letters = d.close_text.seen(ids[:, -len(d.close_text.text) :])[:, -1]
 
     def _begin(self, ids: Ids) -> None:
         phase = self._clock.advance(ids, self.mask, 0).phase
@@ -96,8 +107,18 @@ class DecodingState:
     def would_close(self, scores: Scores) -> Where:
         """Rows whose drawn token ends their thinking: it completes the closing delimiter, or ends the row."""
         drawn = scores.argmax(1)
-        completes = (drawn == self.close[-1]) & (self.closing == len(self.close) - 1)
+        if (needle := self.delimiters.close_text) is None:
+            completes = (drawn == self.close[-1]) & (self.closing == len(self.close) - 1)
+        else:
+            completes = needle.completed(self._letters, drawn)
         return self.thinking & (completes | torch.isin(drawn, self.ends))
+
+    def closing_added(self, scores: Scores, where: Where, amount: float) -> Scores:
+        """`amount` added, in some of the rows, to the tokens that would complete the closing delimiter."""
+        if (needle := self.delimiters.close_text) is None:
+            return added(scores, self.close[-1:], where & (self.closing == len(self.close) - 1), amount)
+        completes = needle.completing(self._letters, scores.shape[1]) & (where & self.thinking)[:, None]
+        return torch.where(completes, scores + amount, scores)
 
     def force(self, scores: Scores, where: Where, token: Int[Tensor, " batch"]) -> Scores:
         """These rows write this token."""
@@ -129,8 +150,16 @@ class DecodingState:
         ]
 
 
-def _partial(ids: Ids, wanted: tuple[int, ...]) -> Int[Tensor, " batch"]:
-    """How many tokens of `wanted`, from its first on but not all, end each row."""
+def added(scores: Scores, tokens: Tensor, where: Where, amount: float) -> Scores:
+    """`amount` added to the scores of some tokens in some rows."""
+    logits = scores[:, tokens]
+    return scores.index_copy(1, tokens, torch.where(where[:, None], logits + amount, logits))
+
+
+def _partial(ids: Ids, wanted: tuple[int, ...], needle: Needle | None) -> Int[Tensor, " batch"]:
+    """How many tokens of `wanted`, from its first on but not all, end each row; of a text, how many letters."""
+    if needle is not None:
+        return needle.partial(ids)
     found = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     for n in range(1, min(len(wanted), ids.shape[1] + 1)):
         hit = torch.stack([ids[:, i - n] == token for i, token in enumerate(wanted[:n])]).all(0)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.files import staged_folder
-from probes.model.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first
+from probes.model.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first, path_of
 from probes.model.loading import origin_of
-from probes.model.paths import path_of
 from probes.model.sites import Site
 from probes.tables import Brief
 from probes.tensors import write_tensors

@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from probes.directions.vector import number_in
 from probes.files import check_keys, reading, staged_file
-from probes.model.architectures import architecture_of, multiplier_of
+from probes.model.architectures import architecture_of, multiplier_of, site_of
 from probes.model.families import ARCHITECTURES, Architecture
-from probes.model.paths import site_of
 from probes.model.sites import Site
 from steer.interop.contents import OURS, added, check_mapping, check_steps, notes, recipe_of, refusal
 from steer.interventions.activation import Ablate, Add

@@ -14,7 +14,7 @@ from probes.activations._record import record
 from probes.directions._attribution import Metric, attribution
 from probes.directions.direction import Direction
 from probes.directions.provenance import Provenance
-from probes.model.paths import sites_in
+from probes.model.architectures import sites_in
 from probes.thinking.spans import Span
 
 LONGEST = 11  # positions of a span that are read: the one before it and the ten first

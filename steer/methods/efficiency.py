@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from probes.directions.direction import Direction
 from probes.directions.paired import contrast_vectors
 from probes.generation.completions import Completion, by_problem
-from probes.model.architectures import n_layers
-from probes.model.paths import sites_in
+from probes.model.architectures import n_layers, sites_in
 from probes.thinking.spans import POSITIONS, position_named
 from steer.evaluation.evaluation import Evaluation
 from steer.interventions.activation import Add

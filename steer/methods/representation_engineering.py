@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from probes.directions.direction import Direction
 from probes.directions.paired import Estimator, contrast_vectors
-from probes.model.paths import sites_in
+from probes.model.architectures import sites_in
 from probes.thinking.spans import text_span
 from steer.interventions.activation import Add, Rotate
 from steer.recipes.recipe import Recipe

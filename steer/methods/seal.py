@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from probes.directions.direction import Direction, difference_in_means
 from probes.generation.completions import Completion
+from probes.model.architectures import sites_in
 from probes.model.loading import tokenizer_of
-from probes.model.paths import sites_in
 from probes.thinking._segments import Rules, present_rules, segment_spans, segments, step_ids
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from probes.activations.heads import Head, HeadScores, head_writes, written_unit
 from probes.directions.direction import Direction, difference_in_means, random_direction
 from probes.generation.completions import Completion
-from probes.model.paths import sites_in
+from probes.model.architectures import sites_in
 from probes.model.sites import Site, SiteName
 from probes.tables import Brief
 from probes.thinking.spans import POSITIONS, Span

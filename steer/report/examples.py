@@ -38,7 +38,8 @@ RULE = (
 class SideRecord:
     """A completion: its tokens, prompt included, and each one's projection less the midpoint of the classes.
 
-    `read` is the range of tokens that the direction was read at; of a long completion, `left_out` tokens are not kept.
+    `read` is the range of tokens that the direction was read at, empty where nothing was thought; of a long completion,
+    `left_out` tokens are not kept.
     """
 
     correct: bool
@@ -112,7 +113,10 @@ def _side(run: ThinkEditRun, problem: Problem, recipe: Recipe | None, midpoint: 
     with nullcontext() if recipe is None else applied(run.model, recipe, must_fire=False):
         completion = solve(run.model, [problem], sampling=run.sampling, label="examples")[0]
         values = _projections(run.model, completion, run.direction)
-    read, tokenizer = POSITIONS[run.selected.position](completion), tokenizer_of(run.model)
+    tokenizer, read = tokenizer_of(run.model), (0, 0)
+    if completion.span is not None:
+        span = POSITIONS[run.selected.position](completion)
+        read = span.start, span.stop
     end = len(completion.prompt_ids) + SHOWN
     return SideRecord(
         correct=is_correct(completion, problem, run.task.grader),
@@ -120,7 +124,7 @@ def _side(run: ThinkEditRun, problem: Problem, recipe: Recipe | None, midpoint: 
         truncated=completion.truncated,
         left_out=max(0, len(completion.ids) - SHOWN),
         prompt_tokens=len(completion.prompt_ids),
-        read=(read.start, read.stop),
+        read=read,
         tokens=tuple(decode(tokenizer, [token]) for token in completion.all_ids[:end]),
         projections=tuple(value - midpoint for value in values[:end]),
     )

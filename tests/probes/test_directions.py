@@ -17,9 +17,9 @@ from probes.directions.length_probe import fit_length
 from probes.evidence._separation import auroc
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
+from probes.model.delimiters import ThinkingSpan
 from probes.model.loading import identity_of, tokenizer_of
 from probes.model.sites import Site
-from probes.model.tokens import ThinkingSpan
 from probes.tables import Table
 from probes.tensors import read_tensors, write_tensors
 from probes.thinking.spans import Span, text_span

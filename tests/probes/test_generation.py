@@ -14,8 +14,9 @@ from probes.generation import _generate as generation
 from probes.generation._generate import generate
 from probes.generation.completions import Completion, by_problem, read_completions, write_completions
 from probes.generation.sampling import GumbelNoise, Sampling, row_key
+from probes.model.delimiters import ThinkingSpan
 from probes.model.loading import load, tokenizer_of
-from probes.model.tokens import ThinkingSpan, decode, encode_prompt
+from probes.model.tokens import decode, encode_prompt
 
 GREEDY = Sampling(temperature=0, max_new_tokens=12)
 WARM = Sampling(temperature=0.7, top_p=1.0, max_new_tokens=48)

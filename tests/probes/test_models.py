@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
+from probes.model.delimiters import Delimiters
 from probes.model.loading import (
     ORGANISM,
     delimiters_of,
@@ -21,7 +22,7 @@ from probes.model.loading import (
     origin_of,
     tokenizer_of,
 )
-from probes.model.tokens import REFLECTION_MARKERS, Delimiters, encode_prompt
+from probes.model.tokens import REFLECTION_MARKERS, encode_prompt
 
 CHAIN = "a 3 b +4 c *7"
 # a tokenizer that does not think

@@ -1,9 +1,8 @@
 import pytest
 from families import build
 
-from probes.model.architectures import tap_of
+from probes.model.architectures import path_of, site_of, tap_of
 from probes.model.hooks import attached
-from probes.model.paths import path_of, site_of
 from probes.model.sites import SITE_NAMES, Site
 
 

@@ -7,17 +7,9 @@ from families import SPECIAL, build_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from probes.model.delimiters import Delimiters, ThinkingSpan, find_delimiters, thinking_span
 from probes.model.loading import load, markers_of, tokenizer_of
-from probes.model.tokens import (
-    REFLECTION_MARKERS,
-    Delimiters,
-    ThinkingSpan,
-    decode,
-    encode_prompt,
-    find_delimiters,
-    present_markers,
-    thinking_span,
-)
+from probes.model.tokens import REFLECTION_MARKERS, decode, encode_prompt, present_markers
 
 ONE = Delimiters(open=(3,), close=(4,), turn=(5,), user=(1,))
 SEVERAL = Delimiters(open=(31, 32), close=(33, 34, 35), turn=(36, 37))

@@ -11,10 +11,10 @@ from probes.directions._attribution import attribution, log_probability_of
 from probes.directions.direction import difference_in_means
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
+from probes.model.architectures import sites_in
+from probes.model.delimiters import ThinkingSpan
 from probes.model.hooks import attached, captured
-from probes.model.paths import sites_in
 from probes.model.sites import Site
-from probes.model.tokens import ThinkingSpan
 from probes.thinking.spans import Span
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.outcomes import Outcomes

@@ -15,8 +15,9 @@ from transformers import LogitsProcessor
 from probes.generation._generate import generate
 from probes.generation.completions import read_completions
 from probes.generation.sampling import Sampling
+from probes.model.delimiters import Delimiters, find, thinking_span
 from probes.model.loading import delimiters_of, load, tokenizer_of
-from probes.model.tokens import Delimiters, encode_prompt, find, thinking_span
+from probes.model.tokens import encode_prompt
 from steer.decoding.budgets import Budget, BudgetForcing, CloseBias
 from steer.decoding.control import Controlled, ControlLog, Processors, Together
 from steer.decoding.convergence import Converge, StatedAnswer, YesNo, thoughts_of

@@ -5,10 +5,10 @@ import torch
 from families import build
 from transformers import LogitsProcessorList
 
+from probes.model.delimiters import Delimiters
 from probes.model.hooks import captured
 from probes.model.loading import load, tokenizer_of
 from probes.model.sites import Site
-from probes.model.tokens import Delimiters
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Ablate, Add, Rotate
 from steer.recipes.condition import Condition

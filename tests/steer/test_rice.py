@@ -8,8 +8,8 @@ from families import build
 from transformers import AutoModelForCausalLM
 
 from probes import load
+from probes.model.delimiters import Delimiters
 from probes.model.loading import tokenizer_of
-from probes.model.tokens import Delimiters
 from steer.cli.main import app
 from steer.decoding.budgets import CloseBias
 from steer.folding.draft import NotFoldable

@@ -8,10 +8,10 @@ import torch
 from families import build
 from transformers import LogitsProcessorList
 
+from probes.model.delimiters import Delimiters, thinking_span
 from probes.model.hooks import attached, hook_inputs
 from probes.model.loading import load, tokenizer_of
 from probes.model.sites import Site
-from probes.model.tokens import Delimiters, thinking_span
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe

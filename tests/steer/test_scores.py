@@ -13,9 +13,9 @@ from scipy.stats import binom, t
 import steer.tasks.chains
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
+from probes.model.delimiters import ThinkingSpan
 from probes.model.loading import load
 from probes.model.sites import Site
-from probes.model.tokens import ThinkingSpan
 from steer.evaluation._evaluate import evaluate, solve
 from steer.evaluation.evaluation import SHORTEST, Evaluation
 from steer.evaluation.outcomes import Outcomes

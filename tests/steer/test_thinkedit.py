@@ -9,10 +9,10 @@ from families import build
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.architectures import block_of, head_matrices, o_proj_of
+from probes.model.delimiters import thinking_span
 from probes.model.hooks import captured
 from probes.model.loading import delimiters_of
 from probes.model.sites import Site
-from probes.model.tokens import thinking_span
 from steer.folding._fold import folded
 from steer.methods.thinkedit import PUBLISHED, LengthReading, LengthSplit, Position
 from steer.runtime._applied import applied
