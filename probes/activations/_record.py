@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from probes.activations.moments import Moments
+from probes.model.architectures import rope_groups
 from probes.model.hooks import forward_through, hook_site
 from probes.model.sites import Site
 from probes.tables import Brief
@@ -74,7 +75,7 @@ def span_means(
     """
     top = max(site.layer for site in sites)
     with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
-        for rows in batches(spans, batch_tokens):
+        for rows in batches(model, spans, batch_tokens):
             batch = [spans[row] for row in rows]
             width = max(len(span.ids) for span in batch)
             ids = torch.tensor([[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=model.device)
@@ -182,10 +183,12 @@ def _reduce(x: Tensor, *, site: Site, real: Tensor, wanted: Tensor, keep: bool, 
     into.shares[site] = held.amax(1) / held.sum(1)
 
 
-def batches(spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of spans, longest first, at most `batch_tokens` padded tokens a batch."""
-    order = sorted(range(len(spans)), key=lambda i: -len(spans[i].ids))
-    while order:
-        size = max(1, batch_tokens // len(spans[order[0]].ids))
-        yield order[:size]
-        order = order[size:]
+def batches(model: PreTrainedModel, spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of spans that may be read together, longest first, at most `batch_tokens` padded tokens a batch."""
+    lengths = [len(span.ids) for span in spans]
+    for group in rope_groups(model, lengths):
+        order = sorted(group, key=lambda i: -lengths[i])
+        while order:
+            size = max(1, batch_tokens // lengths[order[0]])
+            yield order[:size]
+            order = order[size:]

@@ -131,7 +131,7 @@ def read_experts(
     counts = torch.zeros(len(spans), len(tally.classes), len(tally.layers), n_experts, dtype=torch.int32)
     tokens = torch.zeros(len(spans), len(tally.classes), dtype=torch.int32)
     with tqdm(total=len(spans), desc="reading experts", unit="completion", delay=2, leave=False) as bar:
-        for rows in batches(spans, batch_tokens):
+        for rows in batches(model, spans, batch_tokens):
             seen, many = tally.of_rows(model, [spans[row].ids for row in rows])
             counts[rows], tokens[rows] = seen.int().cpu(), many.int().cpu()
             bar.update(len(rows))

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from probes.generation.completions import Completion
 from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
 from probes.generation.store import Store
+from probes.model.architectures import rope_groups
 from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
 from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
@@ -80,8 +81,8 @@ def generate(
         done = {} if held is None else dict(held.rows)
         missing = sum((names[n], sample) not in done for n, sample in rows)
         with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
-            for start in range(0, len(rows), batch_size):  # the same batches, whatever is done already
-                batch = [(names[n], encoded[n], sample) for n, sample in rows[start : start + batch_size]]
+            for together in _batches(model, rows, encoded, batch_size, sampling.max_new_tokens):
+                batch = [(names[n], encoded[n], sample) for n, sample in together]
                 if all((name, sample) in done for name, _, sample in batch):
                     continue
                 new = [c for c in _complete(model, batch, sampling, decoding) if (c.id, c.sample) not in done]
@@ -92,6 +93,15 @@ def generate(
         if held is not None:
             held.order(keys)
     return [done[key] for key in keys]
+
+
+def _batches(
+    model: PreTrainedModel, rows: list[tuple[int, int]], encoded: list[list[int]], size: int, new: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Rows that may be written together: the same batches, whatever is done already."""
+    for group in rope_groups(model, [len(encoded[n]) for n, _ in rows], new):
+        for start in range(0, len(group), size):
+            yield [rows[i] for i in group[start : start + size]]
 
 
 class _Progress:

@@ -1,6 +1,7 @@
 """What a loaded model is made of, asked of its family's row: blocks, heads, matrices, widths, paths of sites."""
 
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -143,6 +144,31 @@ def is_parallel(model: nn.Module) -> bool:
     """Do attention and MLP read the same stream, so that there is none between them?"""
     key = architecture_of(model).parallel
     return key == "always" or (key is not None and bool(getattr(config_of(model), key)))
+
+
+def rope_groups(model: nn.Module, lengths: Sequence[int], new: int = 0) -> list[list[int]]:
+    """Which rows may share a batch, where rotary frequencies depend on its longest row: indices, in their order.
+
+    With *longrope* (Phi-3) rows within the original context and rows beyond it have two sets of frequencies; with
+    *dynamic* scaling rows beyond it have one for each length. A row that comes to pass the limit while `new` tokens are
+    written shares a batch with rows of its own length alone, which pass it at the same step. One group where
+    frequencies are fixed.
+    """
+    config = config_of(model)
+    known: Any = getattr(config, "rope_parameters", None) or {}
+    limits: dict[str, int] = {}
+    for rope in (known, *known.values()):
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+        if kind in ("longrope", "dynamic"):
+            limits[kind] = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, length in enumerate(lengths):
+        regime = [
+            0 if length + new <= limit else -1 if kind == "longrope" and length > limit else length
+            for kind, limit in limits.items()
+        ]
+        groups.setdefault(tuple(regime), []).append(i)
+    return list(groups.values())
 
 
 def attn_gain(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from probes.late import optimize
+from probes.model.architectures import rope_groups
 from probes.thinking.spans import Span
 from steer.interventions.activation import Add, with_fields
 from steer.interventions.routing import Forbid, Force
@@ -36,9 +37,10 @@ def divergence(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], *,
     if not spans:
         raise ValueError("A divergence is measured on prompts, but none was given.")
     order = sorted(spans, key=lambda span: span.stop)
+    groups = rope_groups(model, [len(span.ids) for span in order])
     total = 0.0
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for rows in (group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)):
+        batch = [order[i] for i in rows]
         plain, steered = (log_probabilities(model, batch, which) for which in (None, recipe))
         kl = (plain.exp() * (plain - steered)).sum(-1)
         width = kl.shape[1]

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.model.architectures import rope_groups
 from probes.model.loading import tokenizer_of
 from probes.model.tokens import Prompt, encode_prompt
 from probes.tables import Brief, Shown, Table
@@ -141,7 +142,12 @@ def effect_curve(
             raise ValueError(
                 f"Two candidate answers of prompt {number} begin with one token, and cannot be told apart."
             )
-    batches = [choices[i : i + batch_size] for i in range(0, len(choices), batch_size)]
+    together = rope_groups(model, [len(choice.span.ids) for choice in choices])
+    batches = [
+        [choices[i] for i in group[start : start + batch_size]]
+        for group in together
+        for start in range(0, len(group), batch_size)
+    ]
     return EffectCurve(tuple(_effect(model, recipe_at(s), s, batches) for s in strengths), len(choices))
 
 
