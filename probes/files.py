@@ -216,12 +216,13 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def check_keys(words: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def check_keys(words: Mapping[str, Any], needed: Iterable[str], where: str, *, optional: Iterable[str] = ()) -> None:
     """Refuse keys that are unknown and keys that are missing, by name."""
-    known = list(known)
+    needed = list(needed)
+    known = [*needed, *optional]
     if unknown := sorted(set(words) - set(known), key=str):
         raise ValueError(
             f"{where} has unknown keys: {printable(', '.join(map(str, unknown)))[:500]}. Known: {', '.join(known)}."
         )
-    if missing := [key for key in known if key not in words]:
+    if missing := [key for key in needed if key not in words]:
         raise ValueError(f"{where} lacks keys: {', '.join(missing)}.")

@@ -151,7 +151,9 @@ class Evaluation(Shown):
         columns = ("arm", "problems", "n", "samples", "accuracy", f"against {self.baseline} [95 %]", "p (adjusted)",
                    "thinking tokens", "accuracy per 1,000", "shortest 5/10/20 %", "truncated",
                    "repeated 4-grams")  # fmt: skip
-        return Table(columns, tuple(rows), self.task.name)
+        stopped = sum(int(arm.ungraded.sum()) for arm in self.arms.values() if arm.ungraded is not None)
+        note = f"; grading stopped, and wrong: {stopped}" if stopped else ""
+        return Table(columns, tuple(rows), self.task.name + note)
 
     def to_dict(self) -> dict[str, Any]:
         """Per arm its overall score, and under the subgroup's name the subgroup's."""

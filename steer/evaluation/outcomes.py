@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from probes.generation.completions import Completion, by_problem
 from probes.tables import Brief
-from steer.tasks.grading import is_correct
+from steer.tasks.grading import grade
 from steer.tasks.task import Problem, Task
 
 
@@ -16,7 +16,7 @@ from steer.tasks.task import Problem, Task
 class Outcomes(Brief):
     """What one arm did: a row a problem, a column a sample. `length` is in thinking tokens.
 
-    `repeated`: see `repetition`; None where not known.
+    `repeated`: see `repetition`; `ungraded`: grading was stopped, and they count as wrong; None where not known.
 
     >>> from probes import Sampling, load
     >>> from steer import task_named
@@ -33,33 +33,39 @@ class Outcomes(Brief):
     length: Int[np.ndarray, "problems samples"]
     truncated: Bool[np.ndarray, "problems samples"]
     repeated: Float[np.ndarray, "problems samples"] | None = None
+    ungraded: Bool[np.ndarray, "problems samples"] | None = None
 
     @classmethod
     def of(cls, completions: Sequence[Completion], problems: Sequence[Problem], task: Task) -> "Outcomes":
         groups = by_problem(completions)
         rows = [groups[problem.id] for problem in problems]
-        right = [[is_correct(c, p, task.grader) for c in row] for p, row in zip(problems, rows, strict=True)]
+        grades = [[grade(c, p, task.grader) for c in row] for p, row in zip(problems, rows, strict=True)]
         return cls(
-            np.array(right),
+            np.array([[g.correct for g in row] for row in grades]),
             np.array([[c.thinking_tokens for c in row] for row in rows]),
             np.array([[c.truncated for c in row] for row in rows]),
             np.array([[_repetition_of(c) for c in row] for row in rows]),
+            np.array([[g.stopped for g in row] for row in grades]),
         )
 
     @classmethod
     def pooled(cls, draws: Sequence["Outcomes"]) -> "Outcomes":
         """Several draws of one null, as samples of one arm."""
-        repeated = [d.repeated for d in draws if d.repeated is not None]
+        repeated, ungraded = (
+            [x for x in all_of if x is not None]
+            for all_of in zip(*[(d.repeated, d.ungraded) for d in draws], strict=True)
+        )
         return cls(
             np.concatenate([d.correct for d in draws], axis=1),
             np.concatenate([d.length for d in draws], axis=1),
             np.concatenate([d.truncated for d in draws], axis=1),
             np.concatenate(repeated, axis=1) if len(repeated) == len(draws) else None,
+            np.concatenate(ungraded, axis=1) if len(ungraded) == len(draws) else None,
         )
 
     def only(self, rows: Bool[np.ndarray, " problems"]) -> "Outcomes":
-        repeated = None if self.repeated is None else self.repeated[rows]
-        return Outcomes(self.correct[rows], self.length[rows], self.truncated[rows], repeated)
+        repeated, ungraded = (None if x is None else x[rows] for x in (self.repeated, self.ungraded))
+        return Outcomes(self.correct[rows], self.length[rows], self.truncated[rows], repeated, ungraded)
 
     def shortest(self, share: float) -> tuple[float, float]:
         """Accuracy and length of the floor(share * n) shortest completions of a run, averaged over runs (ThinkEdit).

@@ -3,19 +3,25 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from probes.files import check_keys
 from probes.texts import read_json_lines
 from steer.tasks.chains import TASKS
+from steer.tasks.grading import grader_for
 from steer.tasks.gym import gym_task
 from steer.tasks.published import SOURCES, published_task
-from steer.tasks.task import Problem, Task
+from steer.tasks.task import Grader, Problem, Task, shared_out
+
+_GRADERS = tuple(rule for rule in get_args(Grader) if rule != "gym")  # whose rules need a dataset
 
 
 def task_named(name: str, *, path: str | Path | None = None) -> Task:
     """A task by name: `chains`, `mirrors`, a published dataset, `gym:<dataset of reasoning-gym>`, or a JSONL file.
 
-    A file has a line `{"question": ..., "answer": ...}` for each problem. A published dataset is read from the hub, or
+    A file has a line `{"question": ..., "answer": ...}` for each problem, in which `"grader"` may name the rule of
+    `is_correct`; else a capital letter is graded as a choice, a number or a formula as mathematics, words as text. Its
+    splits are shares of the problems that are there. A published dataset is read from the hub, or
     from a copy in the folder `path`, also written `gsm8k:<folder>`. Raises ValueError for an unknown name.
 
     >>> from steer import task_named
@@ -42,16 +48,25 @@ def task_named(name: str, *, path: str | Path | None = None) -> Task:
 
 
 def _task_from_file(path: Path) -> Task:
-    problems = []
+    problems: dict[str, Problem] = {}
     for where, fields in read_json_lines(path):
-        check_keys(fields, ("question", "answer"), where)
-        if not isinstance(fields["question"], str) or isinstance(fields["answer"], list | dict | None):
+        check_keys(fields, ("question", "answer"), where, optional=("grader",))
+        question, answer = fields["question"], fields["answer"]
+        if not isinstance(question, str) or isinstance(answer, list | dict | None):
             raise ValueError(f"{where} should hold a question and an answer in words.")
-        problems.append(Problem(fields["question"], fields["question"], str(fields["answer"])))
+        rule = fields.get("grader", grader_for(str(answer)))
+        if rule not in _GRADERS:
+            raise ValueError(f"{where} has the grader {rule!r:.60}. Known: {', '.join(_GRADERS)}.")
+        problem = Problem(question, question, str(answer), grader=rule)
+        if problems.setdefault(question, problem).answer != problem.answer:
+            raise ValueError(f"{where} asks {question[:60]!r} again, with another answer. Keep one of them.")
     if not problems:
         raise ValueError(f"{path} holds no problems.")
+    found = list(problems.values())
+    rules = {problem.grader for problem in found}
 
     def shuffled(rng: random.Random) -> Iterator[Problem]:
-        return iter(rng.sample(problems, len(problems)))
+        return iter(rng.sample(found, len(found)))
 
-    return Task(path.stem, "math", shuffled)
+    common = rules.pop() if len(rules) == 1 else None
+    return Task(path.stem, common or "math", shuffled, splits=shared_out(found))

@@ -2,12 +2,14 @@
 
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Split = Literal["train", "probe", "select", "report"]
-Grader = Literal["exact", "math", "number", "choice", "gym"]
+Grader = Literal["exact", "text", "math", "number", "choice", "gym"]
+
+_PATIENCE = 10_000  # draws in a row that bring nothing new, after which a task has no more
 
 # Share of all possible problems, in hundredths. A problem's split is a function of the problem alone.
 SPLITS: dict[Split, range] = {
@@ -22,7 +24,7 @@ SPLITS: dict[Split, range] = {
 class Problem:
     """A question for the model, its answer, and the subgroup it is reported in (`None`: no subgroup).
 
-    `facts` are what an answer rule needs beside the answer.
+    `facts` are what an answer rule needs beside the answer; `grader` is the rule, where it is not the task's.
 
     >>> from steer.tasks import Problem
     >>> Problem("sum-1", "What is 3 + 4?", "7")
@@ -34,13 +36,15 @@ class Problem:
     answer: str
     subgroup: str | None = None
     facts: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    grader: Grader | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Task:
     """A source of problems in an order that a seed fixes, its answer rule, and the subgroup reported apart.
 
-    `max_new_tokens` is the limit of a completion, in tokens.
+    `max_new_tokens` is the limit of a completion, in tokens. `splits` says, by id, the split of each problem of a task
+    that has only so many; else a checksum of the id does (`split_of`).
 
     >>> from steer.tasks import Problem, Task
     >>> def sums(rng):
@@ -56,14 +60,20 @@ class Task:
     problems: Callable[[random.Random], Iterator[Problem]]
     subgroup: str | None = None
     max_new_tokens: int = 4096
+    splits: Mapping[str, Split] | None = field(default=None, compare=False, repr=False)
 
     def sample(self, n: int, split: Split, *, seed: int = 0) -> list[Problem]:
-        """n different problems of one split. Raises ValueError where there are fewer."""
+        """n different problems of one split. Raises ValueError where there are fewer, or none is asked for."""
+        if n < 1:
+            raise ValueError(f"{n} problems were asked for, but at least 1 is needed.")
         problems: dict[str, Problem] = {}
-        for problem in self.stream(split, seed=seed):
-            if len(problems) == n:
+        idle = 0
+        for problem in self.problems(self._rng(split, seed)):
+            idle += 1
+            if problem.id not in problems and self.split(problem) == split:
+                problems[problem.id], idle = problem, 0
+            if len(problems) == n or idle > _PATIENCE:
                 break
-            problems.setdefault(problem.id, problem)
         if len(problems) < n:
             raise ValueError(
                 f"Task {self.name} has {len(problems)} problems in split {split!r}, but {n} were asked for."
@@ -72,8 +82,29 @@ class Task:
 
     def stream(self, split: Split, *, seed: int = 0) -> Iterator[Problem]:
         """The problems of one split, repeats included; without end where the task makes its own."""
-        rng = random.Random(f"{self.name}/{split}/{seed}")
-        return (problem for problem in self.problems(rng) if split_of(problem) == split)
+        return (problem for problem in self.problems(self._rng(split, seed)) if self.split(problem) == split)
+
+    def split(self, problem: Problem) -> Split:
+        """The split of a problem of this task."""
+        return split_of(problem) if self.splits is None else self.splits[problem.id]
+
+    def _rng(self, split: Split, seed: int) -> random.Random:
+        return random.Random(f"{self.name}/{split}/{seed}")
+
+
+def shared_out(problems: Sequence[Problem]) -> dict[str, Split]:
+    """The split of each of a few problems, by id: shares of what is there, at least one each of four or more.
+
+    In the order of their checksums, so that it depends neither on the order of a file nor on chance.
+    """
+    order = sorted({problem.id for problem in problems}, key=lambda name: (zlib.crc32(name.encode()), name))
+    ends: list[int] = []
+    for i, share in enumerate(SPLITS.values(), start=1):
+        end = round(share.stop * len(order) / 100)
+        if len(order) >= len(SPLITS):  # one each at least
+            end = min(max(end, 1 + (ends[-1] if ends else 0)), len(order) - len(SPLITS) + i)
+        ends.append(end)
+    return {name: next(s for s, end in zip(SPLITS, ends, strict=True) if i < end) for i, name in enumerate(order)}
 
 
 def split_of(problem: Problem) -> Split:
