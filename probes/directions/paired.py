@@ -13,10 +13,12 @@ from probes.directions.direction import Direction
 from probes.directions.provenance import Provenance
 from probes.model.sites import Site
 from probes.thinking.spans import Span
+from probes.words import checked
 
 Estimator = Literal["reading", "contrast", "pca", "pca uncentred"]
 
 
+@checked
 def contrast_vectors(
     model: PreTrainedModel,
     positive: Sequence[Span],

@@ -15,10 +15,12 @@ from probes.late import stats
 from probes.model.architectures import sites_in
 from probes.model.sites import Site, SiteName
 from probes.thinking.spans import Span
+from probes.words import checked
 
 MINIMUM = 4
 
 
+@checked
 def evidence_for(
     model: PreTrainedModel,
     positive: Sequence[Span],

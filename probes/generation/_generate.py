@@ -19,8 +19,10 @@ from probes.model.architectures import rope_groups
 from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
 from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
+from probes.words import checked
 
 
+@checked
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Prompt],

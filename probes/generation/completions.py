@@ -14,6 +14,7 @@ from probes.generation.sampling import Event, Sampling
 from probes.model.delimiters import ThinkingSpan
 from probes.tables import Brief
 from probes.texts import parse_json
+from probes.words import checked
 
 Stop = Literal["eos", "length"]
 _OPTIONAL: dict[str, Any] = {"decoding": "", "events": (), "fingerprint": ""}  # not in a file where they say nothing
@@ -22,6 +23,7 @@ _VOCABULARY = 1 << 24
 _BEGIN = b'{"id": '
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Completion(Brief):
     """One sample of one prompt. `ids` are the generated tokens; `thinking` is None where the turn never thinks.

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from probes.model.families import ARCHITECTURES, Architecture, Tap
 from probes.model.quantised import computed_weight, is_packed
 from probes.model.sites import Site, SiteName
+from probes.words import checked
 
 
 def config_of(model: nn.Module) -> PretrainedConfig:
@@ -241,6 +242,7 @@ def site_of(model: nn.Module, text: str) -> Site:
     return Site(int(layer), names[0])
 
 
+@checked
 def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
     """The site of that name in every layer.
 

@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from probes.words import checked
+
 # In the order in which a block computes them.
 SiteName = Literal[
     "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "routing", "mlp_out", "resid_post"
@@ -36,6 +38,7 @@ _TRANSFORMER_LENS: dict[SiteName, str] = {
 }
 
 
+@checked
 @dataclass(frozen=True, order=True)
 class Site:
     """One place in one layer, written as the field writes it: `L12.resid_post`, `L12H7.z`, `L12E7.routing`.

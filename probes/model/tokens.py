@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from probes.words import checked
+
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 Template = Mapping[str, Any] | Literal["raw"]
@@ -20,6 +22,7 @@ def check_prompts(prompts: object) -> None:
         raise ValueError("One conversation was given as such: give a list of conversations, [messages].")
 
 
+@checked
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, template: Template | None = None) -> list[int]:
     """Ids of a user's words, or of a conversation, up to where the model speaks.
 

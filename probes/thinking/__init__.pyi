@@ -1,6 +1,3 @@
-from ._segments import LABELS as LABELS
-from ._segments import RULES as RULES
-from ._segments import Rules as Rules
 from ._segments import Segment as Segment
 from ._segments import present_rules as present_rules
 from ._segments import segment_spans as segment_spans
@@ -9,6 +6,9 @@ from ._segments import segments as segments
 from .phases import PHASES as PHASES
 from .phases import Clock as Clock
 from .phases import Phases as Phases
+from .rules import LABELS as LABELS
+from .rules import RULES as RULES
+from .rules import Rules as Rules
 from .spans import POSITIONS as POSITIONS
 from .spans import Position as Position
 from .spans import Span as Span

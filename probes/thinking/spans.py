@@ -12,6 +12,7 @@ from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
 from probes.tables import Brief
 from probes.texts import read_json_lines
+from probes.words import checked
 
 Thing = Literal["completion", "text", "segment"]
 
@@ -44,6 +45,7 @@ class Span(Brief):
             raise ValueError(f"Positions {self.start} to {self.stop} are not in a sequence of {len(self.ids)} tokens.")
 
 
+@checked
 @dataclass(frozen=True)
 class Position:
     """A rule that says which positions of a thing are read: a row of `POSITIONS`.
@@ -96,6 +98,7 @@ POSITIONS: Mapping[str, Position] = {
 }
 
 
+@checked
 def position_named(name: str, of: Thing) -> Position:
     """The position of that name for completions, texts or segments. Raises ValueError for another name.
 

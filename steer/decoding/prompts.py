@@ -7,8 +7,10 @@ from transformers import PreTrainedModel
 from probes.model.delimiters import thinking_span
 from probes.model.loading import delimiters_of, tokenizer_of
 from probes.model.tokens import Template, encode_prompt, words_ids
+from probes.words import checked
 
 
+@checked
 @dataclass(frozen=True)
 class PromptStyle:
     """How a question is put: words `before` and `after` it, the chat template, and how the turn begins.

@@ -13,6 +13,7 @@ from probes.generation._generate import generate
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.loading import fingerprint
+from probes.words import checked
 from steer.decoding.control import Controlled, DecodingControl
 from steer.decoding.prompts import PromptStyle
 from steer.evaluation.evaluation import Evaluation
@@ -94,6 +95,7 @@ def evaluate(
     return Evaluation(task, tuple(problems), outcomes)
 
 
+@checked
 def solve(
     model: PreTrainedModel,
     problems: Sequence[Problem],

@@ -14,6 +14,7 @@ from probes.directions.vector import check_number, check_row
 from probes.model.architectures import tap_of, width_of
 from probes.model.sites import Site
 from probes.tables import Brief
+from probes.words import checked
 from steer.interventions.affine import Affine, widened
 
 Units = Literal["stream", "raw"]
@@ -71,6 +72,7 @@ class Add(Brief):
         _check(self.kind, self.site, self.vector, self.strength)
 
     @classmethod
+    @checked
     def of(cls, direction: Direction, strength: float, *, units: Units = "stream") -> "Add":
         """Along a direction, at its site. In units `stream` a strength of 1 adds a vector as long as the stream's mean
         norm there; in `raw` ones, the direction as it is."""
@@ -236,6 +238,7 @@ class Rotate(Brief):
     birth: Provenance | None = None
 
     @classmethod
+    @checked
     def of(cls, direction: Direction, strength: float, *, units: Units = "stream") -> "Rotate":
         """Towards a direction, at its site; units as for `Add.of`."""
         return cls(direction.site, _in_units(direction, units), strength, direction.provenance)

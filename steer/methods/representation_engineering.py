@@ -12,10 +12,12 @@ from probes.directions.direction import Direction
 from probes.directions.paired import Estimator, contrast_vectors
 from probes.model.architectures import sites_in
 from probes.thinking.spans import text_span
+from probes.words import checked
 from steer.interventions.activation import Add, Rotate
 from steer.recipes.recipe import Recipe
 
 
+@checked
 def directions(
     model: PreTrainedModel,
     positive: Sequence[str],

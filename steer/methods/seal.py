@@ -14,7 +14,8 @@ from probes.directions.direction import Direction, difference_in_means
 from probes.generation.completions import Completion
 from probes.model.architectures import sites_in
 from probes.model.loading import tokenizer_of
-from probes.thinking._segments import Rules, present_rules, segment_spans, segments, step_ids
+from probes.thinking._segments import present_rules, segment_spans, segments, step_ids
+from probes.thinking.rules import Rules
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
 from steer.recipes.scope import Scope

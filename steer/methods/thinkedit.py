@@ -26,6 +26,7 @@ from probes.model.architectures import sites_in
 from probes.model.sites import Site, SiteName
 from probes.tables import Brief
 from probes.thinking.spans import POSITIONS, Span
+from probes.words import checked
 from steer.interventions.activation import Ablate, Add, Clamp, Intervention
 from steer.recipes.recipe import Recipe
 
@@ -35,6 +36,7 @@ Kind = Literal["project", "replace", "one_sided"]
 METHOD = "ThinkEdit (Sun et al. 2025)"
 
 
+@checked
 @dataclass(frozen=True)
 class ThinkEditSetting:
     """One way to edit. `heads` is a number of heads, or a share of all heads below 1.
@@ -111,12 +113,14 @@ class LengthSplit(Brief):
         low, high = torch.tensor(lengths).quantile(torch.tensor([share, 1 - share])).tolist()
         return cls.at(completions, below=low + 0.5, above=high - 0.5, minimum=minimum)
 
+    @checked
     def spans(self, position: Position) -> tuple[list[Span], list[Span]]:
         """Short and long completions, as the positions to read."""
         read = POSITIONS[position]
         return [read(c) for c in self.short], [read(c) for c in self.long]
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class LengthReading(Brief):
     """The length direction of every layer (long - short), and what each head writes along it in either class.
@@ -147,6 +151,7 @@ class LengthReading(Brief):
     long_writes: Float[Tensor, "n_layers n_heads"]
 
     @classmethod
+    @checked
     def of(
         cls,
         model: PreTrainedModel,
@@ -172,12 +177,14 @@ class LengthReading(Brief):
         drawn = tuple(random_direction(d, seed=seed * 1000 + d.site.layer) for d in self.directions)
         return self._along(self.model, self.split, self.position, drawn)
 
+    @checked
     def scores(self, ranking: Ranking = "raw") -> HeadScores:
         """How much each head writes towards short thinking. `centred`: more on short than on long completions."""
         if ranking == "raw":
             return HeadScores(-self.short_writes, "mean write along -v̂ on short completions")
         return HeadScores(self.long_writes - self.short_writes, "mean write along -v̂, short less long completions")
 
+    @checked
     def edit(self, heads: Sequence[Head], *, kind: Kind = "project", weight: float = 1.0) -> Recipe:
         """The recipe that edits these heads.
 

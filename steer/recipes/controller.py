@@ -11,10 +11,12 @@ from probes.directions.length_probe import LengthProbe
 from probes.directions.vector import check_number, check_row
 from probes.model.sites import Site
 from probes.tables import Brief
+from probes.words import checked
 
 Shape = Literal["linear", "cosine", "step"]
 
 
+@checked
 @dataclass(frozen=True)
 class Schedule:
     """The strength's multiple as a function of the thinking position t: `start` at 0, `end` from t = `over` on.

@@ -14,6 +14,7 @@ from probes.model.tokens import present_markers
 from probes.tables import Brief
 from probes.thinking._segments import step_ids
 from probes.thinking.phases import Ids
+from probes.words import checked
 from steer.interventions.activation import check_vector
 from steer.recipes.condition import Condition
 from steer.recipes.controller import Controller, Schedule
@@ -23,6 +24,7 @@ Phase = Literal["all", "prompt", "thinking", "answer"]
 SCOPES: tuple[Phase, ...] = get_args(Phase)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Scope(Brief):
     """The tokens of a phase that meet every condition given.
@@ -75,6 +77,7 @@ class Scope(Brief):
         return scope if isinstance(scope, Scope) else cls(scope)
 
     @classmethod
+    @checked
     def at_steps(cls, model: PreTrainedModel, delimiter: str = "\n\n", *, phase: Phase = "thinking") -> "Scope":
         """The tokens that end a step of the thinking, as SEAL steers them (Chen et al. 2025): all ids whose text holds
         `delimiter`. Raises ValueError where the vocabulary has none."""

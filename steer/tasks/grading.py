@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from probes.generation.completions import Completion
+from probes.words import checked
 from steer.tasks.answers import UNITS, is_mathematics, last_boxed, letter_of, number_of, plain_text, quantity_of, stated
 from steer.tasks.gym import scores_fully
 from steer.tasks.mathematics import equal_as_mathematics
@@ -17,6 +18,7 @@ class Grade:
     stopped: bool = False
 
 
+@checked
 def is_correct(completion: Completion, problem: Problem, grader: Grader) -> bool:
     """Is the completion's answer that of the problem, by a grader's rule? A truncated one is wrong, whatever it says.
 

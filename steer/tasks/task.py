@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from probes.words import checked
+
 Split = Literal["train", "probe", "select", "report"]
 Grader = Literal["exact", "text", "math", "number", "choice", "gym"]
 
@@ -20,6 +22,7 @@ SPLITS: dict[Split, range] = {
 }
 
 
+@checked
 @dataclass(frozen=True)
 class Problem:
     """A question for the model, its answer, and the subgroup it is reported in (`None`: no subgroup).
@@ -39,6 +42,7 @@ class Problem:
     grader: Grader | None = field(default=None, repr=False)
 
 
+@checked
 @dataclass(frozen=True)
 class Task:
     """A source of problems in an order that a seed fixes, its answer rule, and the subgroup reported apart.
@@ -62,6 +66,7 @@ class Task:
     max_new_tokens: int = 4096
     splits: Mapping[str, Split] | None = field(default=None, compare=False, repr=False)
 
+    @checked
     def sample(self, n: int, split: Split, *, seed: int = 0) -> list[Problem]:
         """n different problems of one split. Raises ValueError where there are fewer, or none is asked for."""
         if n < 1:
@@ -80,6 +85,7 @@ class Task:
             )
         return list(problems.values())
 
+    @checked
     def stream(self, split: Split, *, seed: int = 0) -> Iterator[Problem]:
         """The problems of one split, repeats included; without end where the task makes its own."""
         return (problem for problem in self.problems(self._rng(split, seed)) if self.split(problem) == split)

@@ -8,7 +8,7 @@ from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
 from probes.model.hooks import captured
 from probes.model.loading import tokenizer_of
-from probes.thinking._segments import Rules, segments
+from probes.thinking import Rules, segments
 from steer.methods import seal
 from steer.runtime._applied import applied
 from steer.tasks.named import task_named
