@@ -1,4 +1,5 @@
 from ._generate import generate as generate
+from ._progress import progress as progress
 from .completions import Completion as Completion
 from .completions import by_problem as by_problem
 from .completions import read_completions as read_completions

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from probes.generation._progress import bar_of
 from probes.generation.completions import Completion
 from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
 from probes.generation.store import Store
@@ -20,6 +20,9 @@ from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
 from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
 from probes.words import checked
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @checked
@@ -82,7 +85,7 @@ def generate(
     with keep as held:
         done = {} if held is None else dict(held.rows)
         missing = sum((names[n], sample) not in done for n, sample in rows)
-        with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
+        with bar_of(len(rows), missing, label) as bar:
             for together in _batches(model, rows, encoded, batch_size, sampling.max_new_tokens):
                 batch = [(names[n], encoded[n], sample) for n, sample in together]
                 if all((name, sample) in done for name, _, sample in batch):

@@ -1,5 +1,6 @@
 """The command `steer`: every job of the library from a shell, each a thin call."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -10,10 +11,12 @@ from rich.text import Text
 
 import steer
 from steer.cli.directions.direction import direction_
+from steer.cli.directions.recipe import recipe_
 from steer.cli.directions.show import show_
 from steer.cli.methods.organism import donors_, organism_
 from steer.cli.methods.rice import rice_
 from steer.cli.methods.thinkedit import demo_, thinkedit_
+from steer.cli.refusals import is_expected, sentence
 from steer.cli.report.report import report_
 from steer.cli.run.compare import compare_
 from steer.cli.run.evaluate import evaluate_
@@ -32,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep_,
     "rice": rice_,
     "direction": direction_,
+    "recipe": recipe_,
     "show": show_,
     "diff": diff_,
     "export": export_,
@@ -71,12 +75,26 @@ app = application()
 
 
 def main() -> None:
-    """Run the command; what a user can mend is told in a sentence, without a traceback."""
+    """Run the command; what a user can mend is told in a sentence, and a traceback is for faults of the code.
+
+    With the variable THINKSTEER_TRACEBACK set, the sentence comes with its traceback.
+    """
     try:
-        app()
-    except (ValueError, OSError, IndexError, ImportError) as error:
-        Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), str(error)))
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped", "The same command goes on where completions are kept.")
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("THINKSTEER_TRACEBACK") or not is_expected(error):
+            raise
+        if type(error).__name__ != "NoArgsIsHelpError":  # `steer` alone has told its help already
+            _say("error", sentence(error))
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(kind: str, text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text.assemble((f"{kind}: ", "bold red"), text))
 
 
 if __name__ == "__main__":

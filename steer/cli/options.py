@@ -1,11 +1,12 @@
-"""What the commands share: their options, and how they end."""
+"""What the commands share: their options, each with the values that it may have, and how they end."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,31 +19,78 @@ if TYPE_CHECKING:
     import transformers
 
 console = Console(width=None if sys.stdout.isatty() else 180)
+N = TypeVar("N", float, list[float])
+
+
+def finite(value: N | None) -> N | None:
+    """Refuse what is no number, which no bound does: NaN is neither below nor above it."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is no finite number.")
+    return value
+
+
+def _temperature(value: float | None) -> float | None:
+    if finite(value) is not None and value is not None and value < 0:
+        raise typer.BadParameter(f"{value} is below 0; 0 is greedy.")
+    return value
+
 
 Model = Annotated[str, typer.Argument(help="A hub id, a folder, a GGUF file, `organism`, or `smollm2`.")]
 TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
-Count = Annotated[int, typer.Option("--n", "-n", help="Problems to solve, or to report on.")]
-BatchSize = Annotated[int, typer.Option(help="Rows generated at once.")]
+Count = Annotated[int, typer.Option("--n", "-n", min=1, help="Problems to solve, or to report on.")]
+Problems = Annotated[int, typer.Option(min=1, help="Problems of this split.")]
+Samples = Annotated[int, typer.Option(min=1, help="Completions of each problem.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows generated at once.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write; must not exist.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="The task's own, if left out.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="The task's own, if left out.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Delimit = Annotated[
     tuple[str, str] | None,
     typer.Option("--delimiters", help="What opens and what closes the thinking, where the tokenizer does not tell."),
 ]
-Temperature = Annotated[float | None, typer.Option(help="The model's own, if left out; 0 is greedy.")]
+Temperature = Annotated[
+    float | None, typer.Option(callback=_temperature, help="The model's own, if left out; 0 is greedy.")
+]
 SplitName = Annotated[str, typer.Option("--split", help="train, probe, select or report.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sampling, and of all that is drawn.")]
 Store = Annotated[
     Path | None, typer.Option(help="A folder that keeps the completions: what it holds is not done again.")
 ]
 DeviceMap = Annotated[str | None, typer.Option(help="Where layers go, e.g. auto (accelerate).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how much would be generated, and how long it takes.")]
 
 
 def end(table: Table, facts: Mapping[str, Any], as_json: bool) -> None:
     console.print(table)
     if as_json:
-        console.file.write(json.dumps(facts) + "\n")
+        console.file.write(json.dumps(_plain(facts), allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no word for a number that is none."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def free(output: Path, kind: str = "folder") -> Path:
+    """The output, before any work is done for it. Raises FileExistsError where something is there, and
+    NotADirectoryError where a file stands on the way."""
+    if output.exists() or output.is_symlink():
+        raise FileExistsError(f"{output} exists. Name another output {kind}, or remove it first.")
+    return writable(output)
+
+
+def writable(output: Path) -> Path:
+    """Raise NotADirectoryError where a file stands on the way to the output."""
+    blocked = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
+    if blocked is not None:
+        raise NotADirectoryError(f"{output} cannot be written: {blocked} is a file. Name another output.")
+    return output
 
 
 def sampling_of(

@@ -4,6 +4,7 @@ from .activation import Clamp as Clamp
 from .activation import Intervention as Intervention
 from .activation import Rotate as Rotate
 from .activation import Scale as Scale
+from .activation import Units as Units
 from .affine import Affine as Affine
 from .routing import Forbid as Forbid
 from .routing import Force as Force

@@ -100,7 +100,7 @@ def test_diff_of_equals_names_nothing(steer):
     ("arguments", "sentence"),
     [
         (("show", "nothing"), "nothing does not exist."),
-        (("diff", "organism", "./nothing"), "nothing is not a folder."),
+        (("diff", "organism", "./nothing"), "'./nothing' is not a model: there is no such folder."),
         (("thinkedit", "organism", "-o", "there"), "there exists. Name another output folder, or remove it first."),
         (("thinkedit", "organism", "--short", "9", "-o", "x"), "Give both --short and --long, or neither"),
         (("evaluate", "organism", "--task", "gsm9k"), "'gsm9k' is neither a task nor a JSONL file."),

@@ -8,6 +8,7 @@ import typer
 import probes.directions
 import probes.model
 import probes.thinking
+from steer.cli.loading import model_of
 from steer.cli.options import (
     Delimit,
     DeviceMap,
@@ -16,6 +17,7 @@ from steer.cli.options import (
     Model,
     console,
     end,
+    writable,
 )
 
 
@@ -32,10 +34,10 @@ def direction_(
     as_json: Json = False,
 ) -> None:
     """The direction from one class of texts or completions to another, at a site (difference in means)."""
-    loaded, where = (
-        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
-        probes.model.Site.parse(site),
-    )
+    where = probes.model.Site.parse(site)
+    if writable(output).is_dir():
+        raise IsADirectoryError(f"{output} is a folder. Name a safetensors file.")
+    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     above, below = (
         probes.thinking.text_spans(loaded, path, position="text_last" if last else "text")
         for path in (positive, negative)

@@ -7,18 +7,21 @@ import typer
 
 import steer.training
 from probes.tables import Table
-from steer.cli.options import Json, Output, end
+from steer.cli.loading import check_source
+from steer.cli.options import Json, Output, Seed, end, free, writable
 
 
 def donors_(
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder; what it holds is not trained again.")],
     start: Annotated[str, typer.Option(help="An organism: a folder, or the embedded one.")] = "organism",
-    seed: int = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Train two donors and a target from one organism, as the shipped ones were. About 6 minutes on one core."""
     import torch
 
+    check_source(start)
+    writable(output)
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     for kind in steer.training.DONORS:
         if not (output / kind).exists():
@@ -27,9 +30,17 @@ def donors_(
     end(Table(("Donors", start), rows), dict(rows), as_json)
 
 
-def organism_(output: Output, seed: int = 0, steps: int = 2000) -> None:
+def organism_(
+    output: Output,
+    seed: Seed = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Of the optimiser.")] = 2000,
+    as_json: Json = False,
+) -> None:
     """Train the embedded model from scratch, as the shipped one was. About 5 minutes on one core."""
     import torch
 
+    free(output)
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     steer.training.train(output, seed=seed, steps=steps)
+    rows = (("steps", steps), ("seed", seed), ("output", str(output)))
+    end(Table(("Trained", "organism"), rows), dict(rows), as_json)

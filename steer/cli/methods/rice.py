@@ -1,29 +1,37 @@
 """`steer rice`: the experts that go with the start of thinking, reinforced, with their controls."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import probes.files
-import probes.model
+import probes.generation
 import steer.decoding
 import steer.methods
 import steer.recipes
 import steer.tasks
+from steer.cli.dry import rice_work, tell
+from steer.cli.loading import model_of
 from steer.cli.options import (
     BatchSize,
     Delimit,
     DeviceMap,
+    DryRun,
     Dtype,
     Json,
     MaxNewTokens,
     Model,
     Output,
+    Problems,
+    Samples,
+    Seed,
     TaskName,
     Temperature,
     console,
     end,
+    finite,
+    free,
     sampling_of,
 )
 
@@ -33,10 +41,11 @@ def rice_(
     output: Output,
     task: TaskName = "chains",
     top: Annotated[
-        list[int] | None, typer.Option(help="How many experts; several to choose from. The paper: 2.")
+        list[int] | None, typer.Option(min=1, help="How many experts; several to choose from. The paper: 2.")
     ] = None,
     strength: Annotated[
-        list[float] | None, typer.Option(help="What their weights are multiplied by; several to choose from.")
+        list[float] | None,
+        typer.Option(callback=finite, help="What their weights are multiplied by; several to choose from."),
     ] = None,
     marker: Annotated[
         list[str] | None,
@@ -47,19 +56,20 @@ def rice_(
         list[str] | None,
         typer.Option(help="Decoding controls beside it: budget:THINKING[/SOLUTION], wait:N, close:BIAS."),
     ] = None,
-    draws: Annotated[int, typer.Option(help="Of random experts.")] = 3,
-    minimum: Annotated[int, typer.Option(help="An expert chosen less often is not scored.")] = 10,
-    n_probe: int = 300,
-    n_select: int = 400,
-    n_report: int = 1000,
-    samples: int = 1,
+    draws: Annotated[int, typer.Option(min=0, help="Of random experts.")] = 3,
+    minimum: Annotated[int, typer.Option(min=0, help="An expert chosen less often is not scored.")] = 10,
+    n_probe: Problems = 300,
+    n_select: Problems = 400,
+    n_report: Problems = 1000,
+    samples: Samples = 1,
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     delimiters: Delimit = None,
-    seed: int = 0,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Find the experts that go with the start of thinking, choose how many and how strongly on a selection split, and
@@ -68,35 +78,35 @@ def rice_(
     Writes the recipe; `steer export` makes a checkpoint of it. Completions are kept in OUTPUT.completions: a run that
     was killed, started again, goes on where it stopped.
     """
-    if output.exists():
-        raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
+    free(output)
+    touched = steer.recipes.Scope.of(scope)
     signs = None if marker is None else dict(map(signed, marker))
     controls = {words: steer.decoding.control_named(words) for words in control or ("wait:1", "close:-2")}
-    loaded, source = (
-        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
-        steer.tasks.task_named(task),
-    )
+    source = steer.tasks.task_named(task)
+    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     kept = output.with_name(f"{output.name}.completions")
-    run = steer.methods.rice.rice(
-        loaded,
-        source,
-        signs=signs,
-        top=top or steer.methods.rice.TOP,
-        strengths=strength or steer.methods.rice.STRENGTHS,
-        scope=steer.recipes.Scope.of(scope),
-        controls=controls,
-        n_probe=n_probe,
-        n_select=n_select,
-        n_report=n_report,
-        samples=samples,
-        draws=draws,
-        minimum=minimum,
-        sampling=sampling,
-        batch_size=batch_size,
-        store=kept,
-        seed=seed,
+    tops, strengths = (
+        list(dict.fromkeys(top or steer.methods.rice.TOP)),
+        list(dict.fromkeys(strength or steer.methods.rice.STRENGTHS)),
     )
+    sizes: dict[str, Any] = {
+        "draws": draws,
+        "n_probe": n_probe,
+        "n_select": n_select,
+        "n_report": n_report,
+        "samples": samples,
+    }
+    work = rice_work(len(tops), len(strengths), len(controls), **sizes)
+    if dry_run:
+        problems = source.sample(n_probe, "probe", seed=seed)
+        tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
+        return
+    with probes.generation.progress(work.completions, label="finding experts"):
+        run = steer.methods.rice.rice(
+            loaded, source, signs=signs, top=tops, strengths=strengths, scope=touched, controls=controls,
+            minimum=minimum, sampling=sampling, batch_size=batch_size, store=kept, seed=seed, **sizes,
+        )  # fmt: skip
     facts = run.to_dict()
     with probes.files.staged_folder(output) as stage:
         run.recipe.write(stage)

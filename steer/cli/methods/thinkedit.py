@@ -3,28 +3,36 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-import probes.model
+import probes.generation
 import steer.checkpoints
 import steer.methods
 import steer.report
 import steer.tasks
+from steer.cli.dry import tell, thinkedit_work
+from steer.cli.loading import model_of
 from steer.cli.options import (
     BatchSize,
     Count,
     Delimit,
     DeviceMap,
+    DryRun,
     Dtype,
     Json,
     MaxNewTokens,
     Model,
     Output,
+    Problems,
+    Samples,
+    Seed,
     TaskName,
     console,
     end,
+    finite,
+    free,
     sampling_of,
 )
 
@@ -32,7 +40,7 @@ from steer.cli.options import (
 def demo_(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="runs/demo-N, if left out.")] = None,
     n: Count = 1500,
-    seed: int = 0,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """The main job on the embedded model: probe, derive, choose, edit, export, and compare with the controls."""
@@ -42,68 +50,85 @@ def demo_(
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     transformers.utils.logging.disable_progress_bar()
     folder = output or next(p for i in range(1, 1_000_000) if not (p := Path(f"runs/demo-{i}")).exists())
-    _finish_thinkedit(
-        steer.methods.thinkedit_run.thinkedit("organism", n_report=n, batch_size=256, seed=seed),
-        folder,
-        200,
-        256,
-        as_json,
-    )
+    free(folder)
+    sizes: dict[str, Any] = {"n_probe": 1000, "n_select": 400, "n_report": n, "samples": 1}
+    work = thinkedit_work(steer.methods.thinkedit_run.grid(), draws=5, n_sweep=200, **sizes)
+    with probes.generation.progress(work.completions, label="editing"):
+        run = steer.methods.thinkedit_run.thinkedit("organism", control_draws=5, batch_size=256, seed=seed, **sizes)
+        _finish_thinkedit(run, folder, 200, 256, as_json)
+
+
+def _share(value: float) -> float:
+    if not 0 < value < 0.5:
+        raise typer.BadParameter(f"{value:g} is not above 0 and below 0.5: the two classes would share completions.")
+    return value
+
+
+def _heads(value: list[float] | None) -> list[float] | None:
+    for number in finite(value) or ():
+        if number <= 0 or (number > 1 and number != int(number)):
+            raise typer.BadParameter(f"{number:g} is neither a number of heads nor a share of them, above 0 to 1.")
+    return value
 
 
 def thinkedit_(
     model: Model,
     output: Output,
     task: TaskName = "chains",
-    short: Annotated[float | None, typer.Option(help="Short is below this many tokens (paper: 100).")] = None,
-    long: Annotated[float | None, typer.Option(help="Long is above this many tokens (paper: 1000).")] = None,
-    share: Annotated[float, typer.Option(help="Without cut-offs: the share on each side.")] = 0.25,
-    heads: Annotated[list[float] | None, typer.Option(help="Numbers or shares of heads to choose from.")] = None,
+    short: Annotated[
+        float | None, typer.Option(callback=finite, help="Short: below this many tokens (paper: 100).")
+    ] = None,
+    long: Annotated[
+        float | None, typer.Option(callback=finite, help="Long: above this many tokens (paper: 1000).")
+    ] = None,
+    share: Annotated[float, typer.Option(callback=_share, help="Without cut-offs: the share on each side.")] = 0.25,
+    heads: Annotated[
+        list[float] | None, typer.Option(callback=_heads, help="Numbers or shares of heads to choose from.")
+    ] = None,
     kind: Annotated[list[str] | None, typer.Option(help="project, replace, one_sided: edits to choose from.")] = None,
-    control_draws: int = 5,
-    n_probe: int = 1000,
-    n_select: int = 400,
-    n_report: int = 1000,
-    samples: int = 1,
+    control_draws: Annotated[int, typer.Option(min=1, help="Random heads, and random directions.")] = 5,
+    n_probe: Problems = 1000,
+    n_select: Problems = 400,
+    n_report: Problems = 1000,
+    samples: Samples = 1,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     delimiters: Delimit = None,
-    sweep: Annotated[int, typer.Option(help="Problems for the report's sweeps of strength.")] = 0,
+    sweep: Annotated[int, typer.Option(min=0, help="Problems for the report's sweeps of strength.")] = 0,
     push_to: Annotated[str | None, typer.Option(help="A repository of the hub to upload to; made private.")] = None,
-    seed: int = 0,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Edit the heads that write short thinking, and export the model (Sun et al. 2025)."""
     if (short is None) != (long is None):
         raise ValueError("Give both --short and --long, or neither (then --share cuts at quantiles).")
-    if output.exists():
-        raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
+    if short is not None and long is not None and short > long:
+        raise ValueError(f"--short {short:g} is above --long {long:g}: a completion would be in both classes.")
+    free(output)
     steer.checkpoints.check_repository(push_to)
-    loaded, source = (
-        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
-        steer.tasks.task_named(task),
+    source = steer.tasks.task_named(task)
+    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
+    settings = steer.methods.thinkedit_run.grid(
+        heads or steer.methods.thinkedit_run.HEAD_SHARES,
+        [_kind(name) for name in kind] if kind else steer.methods.thinkedit_run.KINDS,
     )
-    run = steer.methods.thinkedit_run.thinkedit(
-        loaded,
-        source,
-        cutoffs=None if short is None or long is None else (short, long),
-        share=share,
-        settings=steer.methods.thinkedit_run.grid(
-            heads or steer.methods.thinkedit_run.HEAD_SHARES,
-            [_kind(name) for name in kind] if kind else steer.methods.thinkedit_run.KINDS,
-        ),
-        control_draws=control_draws,
-        n_probe=n_probe,
-        n_select=n_select,
-        n_report=n_report,
-        samples=samples,
-        sampling=sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=None, seed=seed),
-        batch_size=batch_size,
-        seed=seed,
-    )
-    _finish_thinkedit(run, output, sweep, batch_size, as_json)
+    sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=None, seed=seed)
+    sizes: dict[str, Any] = {"n_probe": n_probe, "n_select": n_select, "n_report": n_report, "samples": samples}
+    work = thinkedit_work(settings, draws=control_draws, n_sweep=sweep, **sizes)
+    if dry_run:
+        problems = source.sample(n_probe, "probe", seed=seed)
+        tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
+        return
+    with probes.generation.progress(work.completions, label="editing"):
+        run = steer.methods.thinkedit_run.thinkedit(
+            loaded, source, cutoffs=None if short is None or long is None else (short, long), share=share,
+            settings=settings, control_draws=control_draws, sampling=sampling, batch_size=batch_size, seed=seed,
+            **sizes,
+        )  # fmt: skip
+        _finish_thinkedit(run, output, sweep, batch_size, as_json)
     if push_to is not None:
         steer.checkpoints.push(output, push_to)
 

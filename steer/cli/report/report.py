@@ -7,10 +7,7 @@ import typer
 
 import steer.report
 from probes.tables import Table
-from steer.cli.options import (
-    Json,
-    end,
-)
+from steer.cli.options import Json, end, writable
 
 
 def report_(
@@ -19,5 +16,6 @@ def report_(
     as_json: Json = False,
 ) -> None:
     """What a run measured, as one HTML file that needs no network."""
+    writable(output)
     path = steer.report.write_report(run, output)
     end(Table(("Report", ""), (("file", str(path)),)), {"report": str(path)}, as_json)

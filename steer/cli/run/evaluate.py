@@ -5,20 +5,25 @@ from typing import Annotated
 
 import typer
 
-import probes.model
+import probes.generation
 import steer.decoding
 import steer.evaluation
 import steer.recipes
 import steer.tasks
+from steer.cli.dry import evaluation_work, tell
+from steer.cli.loading import check_source, model_of
 from steer.cli.options import (
     BatchSize,
     Count,
     Delimit,
     DeviceMap,
+    DryRun,
     Dtype,
     Json,
     MaxNewTokens,
     Model,
+    Samples,
+    Seed,
     SplitName,
     Store,
     TaskName,
@@ -42,10 +47,10 @@ def evaluate_(
     prompt: Annotated[
         list[str] | None, typer.Option(help="step-by-step, ellipsis, empty-thinking, thinking-off or length:TOKENS.")
     ] = None,
-    draws: Annotated[int, typer.Option(help="Random directions beside each recipe; 0 for none.")] = 3,
+    draws: Annotated[int, typer.Option(min=0, help="Random directions beside each recipe; 0 for none.")] = 3,
     n: Count = 1000,
     split: SplitName = "report",
-    samples: int = 1,
+    samples: Samples = 1,
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 64,
@@ -53,43 +58,43 @@ def evaluate_(
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     delimiters: Delimit = None,
-    seed: int = 0,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Accuracy, thinking length and truncation of a model, of recipes on it beside random directions of the same norm
     and of the same effect on the next token, of decoding controls, of prompts, and of other checkpoints, in pairs."""
     arms: dict[str, steer.evaluation.Arm] = {words: steer.decoding.control_named(words) for words in control or []}
     arms |= {words: steer.decoding.prompt_named(words) for words in prompt or []}
-    loaded, source = (
-        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
-        steer.tasks.task_named(task),
-    )
+    wanted, source = split_named(split), steer.tasks.task_named(task)
     recipes = {str(path): steer.recipes.Recipe.load(path) for path in recipe or []}
+    for path in checkpoint or []:
+        check_source(str(path))
+    if store is not None and store.exists() and not store.is_dir():
+        raise NotADirectoryError(f"--store {store} is a file. Name a folder.")
+    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     for own in recipes.values():
         own.check(loaded)
+    for other in map(str, checkpoint or ()):
+        arms[other] = model_of(other, dtype=dtype, device_map=device_map, delimiters=delimiters)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    nulls: dict[str, list[steer.recipes.Recipe]] = {}
-    if recipes and draws:
-        judged = steer.evaluation.nulls.plain_spans(
-            loaded, source.sample(steer.evaluation.nulls.N_JUDGED, "select", seed=seed), sampling, batch_size
-        )
-        for name, own in recipes.items():
-            found, notes = steer.evaluation.nulls.random_arms(loaded, name, own, draws, judged)
-            nulls |= found
-            for note in notes:
-                console.print(note)
-    others = {
-        str(path): probes.model.load(path, dtype=dtype, device_map=device_map, delimiters=delimiters)
-        for path in checkpoint or []
-    }
-    result = steer.evaluation.evaluate(
-        loaded,
-        source,
-        source.sample(n, split_named(split), seed=seed),
-        {**recipes, **arms, **others, **nulls},
-        sampling=sampling,
-        samples=samples,
-        batch_size=batch_size,
-        store=store,
-    )
+    problems = source.sample(n, wanted, seed=seed)
+    work = evaluation_work(len(arms) + len(recipes), len(recipes), draws=draws, n=n, samples=samples)
+    if dry_run:
+        tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
+        return
+    with probes.generation.progress(work.completions, label="evaluating"):
+        if recipes and draws:
+            judged = steer.evaluation.nulls.plain_spans(
+                loaded, source.sample(steer.evaluation.nulls.N_JUDGED, "select", seed=seed), sampling, batch_size
+            )
+            for name, own in recipes.items():
+                nulls, notes = steer.evaluation.nulls.random_arms(loaded, name, own, draws, judged)
+                arms |= nulls
+                for note in notes:
+                    console.print(note)
+        result = steer.evaluation.evaluate(
+            loaded, source, problems, {**recipes, **arms},
+            sampling=sampling, samples=samples, batch_size=batch_size, store=store,
+        )  # fmt: skip
     end(result.table(), result.to_dict(), as_json)

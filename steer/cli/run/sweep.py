@@ -8,25 +8,34 @@ import typer
 
 import probes.directions
 import probes.files
+import probes.generation
 import probes.model
 import probes.thinking
 import steer.evaluation
 import steer.interventions
 import steer.recipes
 import steer.tasks
+from steer.cli.dry import sweep_work, tell
+from steer.cli.loading import model_of
 from steer.cli.options import (
     BatchSize,
     Delimit,
     DeviceMap,
+    DryRun,
     Dtype,
     Json,
     MaxNewTokens,
     Model,
     Output,
+    Problems,
+    Samples,
+    Seed,
     TaskName,
     Temperature,
     console,
     end,
+    finite,
+    free,
     sampling_of,
 )
 
@@ -37,63 +46,59 @@ def sweep_(
     negative: Annotated[Path, typer.Option(help="The other class.")],
     site: Annotated[str, typer.Option(help="Such as L2.resid_post.")],
     output: Output,
-    strength: Annotated[list[float], typer.Option(help="Fixed in advance, in units of the stream's mean norm.")],
+    strength: Annotated[
+        list[float], typer.Option(callback=finite, help="Fixed in advance, in units of the stream's mean norm.")
+    ],
     task: TaskName = "chains",
     scope: Annotated[str, typer.Option(help="all, prompt, thinking or answer.")] = "thinking",
-    n_select: int = 400,
-    n_report: int = 1000,
-    samples: int = 1,
-    draws: Annotated[int, typer.Option(help="Of each control.")] = 3,
+    n_select: Problems = 400,
+    n_report: Problems = 1000,
+    samples: Samples = 1,
+    draws: Annotated[int, typer.Option(min=0, help="Of each control.")] = 3,
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 64,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     delimiters: Delimit = None,
-    seed: int = 0,
+    dry_run: DryRun = False,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Choose a strength on a selection split, report it on another beside its controls, and write its recipe.
 
     Completions are kept in OUTPUT.completions: a sweep that was killed, started again, goes on where it stopped.
     """
-    if output.exists():
-        raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
-    loaded, source = (
-        probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters),
-        steer.tasks.task_named(task),
-    )
+    free(output)
+    place, touched, source = probes.model.Site.parse(site), steer.recipes.Scope.of(scope), steer.tasks.task_named(task)
+    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     kept = output.with_name(f"{output.name}.completions")
     contrast = steer.evaluation.LabelledDirection.of(
         loaded,
         probes.thinking.text_spans(loaded, positive),
         probes.thinking.text_spans(loaded, negative),
-        probes.model.Site.parse(site),
+        place,
     )
-    touched = steer.recipes.Scope.of(scope)
+    strengths = list(dict.fromkeys(strength))
+    select = source.sample(n_select, "select", seed=seed)
+    report = source.sample(n_report, "report", seed=seed)
+    work = sweep_work(len(strengths), draws=draws, n_select=n_select, n_report=n_report, samples=samples)
+    if dry_run:
+        tell(work, loaded, [problem.question for problem in select], sampling, batch_size, as_json)
+        return
 
     def make(direction: "probes.directions.Direction", size: float) -> "steer.recipes.Recipe":
         return steer.recipes.Recipe.of(
             loaded, [steer.interventions.Add.of(direction, size)], scope=touched, method="strength sweep"
         )
 
-    found = steer.evaluation.sweep(
-        loaded,
-        source,
-        contrast,
-        make,
-        strength,
-        select=source.sample(n_select, "select", seed=seed),
-        report=source.sample(n_report, "report", seed=seed),
-        judge=[*contrast.positive[:50], *contrast.negative[:50]],
-        sampling=sampling,
-        samples=samples,
-        draws=draws,
-        batch_size=batch_size,
-        store=kept,
-        seed=seed,
-    )
+    with probes.generation.progress(work.completions, label="sweeping"):
+        found = steer.evaluation.sweep(
+            loaded, source, contrast, make, strengths, select=select, report=report,
+            judge=[*contrast.positive[:50], *contrast.negative[:50]], sampling=sampling, samples=samples,
+            draws=draws, batch_size=batch_size, store=kept, seed=seed,
+        )  # fmt: skip
     facts: dict[str, Any] = {
         "selected": found.selected,
         "kl": found.kl,

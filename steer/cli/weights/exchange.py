@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-import probes.model
 import steer.folding
 import steer.interop
 import steer.recipes
 from probes.tables import Table
-from steer.cli.options import Delimit, DeviceMap, Dtype, Json, Model, Output, end
+from steer.cli.loading import model_of
+from steer.cli.options import Delimit, DeviceMap, Dtype, Json, Model, Output, end, free
 
 WEIGHTS = ("checkpoint", "adapter")
 
@@ -37,9 +37,8 @@ def export_(
     if to in WEIGHTS and model is None:
         raise ValueError(f"--to {to} changes weights: name the model, --model NAME.")
     whole = steer.recipes.Recipe.load(recipe)
-    loaded = (
-        None if model is None else probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
-    )
+    free(output, "file or folder")
+    loaded = None if model is None else model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     if to in steer.interop.FORMATS:
         steer.interop.export_recipe(whole, output, to, model=loaded)
     else:
@@ -64,7 +63,10 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """A neighbour's file as a recipe for a model."""
-    loaded = probes.model.load(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
+    free(output)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist.")
+    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     found = steer.interop.import_recipe(file, loaded, format, shift=shift)
     found.save(output)
     end(found.table(), {"steps": len(found.steps), "recipe": str(output)}, as_json)

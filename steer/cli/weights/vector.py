@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 import probes.files
-import probes.model
 import steer.checkpoints
 import steer.deltas
 import steer.recipes
 from probes.tables import Table
-from steer.cli.options import Json, Output, console, end
+from steer.cli.loading import check_place, model_of
+from steer.cli.options import Json, Output, console, end, finite, free
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
@@ -19,7 +19,9 @@ Checkpoint_ = Annotated[str, typer.Argument(help="A checkpoint: a folder, or a h
 Delta = Annotated[
     Path, typer.Argument(help="A folder that `steer vector make` wrote, a LoRA adapter, or a shipped delta.")
 ]
-Strength = Annotated[float, typer.Option(help="What the delta is multiplied by; below 0 it is subtracted.")]
+Strength = Annotated[
+    float, typer.Option(callback=finite, help="What the delta is multiplied by; below 0 it is subtracted.")
+]
 Only = Annotated[list[str] | None, typer.Option(help="Tensors to take, such as 'layers.*.mlp'.")]
 Skip = Annotated[list[str] | None, typer.Option(help="Tensors to leave; `embed` is the embedding and the head.")]
 
@@ -31,7 +33,7 @@ def make(
     before: Annotated[
         str | None, typer.Argument(help="The checkpoint it is compared with; none for an adapter.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Keep this many dimensions of each matrix.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Keep this many dimensions of each matrix.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 or float16 for half the size.")] = "float32",
     linked: Annotated[bool, typer.Option("--linked", help="Name the checkpoints, store no tensors.")] = False,
     only: Only = None,
@@ -39,9 +41,12 @@ def make(
     as_json: Json = False,
 ) -> None:
     """AFTER - BEFORE as a folder: its numbers, or of low rank, or as the names of the two."""
+    free(output)
+    if before is not None:
+        check_place(before)
     stored = steer.deltas.dtype_named(dtype)
     if before is not None and (Path(after) / "recipe.yaml").is_file():
-        delta = steer.deltas.recipe_delta(probes.model.load(before), steer.recipes.Recipe.load(Path(after)))
+        delta = steer.deltas.recipe_delta(model_of(before), steer.recipes.Recipe.load(Path(after)))
     else:
         delta = steer.deltas.open_delta(after) if before is None else steer.deltas.WeightDelta.between(after, before)
     if only or skip:
@@ -66,6 +71,9 @@ def add_(
     as_json: Json = False,
 ) -> None:
     """TARGET + strength x DELTA as a checkpoint. Interrupted, the same command goes on at the last whole shard."""
+    check_place(target)
+    if not dry_run:
+        free(output)
     found = steer.deltas.open_delta(delta)
     if dry_run:
         plan = steer.deltas.Plan.of(target, found, strength=strength, only=only or (), skip=skip or ())
@@ -104,8 +112,12 @@ def to_mergekit_(
     method: Annotated[str, typer.Option(help="A method of mergekit: linear, ties, slerp and the like.")] = "linear",
     density: Annotated[float | None, typer.Option(help="Share of each difference that ties and dare keep.")] = None,
     dtype: str = "bfloat16",
+    as_json: Json = False,
 ) -> None:
     """The YAML for `mergekit-yaml`: TIES, DARE, SLERP and the like are mergekit's."""
+    if output is not None:
+        free(output, "file")
+    check_place(target)
     text = steer.deltas.to_mergekit(
         steer.checkpoints.Checkpoint.open(target),
         steer.deltas.open_delta(delta),
@@ -114,9 +126,10 @@ def to_mergekit_(
         density=density,
         dtype=dtype,
     )
-    if output is None:
-        console.file.write(text)
-    elif output.exists():
-        raise FileExistsError(f"{output} exists. Name another file, or remove it first.")
-    else:
+    if output is not None:
         output.write_text(text, encoding="utf-8")
+    elif not as_json:
+        console.file.write(text)
+    if as_json or output is not None:
+        rows = (("method", method), ("output", "printed" if output is None else str(output)))
+        end(Table(("For mergekit", target), rows), {**dict(rows), "yaml": text}, as_json)

@@ -1,0 +1,76 @@
+"""The model a command is about, checked at the door: what cannot be loaded is refused before anything is read."""
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import probes.model
+
+if TYPE_CHECKING:
+    import transformers
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
+_KNOWN = "Known: organism, smollm2, a folder, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B."
+
+
+def model_of(
+    name: str, *, dtype: str = "auto", device_map: str | None = None, delimiters: tuple[str, str] | None = None
+) -> "transformers.PreTrainedModel":
+    """Raises ValueError for a name, a dtype or a device that is none, in a sentence that names the option."""
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is unknown. Known: {', '.join(DTYPES)}.")
+    check_source(name)
+    _check_device(device_map)
+    if not sys.stderr.isatty():
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        return probes.model.load(name, dtype=dtype, device_map=device_map, delimiters=delimiters)
+    except OSError as error:
+        if error.errno is not None or Path(name).exists():
+            raise
+        raise ValueError(f"{name!r} is not on this machine, and the hub does not give it. {_KNOWN}") from error
+
+
+def check_source(name: str) -> None:
+    """Raise ValueError for what is neither a folder of a model, nor a GGUF file, nor could be a hub's id."""
+    check_place(name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"The folder {name} holds no config.json: it is not a model. {_KNOWN}")
+
+
+def check_place(name: str) -> None:
+    """Raise ValueError for what is neither a folder, nor a GGUF file, nor could be a hub's id."""
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".gguf":
+        return
+    if path.exists():
+        raise ValueError(f"{name} is a file, but not a GGUF file: it is not a model. {_KNOWN}")
+    if not _is_id(name):
+        raise ValueError(f"{name!r} is not a model: there is no such folder. {_KNOWN}")
+
+
+def _is_id(name: str) -> bool:
+    """Could the hub have it? `owner/name`, or a bare name of old."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    if name is None or name in PLACEMENTS:
+        return
+    known = f"Known: {', '.join(PLACEMENTS)}, or a device such as cpu or cuda:0."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device-map {name} is unknown. {known}") from error
+    if device.type == "meta":
+        raise ValueError(f"--device-map meta holds no numbers, so that nothing can be run there. {known}")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise ValueError(f"--device-map {name} names a device that this machine does not have. {known}") from error
