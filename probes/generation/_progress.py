@@ -37,8 +37,6 @@ def bar_of(total: int, missing: int, label: str) -> Iterator["tqdm[Any]"]:
         with tqdm(total=missing, desc=label, unit="completion", delay=2, leave=False) as bar:
             yield bar
     else:
-        job.total = (job.total or 0) - (
-            total - missing
-        )  # what a store holds takes no time, and would spoil the estimate
+        job.total = (job.total or 0) - (total - missing)  # what a store holds takes no time
         job.set_description(label, refresh=False)
         yield job

@@ -45,10 +45,12 @@ def check_source(name: str) -> None:
 def check_place(name: str) -> None:
     """Raise ValueError for what is neither a folder, nor a GGUF file, nor could be a hub's id."""
     path = Path(name)
-    if path.is_dir() or path.suffix == ".gguf":
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return
     if path.exists():
         raise ValueError(f"{name} is a file, but not a GGUF file: it is not a model. {_KNOWN}")
+    if path.suffix == ".gguf":
+        raise ValueError(f"{name} does not exist. Name another GGUF file.")
     if not _is_id(name):
         raise ValueError(f"{name!r} is not a model: there is no such folder. {_KNOWN}")
 

@@ -82,14 +82,15 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _say("stopped", "The same command goes on where completions are kept.")
-        sys.exit(130)
+        code = 130
     except Exception as error:
         if os.environ.get("THINKSTEER_TRACEBACK") or not is_expected(error):
             raise
         if type(error).__name__ != "NoArgsIsHelpError":  # `steer` alone has told its help already
             _say("error", sentence(error))
         sys.exit(2)
+    if code == 130:
+        _say("stopped", "the same command goes on, where completions are kept.")
     sys.exit(code if isinstance(code, int) else 0)
 
 

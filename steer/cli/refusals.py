@@ -18,6 +18,12 @@ _WORDS = (
     (r"give it with phase='(\w+)', not '(\w+)'", r"give it with --scope \1, not \2"),
     (r"take delta\.selected\(skip=\['(\w+)'\]\)", r"give --skip \1"),
     (r"Give other cut-offs, or quantiles", "Give other --short and --long, or --share"),
+    (r"Input should be greater than or equal to (-?\d+)", r"it must be at least \1."),
+    (r"Input should be less than or equal to (-?\d+)", r"it must be at most \1."),
+    (r"Input should be a valid integer.*", "it must be a whole number."),
+    (r"Input should be a valid number.*", "it must be a number."),
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number."),
+    (r"could not convert string to float: (.*)", r"\1 is no number."),
     (r"\bshift=(-?\d+)", r"--shift \1"),
     (r"\b(batch_size|samples) is (-?\d+)", lambda found: f"--{found[1].replace('_', '-')} is {found[2]}"),
 )

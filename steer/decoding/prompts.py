@@ -80,12 +80,14 @@ def thinking_off() -> PromptStyle:
 
 
 def length_tag(tokens: int, words: str = " Think for {tokens} tokens.") -> PromptStyle:
-    """The length asked for, in words after the question (L1, Aggarwal and Welleck 2025).
+    """The length asked for, in words after the question (L1, Aggarwal and Welleck 2025). Raises ValueError below 1.
 
     >>> from steer.decoding import length_tag
     >>> length_tag(100).question("What is 3 + 4?")
     'What is 3 + 4? Think for 100 tokens.'
     """
+    if tokens < 1:
+        raise ValueError(f"A length of {tokens} tokens cannot be asked for: at least 1.")
     return PromptStyle(after=words.format(tokens=tokens))
 
 

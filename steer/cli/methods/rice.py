@@ -90,14 +90,8 @@ def rice_(
         list(dict.fromkeys(top or steer.methods.rice.TOP)),
         list(dict.fromkeys(strength or steer.methods.rice.STRENGTHS)),
     )
-    sizes: dict[str, Any] = {
-        "draws": draws,
-        "n_probe": n_probe,
-        "n_select": n_select,
-        "n_report": n_report,
-        "samples": samples,
-    }
-    work = rice_work(len(tops), len(strengths), len(controls), **sizes)
+    sizes: dict[str, Any] = {"n_probe": n_probe, "n_select": n_select, "n_report": n_report, "samples": samples}
+    work = rice_work(len(tops), len(strengths), len(controls), draws=draws, **sizes)
     if dry_run:
         problems = source.sample(n_probe, "probe", seed=seed)
         tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
@@ -105,7 +99,7 @@ def rice_(
     with probes.generation.progress(work.completions, label="finding experts"):
         run = steer.methods.rice.rice(
             loaded, source, signs=signs, top=tops, strengths=strengths, scope=touched, controls=controls,
-            minimum=minimum, sampling=sampling, batch_size=batch_size, store=kept, seed=seed, **sizes,
+            draws=draws, minimum=minimum, sampling=sampling, batch_size=batch_size, store=kept, seed=seed, **sizes,
         )  # fmt: skip
     facts = run.to_dict()
     with probes.files.staged_folder(output) as stage:

@@ -107,14 +107,16 @@ def thinkedit_(
         raise ValueError("Give both --short and --long, or neither (then --share cuts at quantiles).")
     if short is not None and long is not None and short > long:
         raise ValueError(f"--short {short:g} is above --long {long:g}: a completion would be in both classes.")
-    free(output)
-    steer.checkpoints.check_repository(push_to)
-    source = steer.tasks.task_named(task)
-    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     settings = steer.methods.thinkedit_run.grid(
         heads or steer.methods.thinkedit_run.HEAD_SHARES,
         [_kind(name) for name in kind] if kind else steer.methods.thinkedit_run.KINDS,
     )
+    if all(setting.kind == "one_sided" for setting in settings):
+        raise ValueError("--kind one_sided acts at run time and folds into no weights: give another --kind beside it.")
+    free(output)
+    steer.checkpoints.check_repository(push_to)
+    source = steer.tasks.task_named(task)
+    loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=None, seed=seed)
     sizes: dict[str, Any] = {"n_probe": n_probe, "n_select": n_select, "n_report": n_report, "samples": samples}
     work = thinkedit_work(settings, draws=control_draws, n_sweep=sweep, **sizes)

@@ -64,8 +64,9 @@ def evaluate_(
 ) -> None:
     """Accuracy, thinking length and truncation of a model, of recipes on it beside random directions of the same norm
     and of the same effect on the next token, of decoding controls, of prompts, and of other checkpoints, in pairs."""
+    styles = {words: steer.decoding.prompt_named(words) for words in prompt or []}
     arms: dict[str, steer.evaluation.Arm] = {words: steer.decoding.control_named(words) for words in control or []}
-    arms |= {words: steer.decoding.prompt_named(words) for words in prompt or []}
+    arms |= styles
     wanted, source = split_named(split), steer.tasks.task_named(task)
     recipes = {str(path): steer.recipes.Recipe.load(path) for path in recipe or []}
     for path in checkpoint or []:
@@ -75,6 +76,8 @@ def evaluate_(
     loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     for own in recipes.values():
         own.check(loaded)
+    for style in styles.values():
+        style.prefill(loaded)  # refuses what the vocabulary cannot write
     for other in map(str, checkpoint or ()):
         arms[other] = model_of(other, dtype=dtype, device_map=device_map, delimiters=delimiters)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

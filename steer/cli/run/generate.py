@@ -66,6 +66,7 @@ def generate_(
     if dry_run:
         tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
         return
+    output.parent.mkdir(parents=True, exist_ok=True)
     with (
         probes.generation.progress(work.completions, label="generating"),
         nullcontext() if steered is None else steer.runtime.applied(loaded, steered, must_run=False),

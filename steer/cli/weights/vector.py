@@ -127,7 +127,8 @@ def to_mergekit_(
         dtype=dtype,
     )
     if output is not None:
-        output.write_text(text, encoding="utf-8")
+        with probes.files.staged_file(output) as stage:
+            stage.write_text(text, encoding="utf-8")
     elif not as_json:
         console.file.write(text)
     if as_json or output is not None:
