@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -80,9 +81,13 @@ def tell(
     """
     batch = list(prompts)[:batch_size]
     brief = replace(sampling, max_new_tokens=min(MEASURED, sampling.max_new_tokens))
-    began = monotonic()
-    done = probes.generation.generate(model, batch, sampling=brief, batch_size=batch_size, label="measuring")
-    seconds, tokens = monotonic() - began, sum(len(completion.ids) for completion in done)
+    write = partial(probes.generation.generate, model, batch, batch_size=batch_size, label="measuring")
+    with probes.generation.progress(2 * len(batch), label="measuring"):
+        write(sampling=replace(brief, max_new_tokens=min(2, brief.max_new_tokens)))  # what is loaded with the first
+        began = monotonic()
+        done = write(sampling=brief)
+        seconds = monotonic() - began
+    tokens = sum(len(completion.ids) for completion in done)
     whole = brief == sampling or not any(completion.truncated for completion in done)
     length = tokens / len(done) if whole else float(sampling.max_new_tokens)
     most, speed = work.completions * sampling.max_new_tokens, tokens / seconds

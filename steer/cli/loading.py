@@ -32,6 +32,9 @@ def model_of(
     except OSError as error:
         if error.errno is not None or Path(name).exists():
             raise
+        if "gated" in str(error):
+            terms = f"accept its terms at https://huggingface.co/{name}, and log in with `hf auth login`"
+            raise ValueError(f"{name!r} is given to those alone who may have it: {terms}.") from error
         raise ValueError(f"{name!r} is not on this machine, and the hub does not give it. {_KNOWN}") from error
 
 

@@ -86,7 +86,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("THINKSTEER_TRACEBACK") or not is_expected(error):
             raise
-        if type(error).__name__ != "NoArgsIsHelpError":  # `steer` alone has told its help already
+        if type(error).__name__ == "NoArgsIsHelpError":  # `steer` alone
+            sys.stderr.write(f"{error}\n")
+        else:
             _say("error", sentence(error))
         sys.exit(2)
     if code == 130:

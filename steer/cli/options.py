@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -86,11 +87,20 @@ def free(output: Path, kind: str = "folder") -> Path:
 
 
 def writable(output: Path) -> Path:
-    """Raise NotADirectoryError where a file stands on the way to the output."""
-    blocked = next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None)
-    if blocked is not None:
-        raise NotADirectoryError(f"{output} cannot be written: {blocked} is a file. Name another output.")
+    """Raise NotADirectoryError where a file stands on the way to the output, and PermissionError where that is shut."""
+    above = next(parent for parent in (*output.parents, Path()) if parent.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{output} cannot be written: {above} is a file. Name another output.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{output} cannot be written: the folder {above} is shut. Name another output.")
     return output
+
+
+def writable_file(output: Path) -> Path:
+    """As `writable`, of a file that may be there. Raises IsADirectoryError for a folder."""
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder. Name a file.")
+    return writable(output)
 
 
 def sampling_of(

@@ -40,6 +40,8 @@ def sentence(error: Exception) -> str:
         text = str(getattr(error, "format_message")())
     elif type(error).__name__ == "OutOfMemoryError":
         text = f"The device has too little memory: give a smaller --batch-size. ({error})"
+    elif type(error).__module__.startswith("huggingface_hub."):
+        text = f"It is not on this machine, and the hub does not give it ({type(error).__name__}): {error}"
     elif isinstance(error, FileNotFoundError) and error.filename is not None:
         text = f"{error.filename} does not exist."
     elif isinstance(error, OSError) and error.strerror and error.filename is not None:

@@ -88,7 +88,7 @@ generate organism -o new --task empty.jsonl           | empty.jsonl holds no pro
 generate organism -o new --task gsm8k:nothing         | nothing is not a folder.
 generate organism -o new --recipe empty               | empty holds no recipe.yaml: it is not a recipe.
 generate organism -o new --recipe others              | This recipe was made for the model 'organism'
-generate organism -o empty                            | empty is a folder. Name a JSONL file.
+generate organism -o empty                            | empty is a folder. Name a file.
 generate organism -o text.txt -n 1                    | Line 1 of text.txt is no completion
 generate organism -o text.txt/new                     | text.txt/new cannot be written: text.txt is a file.
 generate empty -o new                                 | The folder empty holds no config.json
@@ -124,7 +124,7 @@ sweep CONTRAST --site L2.resid_post -o new --strength 1 --n-select 0 | '--n-sele
 sweep CONTRAST --site L2.resid_post -o empty --strength 1 | empty exists. Name another output folder
 direction CONTRAST --site L99.resid_post -o new       | Layer 99 is out of range: the model has layers
 direction CONTRAST --site L2 -o new                   | 'L2' is not a site.
-direction CONTRAST --site L2.resid_post -o empty      | empty is a folder. Name a safetensors file.
+direction CONTRAST --site L2.resid_post -o d.safetensors | d.safetensors exists. Name another output file
 direction organism --positive nothing --negative slow.jsonl --site L2.resid_post -o new | nothing does not exist.
 direction organism --positive empty --negative slow.jsonl --site L2.resid_post -o new | empty is a folder
 direction organism --positive binary --negative slow.jsonl --site L2.resid_post -o new | binary
@@ -171,6 +171,8 @@ rice organism -o new --scope where                    | 'where' is no scope.
 demo -o empty                                         | empty exists. Name another output folder
 demo -n 0                                             | '--n' / '-n': it must be at least 1.
 report nothing                                        | nothing holds no run.json
+report empty -o empty                                 | empty is a folder. Name a file.
+vector show organism-rl --figure empty                | empty is a folder. Name a file.
 report empty -o text.txt/new                          | text.txt/new cannot be written: text.txt is a file.
 organism -o new --steps 0                             | '--steps': it must be at least 1.
 organism -o empty                                     | empty exists. Name another output folder
@@ -247,6 +249,14 @@ def test_a_fault_of_the_code_keeps_its_traceback_and_a_refusal_gets_one_on_reque
     monkeypatch.setattr(probes.model, "load", faulty)
     with pytest.raises(AssertionError, match="a fault"):
         run("generate organism -o new")
+
+
+@pytest.mark.parametrize("words", ["", "vector"])
+def test_a_command_without_its_own_is_told_which_there_are(run, words):
+    code, _, err = run(words)
+    assert code == 2
+    assert err.startswith("Usage: steer")
+    assert "show" in err
 
 
 def test_an_interrupt_is_no_traceback(run, monkeypatch):

@@ -17,7 +17,7 @@ from steer.cli.options import (
     Model,
     console,
     end,
-    writable,
+    free,
 )
 
 
@@ -26,7 +26,7 @@ def direction_(
     positive: Annotated[Path, typer.Option(help="JSONL: completions of ours, or lines of {text}.")],
     negative: Annotated[Path, typer.Option(help="The other class.")],
     site: Annotated[str, typer.Option(help="Such as L2.resid_post.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A safetensors file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A safetensors file; must not exist.")],
     last: Annotated[bool, typer.Option("--last", help="Read texts at their last token, not their mean.")] = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
@@ -35,8 +35,7 @@ def direction_(
 ) -> None:
     """The direction from one class of texts or completions to another, at a site (difference in means)."""
     where = probes.model.Site.parse(site)
-    if writable(output).is_dir():
-        raise IsADirectoryError(f"{output} is a folder. Name a safetensors file.")
+    free(output, "file")
     loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     above, below = (
         probes.thinking.text_spans(loaded, path, position="text_last" if last else "text")

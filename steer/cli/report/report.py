@@ -7,7 +7,7 @@ import typer
 
 import steer.report
 from probes.tables import Table
-from steer.cli.options import Json, end, writable
+from steer.cli.options import Json, end, writable_file
 
 
 def report_(
@@ -16,6 +16,6 @@ def report_(
     as_json: Json = False,
 ) -> None:
     """What a run measured, as one HTML file that needs no network."""
-    writable(output)
+    writable_file(output)
     path = steer.report.write_report(run, output)
     end(Table(("Report", ""), (("file", str(path)),)), {"report": str(path)}, as_json)

@@ -32,7 +32,7 @@ from steer.cli.options import (
     end,
     sampling_of,
     split_named,
-    writable,
+    writable_file,
 )
 
 
@@ -57,8 +57,7 @@ def generate_(
     """Completions of a task's problems, as a JSONL file; of the model as it is, or under a recipe."""
     wanted, source = split_named(split), steer.tasks.task_named(task)
     steered = None if recipe is None else steer.recipes.Recipe.load(recipe)
-    if writable(output).is_dir():
-        raise IsADirectoryError(f"{output} is a folder. Name a JSONL file.")
+    writable_file(output)
     loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     problems = source.sample(n, wanted, seed=seed)

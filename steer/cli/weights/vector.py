@@ -11,7 +11,7 @@ import steer.deltas
 import steer.recipes
 from probes.tables import Table
 from steer.cli.loading import check_place, model_of
-from steer.cli.options import Json, Output, console, end, finite, free
+from steer.cli.options import Json, Output, console, end, finite, free, writable_file
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=__doc__)
 
@@ -94,6 +94,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Norms per layer and module, and cosines to other deltas."""
+    if figure is not None:
+        writable_file(figure)
     table = steer.deltas.norms(
         steer.deltas.open_delta(delta), {str(path): steer.deltas.open_delta(path) for path in against or []}
     )
