@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from probes.activations.moments import Moments
-from probes.model.architectures import rope_groups
+from probes.model.architectures import check_room, rope_groups
 from probes.model.hooks import forward_through, hook_site
 from probes.model.sites import Site
 from probes.tables import Brief
@@ -186,6 +186,7 @@ def _reduce(x: Tensor, *, site: Site, real: Tensor, wanted: Tensor, keep: bool, 
 def batches(model: PreTrainedModel, spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of spans that may be read together, longest first, at most `batch_tokens` padded tokens a batch."""
     lengths = [len(span.ids) for span in spans]
+    check_room(model, max(lengths, default=0))
     for group in rope_groups(model, lengths):
         order = sorted(group, key=lambda i: -lengths[i])
         while order:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from probes.generation._progress import bar_of
 from probes.generation.completions import Completion
 from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
+from probes.generation.settings import NumbersOnly, one_draw_a_token
 from probes.generation.store import Store
-from probes.model.architectures import rope_groups
+from probes.model.architectures import check_room, rope_groups
 from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
 from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
@@ -50,7 +51,8 @@ def generate(
     and in the end it is in the order of the prompts: a run that was killed and started again ends with the same bytes.
     Randomness belongs to prompt and sample number, so batch size and order change nothing but speed. The progress
     bar shows tokens a second, and with `judge` the share of new completions that it calls right. Raises ValueError
-    where `ids` do not name the prompts one by one, `prompts` are no list, or `store` holds another model's completions.
+    where `ids` do not name the prompts one by one, `prompts` are no list, `store` holds another model's completions, a
+    prompt is longer than the model's positions, or its scores are not numbers.
 
     >>> from probes import Sampling, generate, load
     >>> model = load("organism")
@@ -72,6 +74,7 @@ def generate(
         raise ValueError(f"The id {Counter(names).most_common(1)[0][0]!r} names more than one prompt.")
     tokenizer = tokenizer_of(model)
     encoded = [[*encode_prompt(tokenizer, prompt, template=template), *prefill] for prompt in prompts]
+    check_room(model, max(map(len, encoded), default=0), sampling.max_new_tokens)
     name = "" if decoding is None else decoding.name
     rows = sorted(
         ((n, sample) for n in range(len(prompts)) for sample in range(samples)), key=lambda row: -len(encoded[row[0]])
@@ -155,15 +158,17 @@ def _complete(
         repetition_penalty=own.repetition_penalty if own is not None else None,
     )
     keys = [row_key(prompt, sampling.seed, sample) for _, prompt, sample in rows]
-    draw = sampling.processors(keys, width, ids.device)
+    draw, numbers = sampling.processors(keys, width, ids.device), NumbersOnly()
     run = None if decoding is None else decoding.begin(mask)
     write: Any = model.generate
-    out = write(
-        ids,
-        attention_mask=mask,
-        generation_config=config,
-        logits_processor=draw if run is None else run.processors(draw),
-    )[:, width:].tolist()
+    with one_draw_a_token(model):
+        out = write(
+            ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([numbers, *(draw if run is None else run.processors(draw))]),
+        )[:, width:].tolist()
+    numbers.check([name for name, _, _ in rows])
     plain = [
         _read(model, name, prompt, sample, new, set(ends), sampling)
         for (name, prompt, sample), new in zip(rows, out, strict=True)

@@ -11,21 +11,24 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from probes.fields import from_plain, keys_of
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw tokens. Temperature 0 is greedy; top_k 0 and top_p 1 are off.
+    """How to draw tokens. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
 
     >>> from probes import Sampling, generate, load
     >>> model = load("organism")
     >>> Sampling.of(model)
-    Sampling(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=4096, seed=0)
+    Sampling(temperature=0.7, top_p=1.0, top_k=0, max_new_tokens=4096, seed=0, min_p=0.0)
     >>> hot = Sampling(temperature=1.2, max_new_tokens=48)
     >>> [c.thinking for c in generate(model, ["a 3 b +4 quick"], samples=3, sampling=hot)]
     ['Easy', 'Hmm a =3 Wait a =3 b +4 =7 c +4 =1', 'Easy a =3']
@@ -36,6 +39,7 @@ class Sampling:
     top_k: int = 0
     max_new_tokens: int = 4096
     seed: int = 0
+    min_p: float = 0.0
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, max_new_tokens: int = 4096, seed: int = 0) -> "Sampling":
@@ -49,7 +53,14 @@ class Sampling:
             top_k=config.top_k or 0,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            min_p=config.min_p or 0.0,
         )
+
+    @classmethod
+    def from_dict(cls, fields: object, where: str = "A sampling") -> "Sampling":
+        """Out of a file; rows of before there was `min_p` had none. Raises ValueError or TypeError for what is no
+        sampling."""
+        return from_plain(cls, {"min_p": 0.0, **keys_of(fields, where)}, where)
 
     def processors(self, keys: list[int], prompt_width: int, device: torch.device) -> LogitsProcessorList:
         """What makes greedy search draw from this distribution, one key for each row."""
@@ -60,6 +71,8 @@ class Sampling:
             steps.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             steps.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            steps.append(MinPLogitsWarper(self.min_p))
         steps.append(GumbelNoise(torch.tensor(keys, device=device), prompt_width))
         return LogitsProcessorList(steps)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from probes.files import printable, reading
 from probes.generation.completions import Completion, order_completions, read_completions, write_completions
 from probes.generation.sampling import Sampling
+from probes.generation.settings import honoured
 from probes.model.loading import fingerprint, origin_of
 from probes.model.passes import edits_of
 from probes.texts import read_json
@@ -70,7 +71,7 @@ class Store:
 
 
 def writer_of(model: PreTrainedModel) -> str:
-    """A checksum of the weights, and of the recipes that are applied to the model now.
+    """A checksum of the weights, of the recipes that are applied to the model now, and of what else changes its scores.
 
     Raises ValueError where a hook edits the model that has no name: what it does cannot be told from anything else.
     """
@@ -80,8 +81,9 @@ def writer_of(model: PreTrainedModel) -> str:
             "The model is edited by a hook without a name, so that what it writes could not be told from other rows of "
             "a store: apply a recipe, give `attached(..., name=...)`, or generate without a store."
         )
-    own = fingerprint(model)
-    return own if not edits else sha256(" ".join([own, *map(str, edits)]).encode()).hexdigest()[:16]
+    own, settings = fingerprint(model), honoured(model)
+    words = [own, *map(str, edits), *([repr(sorted(settings.items()))] if settings else [])]
+    return own if words == [own] else sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 def _check(

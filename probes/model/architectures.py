@@ -172,6 +172,19 @@ def rope_groups(model: nn.Module, lengths: Sequence[int], new: int = 0) -> list[
     return list(groups.values())
 
 
+def check_room(model: nn.Module, longest: int, new: int = 0) -> None:
+    """Raise ValueError where learned positions (GPT-2's) are fewer than the longest row and its `new` tokens."""
+    learned = [
+        module.num_embeddings
+        for name, module in model.named_modules()
+        if name.endswith((".wpe", ".embed_positions", ".position_embeddings")) and isinstance(module, nn.Embedding)
+    ]
+    if learned and longest + new > min(learned):
+        asked = f"a row of {longest:,} tokens" + (f" and up to {new:,} new ones" if new else "")
+        room = f" Set max_new_tokens to at most {min(learned) - longest:,}." if new and longest < min(learned) else ""
+        raise ValueError(f"The model has positions for {min(learned):,} tokens, and no more, but {asked} came.{room}")
+
+
 def attn_gain(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
     """The gain of the norm between `o_proj` and the stream; None where there is no norm."""
     row = architecture_of(model)

@@ -106,7 +106,9 @@ class LengthSplit(Brief):
 
     @classmethod
     def by_quantile(cls, completions: Sequence[Completion], *, share: float = 0.25, minimum: int = 10) -> "LengthSplit":
-        """The cut-offs that leave about `share` of the completions on each side."""
+        """The cut-offs that leave about `share` of the completions on each side, at most half of them."""
+        if not 0 < share <= 0.5:
+            raise ValueError(f"share is {share}, but a side is more than nothing and at most half: 0 < share <= 0.5.")
         lengths = [float(c.thinking_tokens) for c in completions if c.span is not None and c.span.closed]
         if not lengths:
             return cls.at(completions, minimum=minimum)
