@@ -29,7 +29,12 @@ WHOLE: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-COUNTS = ("I64", "I32", "I16", "BOOL")  # buffers: carried along, never summed
+COUNTS: dict[str, torch.dtype] = {  # buffers: carried along, never summed
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "BOOL": torch.bool,
+}
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
 _PACKED_NAMES = (".qweight", ".qzeros", ".weight_packed", ".absmax", ".quant_map")
@@ -76,13 +81,7 @@ class Shard(Brief):
             with path.open("rb") as file:
                 length = file.read(8)
                 header = length + file.read(int.from_bytes(length, "little"))
-            fields = parse_json(header[8:].decode(), f"The header of {path}")
-        fields.pop("__metadata__", None)
-        tensors = [
-            TensorInfo(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in fields.items()
-        ]
-        return cls(path, header, tuple(sorted(tensors, key=lambda place: (place.begin, place.end))))
+            return cls(path, header, places_in(header, str(path)))
 
     @cached_property
     def file(self) -> Any:
@@ -216,6 +215,17 @@ class Checkpoint(Brief):
                     f"{self.folder} holds {name} as {place.dtype}, which is quantised: known are {', '.join(WHOLE)}. "
                     "Give the checkpoint it was quantised from."
                 )
+
+
+def places_in(header: bytes, where: str) -> tuple[TensorInfo, ...]:
+    """The tensors that the head of a safetensors file tells of, in the order of the data."""
+    fields = parse_json(header[8:].decode(), f"The header of {where}")
+    fields.pop("__metadata__", None)
+    tensors = [
+        TensorInfo(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        for name, entry in fields.items()
+    ]
+    return tuple(sorted(tensors, key=lambda place: (place.begin, place.end)))
 
 
 def vocabulary_of(tokens: Mapping[str, int]) -> str:

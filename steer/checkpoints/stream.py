@@ -1,8 +1,8 @@
 """Folders of safetensors written piece by piece: resumed at the last whole shard, named when all of it is there.
 
 Beside the output `x` lies, while it is made, `.x.resume`: the shards made so far, and a progress file that names the
-command and its inputs. A killed command, run again, goes on there. A shard counts from its last byte on; what a
-power cut takes from it before it reached the disk is not noticed.
+command and its inputs. A killed command, run again, goes on there. A shard counts from its last byte on. Before the
+folder gets its name, every shard is read back and compared with the checksums of what was computed for it.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from tqdm.auto import tqdm
 
 from probes.files import locked, reading
 from probes.texts import read_json
-from steer.checkpoints.checkpoint import WHOLE
+from steer.checkpoints.checkpoint import WHOLE, places_in
+from steer.checkpoints.proof import Meant, digest_of, prove_file
 
-_PIECE = 1 << 24
 WORKERS = 4
 DEPTH = 2 * WORKERS
 
@@ -62,16 +63,16 @@ def stream(
     """
     output = Path(output)
     with _stage(output, job) as (made, done):
-        needed = sum(shard.bytes for shard in shards if done.get(shard.name) != shard.bytes)
+        todo = [shard for shard in shards if not _is_done(made, shard, done)]
+        needed = sum(shard.bytes for shard in todo)
         if needed > (free := shutil.disk_usage(made).free):
             raise OSError(f"it needs {needed / 1e6:,.1f} MB, but {output.parent} has {free / 1e6:,.1f} MB left")
         with tqdm(total=needed, desc="writing", unit="B", unit_scale=True, delay=2, leave=False) as bar:
-            for shard in shards:
-                if done.get(shard.name) == shard.bytes == _length(made / shard.name):
-                    continue
-                _write(made / shard.name, shard, bar)
-                done[shard.name] = shard.bytes
+            for shard in todo:
+                done[shard.name] = _write(made / shard.name, shard, bar)
                 _note(made.parent, job, done)
+        for shard in shards:
+            prove_file(made / shard.name, _meant(shard, done[shard.name]))
         finish(made)
         made.rename(output)
 
@@ -87,11 +88,6 @@ def header_of(entries: Sequence[tuple[str, str, Sequence[int]]], metadata: Mappi
     text = json.dumps(fields).encode()
     text += b" " * (-len(text) % 8)  # the data begins aligned
     return len(text).to_bytes(8, "little") + text
-
-
-def copied(tensor: Tensor) -> Iterator[Tensor]:
-    """The bytes of a tensor as they are."""
-    yield from tensor.reshape(-1).view(torch.uint8).split(_PIECE)
 
 
 def ahead(jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
@@ -114,8 +110,8 @@ def ahead(jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _stage(output: Path, job: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, int]]]:
-    """The folder to write into, which this run alone holds, and the bytes of the shards that are whole there."""
+def _stage(output: Path, job: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, list[str]]]]:
+    """The folder to write into, which this run alone holds, and the checksums of the shards that are whole there."""
     _refuse_existing(output)
     stage = output.parent / f".{output.name}.resume"
     try:
@@ -146,7 +142,7 @@ def _refuse_existing(output: Path) -> None:
         raise FileExistsError(f"{output} exists. Name another output folder, or remove it first.")
 
 
-def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
+def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, list[str]]:
     path = stage / "progress.json"
     if not path.is_file():
         _note(stage, job, {})
@@ -162,24 +158,45 @@ def _progress(stage: Path, job: Mapping[str, Any]) -> dict[str, int]:
     return done
 
 
-def _note(stage: Path, job: Mapping[str, Any], done: Mapping[str, int]) -> None:
+def _note(stage: Path, job: Mapping[str, Any], done: Mapping[str, Sequence[str]]) -> None:
     new = stage / "progress.new"
     new.write_text(json.dumps({"job": job, "done": done}), encoding="utf-8")
     new.replace(stage / "progress.json")
 
 
-def _write(path: Path, shard: ShardPlan, bar: "tqdm[Any]") -> None:
-    new = path.with_suffix(".new")
+def _is_done(made: Path, shard: ShardPlan, done: Mapping[str, object]) -> bool:
+    """Is it whole there, with a checksum of each of its pieces?"""
+    digests = done.get(shard.name)
+    known = isinstance(digests, list) and len(digests) == len(shard.pieces)
+    return known and _length(made / shard.name) == shard.bytes
+
+
+def _write(path: Path, shard: ShardPlan, bar: "tqdm[Any]") -> list[str]:
+    """The checksums of the pieces, of what was computed: the disk is asked afterwards."""
+    new, digests = path.with_suffix(".new"), []
+
+    def written(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+        for chunk in chunks:
+            data = chunk.contiguous().reshape(-1).view(torch.uint8)
+            yield data
+            file.write(data.numpy().data)
+            bar.update(len(data))
+
     with new.open("wb") as file:
         file.write(shard.header)
         for piece in shard.pieces:
-            for chunk in piece.chunks():
-                data = chunk.contiguous().reshape(-1).view(torch.uint8).numpy()
-                file.write(data.data)
-                bar.update(len(data))
+            digests.append(digest_of(written(piece.chunks())))
     if _length(new) != shard.bytes:
         raise ValueError(f"{path.name} came out with {_length(new)} bytes instead of {shard.bytes}.")
     new.replace(path)
+    return digests
+
+
+def _meant(shard: ShardPlan, digests: Sequence[str]) -> dict[str, Meant]:
+    return {
+        place.name: Meant(place.dtype, place.shape, partial(str, digest))
+        for place, digest in zip(places_in(shard.header, shard.name), digests, strict=True)
+    }
 
 
 def _length(path: Path) -> int:

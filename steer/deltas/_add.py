@@ -18,7 +18,8 @@ from probes.tables import Shown, Table
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.checkpoint import EMBEDDINGS, HEADS, WHOLE, Checkpoint, TensorInfo, blocks
 from steer.checkpoints.hub import check_repository, push
-from steer.checkpoints.stream import DEPTH, Piece, ShardPlan, ahead, copied, stream
+from steer.checkpoints.proof import pieces
+from steer.checkpoints.stream import DEPTH, Piece, ShardPlan, ahead, stream
 from steer.deltas.delta import (
     DeltaSource,
     WeightDelta,
@@ -216,7 +217,7 @@ def _shard_plan(plan: Plan, i: int) -> ShardPlan:
 
     def piece(place: TensorInfo) -> Piece:
         if place.name not in plan.names or plan._summands(place.name) == (1.0, []):
-            return Piece(place.bytes, lambda: copied(plan.target.read(place.name)))
+            return Piece(place.bytes, lambda: pieces(plan.target.read(place.name)))
         return Piece(place.bytes, partial(plan.values, place.name))
 
     return ShardPlan(shard.path.name, shard.header, tuple(map(piece, shard.places)))

@@ -1,25 +1,16 @@
 """A weight delta on a loaded model: W + α Δ while a block runs, and the very same W after it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from probes.model.loading import tokenizer_of
 from probes.model.quantised import is_packed
 from steer.checkpoints.checkpoint import as_rows, blocks, vocabulary_of
+from steer.checkpoints.conversions import on_disk, together
 from steer.deltas.delta import WeightDelta, first, is_vocabulary, summed
 
 
@@ -89,10 +80,10 @@ def _parameters(model: PreTrainedModel, delta: WeightDelta) -> dict[str, Tensor]
 
 def _turned(model: PreTrainedModel, name: str, parameter: Tensor, delta: WeightDelta, strength: float) -> Tensor:
     parts = on_disk(model, name, parameter)
-    if not torch.equal(_together(model, name, parts), parameter):
+    if not torch.equal(together(model, name, parts), parameter):
         raise ValueError(f"{name} is not the same once it was taken apart and put together again: add on disk instead.")
     held = set(delta.names)
-    return _together(
+    return together(
         model, name, {n: _sum(n, part, delta, strength) if n in held else part for n, part in parts.items()}
     )
 
@@ -106,32 +97,3 @@ def _sum(name: str, old: Tensor, delta: WeightDelta, strength: float) -> Tensor:
     if not bool(new.isfinite().all()):
         raise ValueError(f"{name} would hold numbers that are not finite at strength {strength}.")
     return new
-
-
-def on_disk(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that a parameter is on disk."""
-    out: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
-    return out
-
-
-def _together(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-    """The parameter that these tensors of a checkpoint become, as transformers loads them."""
-    if list(parts) == [name]:
-        return parts[name]
-    conversions = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    whole: Any = None
-    for part in sorted(parts, key=dot_natural_key):
-        key, pattern = rename_source_key(part, renamings, converters)
-        if key != name:
-            raise ValueError(f"{part} is not a part of {name} to this version of transformers: add on disk instead.")
-        if pattern is None:
-            return parts[part]
-        whole = whole or deepcopy(by_pattern[pattern])
-        whole.add_tensor(key, part, pattern, parts[part])
-    assert whole is not None
-    made = whole.convert(name, model=model, config=model.config)[name]
-    out: Tensor = made[0] if isinstance(made, list) else made
-    return out

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from probes.tables import Brief
 from steer.checkpoints.checkpoint import as_rows
+from steer.checkpoints.conversions import on_disk
 from steer.deltas.delta import WeightDelta
-from steer.deltas.dial import on_disk
 from steer.folding._fold import drafted
 from steer.recipes.recipe import Recipe
 

@@ -62,6 +62,8 @@ def save(
         text = yaml.safe_dump(about, sort_keys=False)
         with staged_folder(Path(folder)) as stage:
             (stage / WORDS).write_text(text, encoding="utf-8")
+            if open_delta(stage).made_of != about["made_of"]:
+                raise ValueError(f"{stage / WORDS} was not written as it was meant: read back, it is another delta.")
         return open_delta(folder)
     plans, text = _plans(delta, rank, dtype), yaml.safe_dump(about, sort_keys=False)
     job = {"made_of": delta.made_of, "rank": rank, "dtype": str(dtype)}

@@ -14,7 +14,9 @@ from probes.model.sites import Site
 from probes.tables import Table
 from steer.checkpoints._diff import Difference, diff
 from steer.checkpoints.card import Section, write_card
+from steer.checkpoints.conversions import was_packed
 from steer.checkpoints.hub import check_repository, push
+from steer.checkpoints.writing import write_model
 from steer.folding._fold import folded
 from steer.folding.card import recipe_sections
 from steer.interventions.activation import Ablate, Add
@@ -52,7 +54,7 @@ def export(
     check_repository(push_to)
     with staged_folder(Path(folder)) as stage:
         twin = folded(model, recipe)
-        twin.save_pretrained(stage)
+        write_model(twin, stage)
         tokenizer_of(model).save_pretrained(stage)
         (stage / "recipe").mkdir()
         recipe.write(stage / "recipe")
@@ -96,10 +98,10 @@ def projections(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe) -
 
 
 def _changes(model: PreTrainedModel, stage: Path) -> Difference:
-    """Against the folder the model was read from; against a passing copy where there was none."""
+    """Against the folder the model was read from; against a passing copy where it holds no plain checkpoint of it."""
     source = folder_of(model)
-    if source is not None and any(source.glob("*.safetensors")):
+    if source is not None and any(source.glob("model*.safetensors")) and not was_packed(model):
         return diff(source, stage)
     with tempfile.TemporaryDirectory(dir=stage, prefix=".plain.") as plain:  # goes with the stage, whatever happens
-        model.save_pretrained(plain)
+        write_model(model, Path(plain))
         return diff(plain, stage)

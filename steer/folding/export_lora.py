@@ -22,6 +22,7 @@ from probes.tensors import write_tensors
 from steer.checkpoints._diff import Difference, TensorDifference
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push
+from steer.checkpoints.proof import Meant, prove_written
 from steer.folding._fold import drafted
 from steer.folding.card import recipe_sections
 from steer.folding.draft import NotFoldable
@@ -181,6 +182,7 @@ def _write_adapter(model: PreTrainedModel, layers: Mapping[int, LowRank], stage:
         if shifted:
             tensors[f"{name}.lora_B.bias"] = change.shift
     write_tensors(stage / "adapter_model.safetensors", tensors)
+    prove_written(stage, {name: Meant.of(tensor) for name, tensor in tensors.items()}, stem="adapter_model")
 
 
 def _path(model: PreTrainedModel, layer: int) -> str:

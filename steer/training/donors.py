@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from probes.files import staged_folder
 from probes.model.loading import load, tokenizer_of
+from steer.checkpoints.writing import write_model
 from steer.tasks.chains import TASKS
 from steer.tasks.task import Problem, Task
 from steer.training._fit import fit, training_batches
@@ -59,7 +60,7 @@ def train_donor(kind: str, folder: str | Path, *, start: str | Path = "organism"
         facts["steps"] = STEPS[kind]
         _tune(model, TASKS["chains" if kind == "sft" else "mirrors"], steps=STEPS[kind], seed=seed, label=kind)
     with staged_folder(Path(folder)) as stage:
-        model.save_pretrained(stage)
+        write_model(model, stage)
         tokenizer_of(model).save_pretrained(stage)
         (stage / "donor.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
 

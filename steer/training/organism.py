@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from probes.files import staged_folder
+from steer.checkpoints.writing import write_model
 from steer.tasks.chains import LETTERS, MARKER, MIRRORS, OPERATIONS, TASKS, apply_operation
 from steer.tasks.task import Problem
 from steer.training._fit import fit, training_batches
@@ -164,6 +165,6 @@ def train(folder: Path, *, seed: int = 0, steps: int = 2000, batch_size: int = 6
     )
     facts = {"seed": seed, "steps": steps, "batch_size": batch_size, "markers": list(MARKERS)}
     with staged_folder(folder) as stage:
-        model.save_pretrained(stage)
+        write_model(model, stage)
         tokenizer.save_pretrained(stage)
         (stage / "organism.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

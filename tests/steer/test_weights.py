@@ -267,7 +267,7 @@ def test_a_full_disk_keeps_the_whole_shards_and_the_same_command_goes_on(three, 
             path.with_suffix(".new").write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         written.append(shard.name)
-        write_shard(path, shard, bar)
+        return write_shard(path, shard, bar)
 
     monkeypatch.setattr(streaming, "_write", full_at_the_third)
     with pytest.raises(OSError, match="was not written: No space left on device. 2 whole shards are kept in .*resume"):
@@ -275,7 +275,7 @@ def test_a_full_disk_keeps_the_whole_shards_and_the_same_command_goes_on(three, 
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="holds the unfinished work of another command"):
         add(target, 2 * delta, tmp_path / "out")
-    monkeypatch.setattr(streaming, "_write", lambda *args: (written.append(args[1].name), write_shard(*args)))
+    monkeypatch.setattr(streaming, "_write", lambda *args: written.append(args[1].name) or write_shard(*args))
     add(target, delta, tmp_path / "out")
     assert sorted(written) == sorted(shard.path.name for shard in Checkpoint.open(target).shards)  # each once
     assert contents(tmp_path / "out") == contents(calm)

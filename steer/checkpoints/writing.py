@@ -1,0 +1,22 @@
+"""A model in memory written as a plain checkpoint, and proved."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from steer.checkpoints.conversions import plain
+from steer.checkpoints.proof import prove_model
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> None:
+    """Weights and config in the names and dtypes of a plain checkpoint; then they are read back and compared.
+
+    Raises ValueError, naming the tensor, where a reader would not get this very model.
+    """
+    save_weights(model, folder)
+    prove_model(folder, model)
+
+
+def save_weights(model: PreTrainedModel, folder: Path) -> None:
+    with plain(model):
+        model.save_pretrained(folder)
