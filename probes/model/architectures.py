@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from probes.model.families import ARCHITECTURES, Architecture, Tap
-from probes.model.quantised import computed_weight, is_packed
+from probes.model.quantised import computed_weight, own_weight
 from probes.model.sites import Site, SiteName
 from probes.words import checked
 
@@ -104,14 +104,12 @@ def output_first(model: nn.Module, path: str, weight: Tensor) -> Float[Tensor, "
 def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_heads d_head"]:
     """`o_proj`'s weight, head by head: a view. d_head is d_in / n_heads, whatever the config says.
 
-    Where the weight is quantised, a float32 copy of what the module computes.
+    Where the weight is quantised, a float32 copy of what the module computes. Raises ValueError where an adapter or
+    another thing is around it.
     """
-    module = o_proj_of(model, layer)
-    stored = module.get_parameter("weight")
-    if is_packed(stored):
-        weight = computed_weight(module)
-    else:
-        weight = output_first(model, architecture_of(model).o_proj, stored)
+    module, path = o_proj_of(model, layer), architecture_of(model).o_proj
+    stored = own_weight(module, f"{path} of layer {layer}")
+    weight = computed_weight(module) if stored is None else output_first(model, path, stored)
     by_head: Tensor = weight.unflatten(1, (n_heads(model, layer), -1))
     return by_head
 

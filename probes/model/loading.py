@@ -15,6 +15,7 @@ from probes.model.architectures import config_of, n_heads, n_layers, width_of
 from probes.model.delimiters import Delimiters, find_delimiters
 from probes.model.gguf_files import converted, smollm2_file
 from probes.model.identities import place
+from probes.model.quantised import merge_adapters
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS
 from probes.tables import Brief
@@ -64,7 +65,8 @@ def load(
 
     `source` is a hub id, a local folder, a GGUF file, `"organism"` (the embedded model, 0.76 M parameters), `"smollm2"`
     (SmolLM2-135M-Instruct out of a package), or a model that you built yourself, with its `tokenizer`. `delimiters`
-    override what opens and closes the thinking, which is else found in the tokenizer. A family without a row in
+    override what opens and closes the thinking, which is else found in the tokenizer. The id or folder of an adapter
+    gives its base with the adapter merged into the weights. A family without a row in
     `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does hold
     (`probes.model.identities`), else refused with a ValueError; so are a model without a head, and a wrapped one.
 
@@ -87,7 +89,9 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=False
             )
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+            adapted = merge_adapters(model)
+            if not (adapted and Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file()):
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if tokenizer is None:
         if not model.config._name_or_path:
             raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")

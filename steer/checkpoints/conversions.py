@@ -12,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -41,13 +42,13 @@ def together(model: PreTrainedModel, name: str, parts: Mapping[str, Tensor]) -> 
 
 @contextmanager
 def plain(model: PreTrainedModel) -> Iterator[None]:
-    """While open, transformers names the model's tensors as a plain checkpoint does.
+    """While open, transformers names the model's tensors as a plain checkpoint of its family does.
 
     Of a model that it dequantised while loading it would write the numbers under the names of the codes, and without
-    their scales, so that they are read back as something else.
+    their scales, so that they are read back as something else; of one with an adapter, under the adapter's names.
     """
     used = getattr(model, _USED, None)
-    if not used or not was_packed(model):
+    if not was_converted(model):
         yield
         return
     delattr(model, _USED)  # it then takes what the family's own conversions are
@@ -57,14 +58,13 @@ def plain(model: PreTrainedModel) -> Iterator[None]:
         setattr(model, _USED, used)
 
 
-def was_packed(model: PreTrainedModel) -> bool:
-    """Did transformers unpack quantised weights while it loaded the model?"""
-    known = {_patterns(entry) for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)}
-    used = getattr(model, _USED, None) or ()
-    return any(isinstance(entry, WeightConverter) and _patterns(entry) not in known for entry in used)
+def was_converted(model: PreTrainedModel) -> bool:
+    """Did transformers convert what it loaded in another way than it does for plain checkpoints of the family?"""
+    known = {_patterns(entry) for entry in get_model_conversion_mapping(model)}
+    return any(_patterns(entry) not in known for entry in getattr(model, _USED, None) or ())
 
 
-def _patterns(entry: WeightConverter) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _patterns(entry: WeightTransform) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(entry.source_patterns), tuple(entry.target_patterns)
 
 

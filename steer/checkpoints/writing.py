@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from probes.model.loading import origin_of
+from probes.model.quantised import check_unwrapped, is_quantised
 from steer.checkpoints.conversions import plain
 from steer.checkpoints.proof import prove_model
 
@@ -11,8 +13,14 @@ from steer.checkpoints.proof import prove_model
 def write_model(model: PreTrainedModel, folder: Path) -> None:
     """Weights and config in the names and dtypes of a plain checkpoint; then they are read back and compared.
 
-    Raises ValueError, naming the tensor, where a reader would not get this very model.
+    Raises ValueError, naming the tensor, where a reader would not get this very model, and for a model whose weights
+    are quantised, or wrapped.
     """
+    if is_quantised(model):
+        raise ValueError(
+            f"The weights of {origin_of(model).name!r} are quantised: load the model dequantised, and write it then."
+        )
+    check_unwrapped(model)
     save_weights(model, folder)
     prove_model(folder, model)
 

@@ -14,7 +14,7 @@ from probes.model.sites import Site
 from probes.tables import Table
 from steer.checkpoints._diff import Difference, diff
 from steer.checkpoints.card import Section, write_card
-from steer.checkpoints.conversions import was_packed
+from steer.checkpoints.conversions import was_converted
 from steer.checkpoints.hub import check_repository, push
 from steer.checkpoints.writing import write_model
 from steer.folding._fold import folded
@@ -100,7 +100,7 @@ def projections(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe) -
 def _changes(model: PreTrainedModel, stage: Path) -> Difference:
     """Against the folder the model was read from; against a passing copy where it holds no plain checkpoint of it."""
     source = folder_of(model)
-    if source is not None and any(source.glob("model*.safetensors")) and not was_packed(model):
+    if source is not None and any(source.glob("model*.safetensors")) and not was_converted(model):
         return diff(source, stage)
     with tempfile.TemporaryDirectory(dir=stage, prefix=".plain.") as plain:  # goes with the stage, whatever happens
         write_model(model, Path(plain))

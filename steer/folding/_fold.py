@@ -17,7 +17,7 @@ from probes.model.architectures import (
     width_of,
 )
 from probes.model.loading import origin_of
-from probes.model.quantised import is_quantised
+from probes.model.quantised import check_unwrapped, is_quantised
 from probes.model.sites import Site, SiteName
 from steer.folding.affine import fold_affine
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
@@ -167,11 +167,7 @@ def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, id
 @torch.no_grad()
 def drafted(model: PreTrainedModel, recipe: Recipe) -> Draft:
     """What the recipe makes of the weights; the model is not touched."""
-    if is_quantised(model):
-        raise NotFoldable(
-            f"The weights of {origin_of(model).name!r} are quantised, and an edit of packed numbers would be another "
-            "one. Fold into the model loaded unquantised, then quantise the export; at run time the recipe works as is."
-        )
+    check_weights(model)
     draft = Draft()
     affines: dict[Site, Affine] = {}
     for step in recipe.steps:
@@ -184,6 +180,16 @@ def drafted(model: PreTrainedModel, recipe: Recipe) -> Draft:
     for site in sorted(affines, key=_rank):
         fold_affine(model, site, affines[site], draft)
     return draft
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raise NotFoldable for quantised weights, ValueError where an adapter or another thing is around one."""
+    if is_quantised(model):
+        raise NotFoldable(
+            f"The weights of {origin_of(model).name!r} are quantised, and an edit of packed numbers would be another "
+            "one. Fold into the model loaded unquantised, then quantise the export; at run time the recipe works as is."
+        )
+    check_unwrapped(model)
 
 
 def _bias_key(model: PreTrainedModel) -> str:

@@ -23,7 +23,7 @@ from steer.checkpoints._diff import Difference, TensorDifference
 from steer.checkpoints.card import Section, write_card
 from steer.checkpoints.hub import check_repository, push
 from steer.checkpoints.proof import Meant, prove_written
-from steer.folding._fold import drafted
+from steer.folding._fold import check_weights, drafted
 from steer.folding.card import recipe_sections
 from steer.folding.draft import NotFoldable
 from steer.recipes.recipe import Recipe
@@ -97,6 +97,7 @@ def low_rank(model: PreTrainedModel, recipe: Recipe) -> dict[int, LowRank]:
     Raises NotFoldable, naming the tensors, where it changes others.
     """
     recipe.check(model)
+    check_weights(model)
     twin = _biased(model)
     draft = drafted(twin, recipe).copies
     layers, ours = {}, set()
