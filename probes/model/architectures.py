@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from probes.model.families import ARCHITECTURES, Architecture, Tap
-from probes.model.quantised import computed_weight, own_weight
+from probes.model.quantised import computed_weight, numbers_of, own_weight
 from probes.model.sites import Site, SiteName
 from probes.words import checked
 
@@ -265,5 +265,6 @@ def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
 
 
 def _gain(norm: nn.Module, row: Architecture) -> Tensor:
-    weight = norm.get_parameter("weight").detach()
-    return weight.float() + row.gain_offset
+    weight = numbers_of(norm)
+    assert weight is not None
+    return weight.detach().float() + row.gain_offset

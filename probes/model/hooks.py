@@ -96,7 +96,8 @@ def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 
     def after_head(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         z = args[0].unflatten(-1, (heads, -1))[..., site.head, :]
-        write = z.float() @ matrix
+        assert matrix is not None
+        write = z.float() @ matrix.to(z.device)  # an offloaded one was read elsewhere
         new = edit(write)
         return None if new is None else output + (new - write).to(output.dtype)
 

@@ -22,6 +22,7 @@ from probes.model.architectures import (
 from probes.model.families import ARCHITECTURES, GENERIC, Architecture
 from probes.model.hooks import captured
 from probes.model.passes import hooked
+from probes.model.quantised import own_weight
 from probes.model.sites import Site, SiteName
 
 _SEQUENTIAL: tuple[tuple[SiteName, tuple[SiteName, ...]], ...] = (
@@ -88,8 +89,10 @@ def broken_identity(model: PreTrainedModel) -> str | None:
         for path in dict.fromkeys((row.o_proj, *(tap.path for tap in row.taps.values()))):
             if path and _missing(block, path) and not (is_parallel(model) and path == row.taps["resid_mid"].path):
                 return f"a block has no {path}"
-        if not {"weight"} <= dict(o_proj_of(model, layer).named_parameters()).keys():
-            return f"{row.o_proj} of layer {layer} is a {type(o_proj_of(model, layer)).__name__} without one weight"
+        try:
+            own_weight(o_proj_of(model, layer), f"{row.o_proj} of layer {layer}")
+        except ValueError as error:
+            return str(error).removesuffix(".")
         width, heads = width_of(model, Site(layer, "z")), n_heads(model, layer)
         if width % heads:
             return f"o_proj of layer {layer} reads {width} channels, which {heads} heads do not divide"

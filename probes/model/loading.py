@@ -15,7 +15,7 @@ from probes.model.architectures import config_of, n_heads, n_layers, width_of
 from probes.model.delimiters import Delimiters, find_delimiters
 from probes.model.gguf_files import converted, smollm2_file
 from probes.model.identities import place
-from probes.model.quantised import merge_adapters
+from probes.model.quantised import merge_adapters, numbers_of
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS
 from probes.tables import Brief
@@ -229,7 +229,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+        owner, _, own = name.rpartition(".")
+        numbers = numbers_of(model.get_submodule(owner), own) if parameter.is_meta else parameter
+        assert numbers is not None
+        flat = numbers.detach().flatten()
         at = torch.linspace(0, len(flat) - 1, min(256, len(flat)), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.numpy().tobytes())

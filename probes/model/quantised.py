@@ -31,11 +31,47 @@ def is_quantised(model: nn.Module) -> bool:
 @torch.no_grad()
 def computed_weight(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
     """What a Linear of any packing multiplies by: its output on the identity, in float32."""
-    device = next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    device = device_of(module)
     identity = torch.eye(int(getattr(module, "in_features")), device=device)
     rows = module.forward(identity).float()  # not called: no hook is to see it
     out: Tensor = (rows if module.bias is None else rows - module.bias.float()).T
     return out
+
+
+def numbers_of(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """A parameter of the module itself, read from where it was offloaded to, if it was; None where there is none.
+
+    Raises ValueError where its numbers are nowhere.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is None or not parameter.is_meta:
+        return parameter
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        held = getattr(one, "weights_map", None)
+        if held is not None:
+            numbers: Tensor = held[name]
+            return numbers
+    raise ValueError(f"The {name} of a {type(module).__name__} has no numbers: it is on the meta device. Load it anew.")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or where they are brought to."""
+    device = next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    if device.type != "meta":
+        return device
+    brought = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if brought is None else brought)
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """Raise ValueError, naming one, where some of the model's weights are offloaded, so that they cannot be edited."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name} is offloaded, and not in memory: it can be read and steered, but not edited. Load the model "
+                "without a device map that offloads, or write the recipe into the folder of its checkpoint."
+            )
 
 
 def own_weight(module: nn.Module, where: str) -> Tensor | None:
@@ -45,7 +81,7 @@ def own_weight(module: nn.Module, where: str) -> Tensor | None:
     """
     if (fault := wrapping(module)) is not None:
         raise ValueError(f"{where} is {fault}, so that its weight alone is not what it computes. {_REMEDY}")
-    weight = module._parameters.get("weight")
+    weight = numbers_of(module)
     if weight is None and not _holds_codes(module):
         raise ValueError(f"{where} is a {type(module).__name__} without a weight: it is no projection that is known.")
     return None if weight is None or is_packed(weight) else weight

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from probes.model.loading import origin_of
-from probes.model.quantised import check_unwrapped, is_quantised
+from probes.model.quantised import check_in_memory, check_unwrapped, is_quantised
 from steer.checkpoints.conversions import plain
 from steer.checkpoints.proof import prove_model
 
@@ -21,6 +21,7 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
             f"The weights of {origin_of(model).name!r} are quantised: load the model dequantised, and write it then."
         )
     check_unwrapped(model)
+    check_in_memory(model)
     save_weights(model, folder)
     prove_model(folder, model)
 

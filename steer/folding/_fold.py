@@ -17,7 +17,7 @@ from probes.model.architectures import (
     width_of,
 )
 from probes.model.loading import origin_of
-from probes.model.quantised import check_unwrapped, is_quantised
+from probes.model.quantised import check_in_memory, check_unwrapped, is_quantised
 from probes.model.sites import Site, SiteName
 from steer.folding.affine import fold_affine
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
@@ -88,6 +88,7 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     (False, torch.Size([96, 128]))
     """
     recipe.check(model)
+    check_weights(model)
     twin = copy.deepcopy(model)
     try:
         draft = drafted(twin, recipe)
@@ -183,13 +184,14 @@ def drafted(model: PreTrainedModel, recipe: Recipe) -> Draft:
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Raise NotFoldable for quantised weights, ValueError where an adapter or another thing is around one."""
+    """Raise NotFoldable for quantised weights, ValueError where something is around one, or one is not in memory."""
     if is_quantised(model):
         raise NotFoldable(
             f"The weights of {origin_of(model).name!r} are quantised, and an edit of packed numbers would be another "
             "one. Fold into the model loaded unquantised, then quantise the export; at run time the recipe works as is."
         )
     check_unwrapped(model)
+    check_in_memory(model)
 
 
 def _bias_key(model: PreTrainedModel) -> str:

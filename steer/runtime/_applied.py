@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from probes.model.architectures import o_proj_of
 from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
 from probes.model.passes import named_edit
+from probes.model.quantised import device_of
 from probes.model.sites import Site
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Add, Intervention, placed
@@ -117,7 +118,7 @@ class _Edit:
 
     @classmethod
     def of(cls, model: PreTrainedModel, number: int, step: Step, gate: Gate, log: FireLog) -> "_Edit":
-        device = next(o_proj_of(model, _site(step).layer).parameters()).device
+        device = device_of(o_proj_of(model, _site(step).layer))
         assert not isinstance(step.intervention, RoutingEdit)
         return cls(number, placed(step.intervention, device), gate, log)
 
