@@ -6,8 +6,9 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -110,3 +111,11 @@ class Loading:
         if key not in self.state and name in self.state:
             key, pattern = rename_source_key(name, [], [], prefix, self.state)
         return key, pattern
+
+
+def unmade(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """What the config makes of the model's class, without numbers: on the device `meta`."""
+    make: Any = type(model)
+    with torch.device("meta"):
+        out: PreTrainedModel = make(deepcopy(config))
+    return out

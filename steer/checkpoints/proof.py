@@ -4,14 +4,13 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from steer.checkpoints.checkpoint import COUNTS, WHOLE, Checkpoint, Shard
-from steer.checkpoints.conversions import Loading
+from steer.checkpoints.conversions import Loading, unmade
 
 _PIECE = 1 << 24
 _WORDS = {dtype: word for word, dtype in {**WHOLE, **COUNTS}.items()}
@@ -54,7 +53,7 @@ def prove_model(folder: Path, model: PreTrainedModel, *, beside: Collection[str]
     is tied to. `beside` names tensors that are there for others to read. Memory is one parameter's.
     """
     checkpoint = Checkpoint.open(folder)
-    loading, ours = Loading.of(_promised(folder, model)), model.state_dict()
+    loading, ours = Loading.of(unmade(model, type(model.config).from_pretrained(folder))), model.state_dict()
     _check_config(folder, loading.state, ours)
     groups = loading.groups(name for name in checkpoint.places if name not in beside)
     extra = [name for key, members in groups.items() if key not in ours for name in members]
@@ -130,13 +129,6 @@ def _compare(folder: Path, name: str, stored: Tensor, meant: Tensor) -> None:
     for a, b in zip(pieces(stored), pieces(meant), strict=True):
         if not torch.equal(a, b.cpu()):
             raise _odd(folder, name, "its numbers are others")
-
-
-def _promised(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
-    """The model without numbers that the config in the folder makes."""
-    make: Any = type(model)
-    with torch.device("meta"):
-        return cast("PreTrainedModel", make(type(model.config).from_pretrained(folder)))
 
 
 def _check_tied(folder: Path, name: str, found: Collection[str], model: PreTrainedModel, loading: Loading) -> None:

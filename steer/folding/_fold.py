@@ -1,12 +1,10 @@
 """Write a recipe into the weights, so that the plain checkpoint behaves as if steered."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.model.architectures import (
@@ -19,6 +17,7 @@ from probes.model.architectures import (
 from probes.model.loading import origin_of
 from probes.model.quantised import check_in_memory, check_unwrapped, is_quantised
 from probes.model.sites import Site, SiteName
+from steer.checkpoints.conversions import unmade
 from steer.folding.affine import fold_affine
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
 from steer.folding.routing import fold_routing
@@ -93,8 +92,7 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     try:
         draft = drafted(twin, recipe)
     except NeedsBias:
-        twin = declare_bias(model)
-        draft = drafted(twin, recipe)
+        draft = drafted(_declared(twin), recipe)
     draft.write()
     return twin
 
@@ -124,22 +122,27 @@ def check_folds(model: PreTrainedModel, recipe: Recipe) -> None:
 def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that computes the same function, whose config declares attention biases, and whose biases are zero.
 
-    Raises `NotFoldable` where the family's config cannot declare one.
+    All else, dtypes of parameters and buffers among it, is as in the model. Raises `NotFoldable` where the family's
+    config cannot declare one.
     """
-    key = _bias_key(model)
-    config = copy.deepcopy(model.config)
-    setattr(config, key, True)
-    make: Callable[..., PreTrainedModel] = type(model)
-    twin: PreTrainedModel = cast("Any", make(config)).to(dtype=model.dtype, device=model.device).eval()
-    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
-    if unexpected or not all(name.endswith(".bias") for name in missing) or o_proj_bias(twin, 0) is None:
-        raise NotFoldable(f"{key} declares no bias for o_proj in {config_of(model).model_type}.")
-    for name in missing:
-        twin.get_parameter(name).zero_()
-    twin.generation_config = copy.deepcopy(model.generation_config)
-    setattr(twin, "_thinksteer", origin_of(model))
-    out: PreTrainedModel = twin
-    return out
+    _bias_key(model)
+    return _declared(copy.deepcopy(model))
+
+
+def _declared(twin: PreTrainedModel) -> PreTrainedModel:
+    """The same model, with the biases that its config declares from now on."""
+    key = _bias_key(twin)
+    setattr(config_of(twin), key, True)
+    promised, known = unmade(twin, twin.config).state_dict(), twin.state_dict()
+    added = [name for name in promised if name not in known]
+    if known.keys() - promised.keys() or not all(name.endswith(".bias") for name in added):
+        raise NotFoldable(f"{key} declares more than biases in {config_of(twin).model_type}.")
+    for name in added:
+        module = twin.get_submodule(name.removesuffix(".bias"))
+        module.register_parameter("bias", nn.Parameter(module.get_parameter("weight").new_zeros(promised[name].shape)))
+    if o_proj_bias(twin, 0) is None:
+        raise NotFoldable(f"{key} declares no bias for o_proj in {config_of(twin).model_type}.")
+    return twin
 
 
 @torch.no_grad()

@@ -6,9 +6,12 @@ import pytest
 import torch
 from families import POST_NORM, build
 
-from probes.model.architectures import block_of, head_matrices, o_proj_of
+from probes.model.architectures import architecture_of, block_of, head_matrices, o_proj_bias, o_proj_of
 from probes.model.hooks import captured
+from probes.model.loading import load
+from probes.model.paths import path_of
 from probes.model.sites import Site
+from steer.checkpoints.writing import write_model
 from steer.folding._fold import declare_bias, fold, fold_error, folded
 from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale
@@ -160,3 +163,38 @@ def test_a_heads_write_is_read_and_edited_in_float32_in_a_bfloat16_model(tokens)
     torch.testing.assert_close(cache[sites[0]], exact)
     with applied(model, Recipe.of(model, [Ablate(sites[0], torch.ones(32))])):
         assert model(tokens).logits.dtype is torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", [0.0, 0.5])
+def test_a_folded_model_keeps_the_dtype_of_every_parameter_and_buffer(model, target, tmp_path):
+    """bfloat16 weights beside float32 norms, router corrections and frequencies: routing hangs on their last bits."""
+    twin = copy.deepcopy(model).to(torch.bfloat16)
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+        if "norm" in name or not isinstance(tensor, torch.nn.Parameter):
+            tensor.data = tensor.data.float() + 1e-3  # what bfloat16 would round away
+    twin = load(twin)
+    recipe = Recipe.of(twin, [Ablate(Site(1, "result", 2), torch.ones(32), target=target)])
+    if target and o_proj_bias(twin, 1) is None and architecture_of(twin).declares_bias is None:
+        with pytest.raises(NotFoldable, match="cannot declare a bias"):
+            folded(twin, recipe)
+        return
+    edited = folded(twin, recipe)
+    ours, theirs = (dict((*m.named_parameters(), *m.named_buffers())) for m in (twin, edited))
+    added = theirs.keys() - ours.keys()
+    assert {theirs[name].dtype for name in added} <= {torch.bfloat16}
+    assert all(name.endswith(".bias") for name in added)
+    assert {name: theirs[name].dtype for name in ours} == {name: tensor.dtype for name, tensor in ours.items()}
+    path = path_of(twin, Site(1, "z"))
+    assert {name for name in ours if not torch.equal(theirs[name], ours[name])} <= {f"{path}.weight", f"{path}.bias"}
+    write_model(edited, tmp_path)  # which proves that dtypes are as they are in memory
+
+
+@torch.no_grad()
+def test_a_declared_bias_leaves_the_routing_of_a_bfloat16_model_alone(tokens):
+    model = build("deepseek_v3", dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.data.float() + (1e-4 * torch.arange(len(buffer)) if "correction" in name else 0)
+    twin = declare_bias(model)
+    assert torch.equal(twin(tokens).logits, model(tokens).logits)
+    assert {b.dtype for b in twin.buffers()} == {torch.float32}
