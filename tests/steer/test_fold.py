@@ -6,10 +6,9 @@ import pytest
 import torch
 from families import POST_NORM, build
 
-from probes.model.architectures import architecture_of, block_of, head_matrices, o_proj_bias, o_proj_of
+from probes.model.architectures import architecture_of, block_of, head_matrices, o_proj_bias, o_proj_of, path_of
 from probes.model.hooks import captured
 from probes.model.loading import load
-from probes.model.paths import path_of
 from probes.model.sites import Site
 from steer.checkpoints.writing import write_model
 from steer.folding._fold import declare_bias, fold, fold_error, folded
