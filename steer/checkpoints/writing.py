@@ -6,15 +6,18 @@ from transformers import PreTrainedModel
 
 from probes.model.loading import origin_of
 from probes.model.quantised import check_in_memory, check_unwrapped, is_quantised
+from steer.checkpoints.carried import carry_over
+from steer.checkpoints.checkpoint import Checkpoint
 from steer.checkpoints.conversions import plain
-from steer.checkpoints.proof import prove_model
+from steer.checkpoints.proof import Meant, prove_model, prove_tensors
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
     """Weights and config in the names and dtypes of a plain checkpoint; then they are read back and compared.
 
-    Raises ValueError, naming the tensor, where a reader would not get this very model, and for a model whose weights
-    are quantised, or wrapped.
+    What the model's source holds and transformers does not load is carried over as it is. Raises ValueError, naming
+    the tensor, where a reader would not get this very model, and for one whose weights are quantised, wrapped, or not
+    in memory.
     """
     if is_quantised(model):
         raise ValueError(
@@ -23,7 +26,11 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
     check_unwrapped(model)
     check_in_memory(model)
     save_weights(model, folder)
-    prove_model(folder, model)
+    beside = carry_over(model, folder)
+    prove_model(folder, model, beside=beside)
+    if beside:
+        source = Checkpoint.open(origin_of(model).name, revision=origin_of(model).revision, download=False)
+        prove_tensors(folder, {name: Meant.of(source.read(name)) for name in beside})
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:

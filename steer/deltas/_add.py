@@ -90,6 +90,11 @@ class Plan(Shown):
         if lost := sorted(changing - set(target.names)):
             raise ValueError(f"{target.folder} lacks tensors of the delta, or holds no numbers there: {first(lost)}.")
         names |= _stored_head(target, names)
+        if strength and not names:
+            raise ValueError(
+                f"The delta changes no tensor of {target.folder}: it holds none, or none that may be added."
+                + (f" {' '.join(notes)}" if notes else "")
+            )
         return cls(target, delta, names if strength else {}, tuple(dict.fromkeys(notes)))
 
     @property

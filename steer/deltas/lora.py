@@ -88,6 +88,8 @@ class Adapter(Brief):
                 raise ValueError(f"{folder} holds {key}, which is no factor of LoRA: merge it with peft first.")
             part = (match["embedding"] or "") + match["side"] + ("_bias" if match["kind"] == "bias" else "")
             sides.setdefault(match["module"], {})[part] = checkpoint.read(key)
+        if not sides:
+            raise ValueError(f"{folder} is an adapter without tensors: it changes nothing.")
         factors, biases = {}, {}
         for module, parts in sides.items():
             factors[f"{module}.weight"] = _factors(module, parts, config, folder)
