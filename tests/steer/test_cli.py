@@ -88,6 +88,8 @@ def test_generate_continues_and_direction_reads_what_it_wrote(steer, tmp_path):
     facts = last_json(steer("direction", "organism", *sides, "--json"))
     assert facts["site"] == "L2.resid_post"
     assert facts["norm"] > 0
+    kept = last_json(steer("direction", "organism", *sides[:-1], "kept.safetensors", "--keep-sinks", "--json"))
+    assert kept["norm"] == facts["norm"]  # the thinking holds none
     assert "L2.resid_post" in steer("show", "d.safetensors")[1]
     assert all(json.loads(line)["id"] in steer("show", "c.jsonl")[1] for line in lines[:1])
 

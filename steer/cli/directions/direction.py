@@ -28,6 +28,7 @@ def direction_(
     site: Annotated[str, typer.Option(help="Such as L2.resid_post.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A safetensors file; must not exist.")],
     last: Annotated[bool, typer.Option("--last", help="Read texts at their last token, not their mean.")] = False,
+    keep_sinks: Annotated[bool, typer.Option("--keep-sinks", help="Average attention sinks, too.")] = False,
     dtype: Dtype = "auto",
     device_map: DeviceMap = None,
     delimiters: Delimit = None,
@@ -41,7 +42,7 @@ def direction_(
         probes.thinking.text_spans(loaded, path, position="text_last" if last else "text")
         for path in (positive, negative)
     )
-    found = probes.directions.difference_in_means(loaded, above, below, [where])[where]
+    found = probes.directions.difference_in_means(loaded, above, below, [where], keep_sinks=keep_sinks)[where]
     found.save(output)
     console.print(found.tokens(loaded, 8))
     facts = {"site": str(where), "norm": found.norm, "norm_over_stream_norm": found.norm / found.stream_norm}
