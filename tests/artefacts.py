@@ -251,7 +251,7 @@ def _read_model(file: Path) -> object:
 
 
 def _progress(folder: Path) -> Path:
-    (folder / "progress.json").write_text(json.dumps({"job": {"a": 1}, "done": {"x.safetensors": 3}}))
+    (folder / "progress.json").write_text(json.dumps({"job": {"a": 1}, "done": {"x.safetensors": ["a", "b"]}}))
     return folder / "progress.json"
 
 

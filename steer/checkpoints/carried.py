@@ -48,9 +48,9 @@ def carry_over(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
 def _ignored(model: PreTrainedModel) -> tuple[Checkpoint | None, tuple[str, ...]]:
     """The source, None where its numbers cannot be copied, and the names in it that the model's class ignores."""
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    origin = origin_of(model)
-    if not patterns:
+    if not patterns or getattr(model, "_thinksteer", None) is None:  # a model made here has no source
         return None, ()
+    origin = origin_of(model)
     try:
         source: Checkpoint | None = Checkpoint.open(origin.name, revision=origin.revision, download=False)
         held: Sequence[str] = list(source.places) if source is not None else ()
