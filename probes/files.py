@@ -114,14 +114,15 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ImportError, NotImplementedError):
+    except ImportError:
         raise
     except OSError as error:
         if error.errno is not None or str(path) not in str(error) or not _is_printable(error):
             raise _refused(path, what, error) from error
         raise
     except BaseException as error:  # a parser of others may raise anything, and one in Rust panics past Exception
-        if type(error).__name__ == "OutOfMemoryError" or not _is_ordinary(error):
+        refused = isinstance(error, NotImplementedError) and _is_ours(error)  # of a model, not of a file
+        if refused or type(error).__name__ == "OutOfMemoryError" or not _is_ordinary(error):
             raise
         named, ours = str(path) in str(error), isinstance(error, ValueError | IndexError)
         if named and ours and _is_printable(error):
@@ -172,11 +173,15 @@ def _one_line(error: BaseException) -> str:
 
 def _is_sentence(error: BaseException) -> bool:
     """Did our own code say it, as a sentence? What a library says needs to be told what it is about."""
+    known = isinstance(error, ValueError | IndexError | TypeError | OSError)
+    return known and str(error).endswith(".") and _is_ours(error)
+
+
+def _is_ours(error: BaseException) -> bool:
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    ours = last is not None and str(last.tb_frame.f_globals.get("__name__")).partition(".")[0] in ("probes", "steer")
-    return ours and isinstance(error, ValueError | IndexError | TypeError | OSError) and str(error).endswith(".")
+    return last is not None and str(last.tb_frame.f_globals.get("__name__")).partition(".")[0] in ("probes", "steer")
 
 
 def _about(path: str | Path, what: str, error: BaseException) -> str:

@@ -92,7 +92,15 @@ def test_a_pipe_is_no_file(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [KeyError("a"), RuntimeError("it"), MemoryError(), RecursionError("x"), struct.error("y"), OverflowError("z")],
+    [
+        KeyError("a"),
+        RuntimeError("it"),
+        NotImplementedError("zip"),
+        MemoryError(),
+        RecursionError("x"),
+        struct.error("y"),
+        OverflowError("z"),
+    ],
 )
 def test_whatever_is_raised_ends_in_a_sentence_that_names_the_file(error):
     sentence = r"^some/x.bin is not a whole list \(.+\). It may be truncated: make it again"
