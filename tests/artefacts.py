@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from probes import Direction, Sampling, direction_between, generate, load, read_completions, write_completions
 from probes.generation.store import Store, _holder
+from probes.gguf_files import check_gguf
 from probes.model import Site, tokenizer_of
-from probes.model.gguf_files import check_gguf
 from probes.tensors import read_tensors, write_tensors
 from probes.texts import read_json, read_json_lines, read_yaml
 from probes.thinking import text_spans

@@ -11,17 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.files import reading
+from probes.gguf_files import converted
 from probes.model.architectures import config_of, n_heads, n_layers, width_of
 from probes.model.delimiters import Delimiters, find_delimiters
-from probes.model.gguf_files import converted, smollm2_file
+from probes.model.embedded import EMBEDDED, ORGANISM, embedded_folder
 from probes.model.identities import place
 from probes.model.quantised import merge_adapters, numbers_of
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS
 from probes.tables import Brief
 from probes.texts import read_json
-
-ORGANISM = Path(__file__).parent / "organism"
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,12 +62,13 @@ def load(
 ) -> PreTrainedModel:
     """A plain Hugging Face causal LM in eval mode, ready for every function here.
 
-    `source` is a hub id, a local folder, a GGUF file, `"organism"` (the embedded model, 0.76 M parameters), `"smollm2"`
-    (SmolLM2-135M-Instruct out of a package), or a model that you built yourself, with its `tokenizer`. `delimiters`
-    override what opens and closes the thinking, which is else found in the tokenizer. The id or folder of an adapter
-    gives its base with the adapter merged into the weights. A family without a row in
-    `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does hold
-    (`probes.model.identities`), else refused with a ValueError; so are a model without a head, and a wrapped one.
+    `source` is a hub id, a local folder, a GGUF file, or a model that you built yourself, with its `tokenizer`; or one
+    of the embedded: `"organism"` (0.76 M parameters), `"smollm2"` (SmolLM2-135M-Instruct out of a package),
+    `"reasoner"` (the same, taught to think in English about stories) and `"reasoner-target"` (taught another domain,
+    and hardly to think). `delimiters` override what opens and closes the thinking, which is else found in the
+    tokenizer. The id or folder of an adapter gives its base with the adapter merged into the weights. A family without
+    a row in `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does
+    hold (`probes.model.identities`), else refused with a ValueError; so are a model without a head, and a wrapped one.
 
     >>> from probes import load
     >>> model = load("organism")
@@ -122,7 +122,7 @@ def check_source(source: object) -> None:
 def resolve(source: str | Path) -> str | Path:
     """What transformers can read: a hub id, or a folder; a GGUF file is converted first.
 
-    Raises ImportError for `"smollm2"` where its package is not there.
+    Raises ImportError for `"smollm2"`, and the reasoner made of it, where its package is not there.
 
     >>> from probes.model import resolve
     >>> resolve("organism").name
@@ -130,10 +130,8 @@ def resolve(source: str | Path) -> str | Path:
     >>> resolve("Qwen/Qwen3-4B")
     'Qwen/Qwen3-4B'
     """
-    if source == "organism":
-        return ORGANISM
-    if source == "smollm2":
-        return converted(smollm2_file())
+    if source in EMBEDDED:
+        return embedded_folder(str(source))
     return converted(Path(source)) if str(source).endswith(".gguf") else source
 
 

@@ -19,7 +19,10 @@ from steer.deltas.delta import DeltaSource, Term, WeightDelta, path_of_source
 from steer.deltas.lora import Adapter, Factors
 
 WORDS = "delta.yaml"
-SHIPPED = {f"organism-{kind}": Path(__file__).parent / "shipped" / kind for kind in ("rl", "sft", "target")}
+_HOME = Path(__file__).parent / "shipped"
+SHIPPED = {f"organism-{kind}": _HOME / kind for kind in ("rl", "sft", "target")} | {
+    "reasoner-rl": _HOME / "reasoner-rl"
+}
 _KEYS = ("stored", "made_of", "notes", "rank", "vocabulary", "tied", "config")
 _PARTS = ("@up", "@down", "@energy")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.files import reading, staged_file
-from probes.model.gguf_files import check_gguf
+from probes.gguf_files import check_gguf
 from probes.model.sites import Site
 from steer.interop.contents import OURS, added, check_steps, notes, recipe_of, refusal
 from steer.interventions.activation import Add

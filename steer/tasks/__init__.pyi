@@ -1,6 +1,7 @@
 from .chains import draw_chain as draw_chain
 from .grading import is_correct as is_correct
 from .named import task_named as task_named
+from .stories import draw_story as draw_story
 from .task import SPLITS as SPLITS
 from .task import Problem as Problem
 from .task import Split as Split

@@ -7,17 +7,19 @@ from typing import get_args
 
 from probes.files import check_keys
 from probes.texts import read_json_lines
-from steer.tasks.chains import TASKS
+from steer.tasks import chains, stories
 from steer.tasks.grading import grader_for
 from steer.tasks.gym import gym_task
 from steer.tasks.published import SOURCES, published_task
 from steer.tasks.task import Grader, Problem, Task, shared_out
 
+_OWN = chains.TASKS | stories.TASKS
 _GRADERS = tuple(rule for rule in get_args(Grader) if rule != "gym")  # whose rules need a dataset
 
 
 def task_named(name: str, *, path: str | Path | None = None) -> Task:
-    """A task by name: `chains`, `mirrors`, a published dataset, `gym:<dataset of reasoning-gym>`, or a JSONL file.
+    """A task by name: one of ours (`chains`, `mirrors`, `stories`, `stories-minutes`), a published dataset,
+    `gym:<dataset of reasoning-gym>`, or a JSONL file.
 
     A file has a line `{"question": ..., "answer": ...}` for each problem, in which `"grader"` may name the rule of
     `is_correct`; else a capital letter is graded as a choice, a number or a formula as mathematics, words as text. Its
@@ -39,10 +41,10 @@ def task_named(name: str, *, path: str | Path | None = None) -> Task:
         )
     if kind == "gym" and colon:
         return gym_task(rest)
-    if name in TASKS:
-        return TASKS[name]
+    if name in _OWN:
+        return _OWN[name]
     if not Path(name).is_file():
-        known = ", ".join([*sorted(TASKS), *SOURCES, "gym:<dataset of reasoning-gym>"])
+        known = ", ".join([*sorted(_OWN), *SOURCES, "gym:<dataset of reasoning-gym>"])
         raise ValueError(f"{name!r} is neither a task nor a JSONL file. Known tasks: {known}.")
     return _task_from_file(Path(name))
 

@@ -6,9 +6,9 @@ from gguf import GGUFReader, dequantize
 
 from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
+from probes.gguf_files import converted, smollm2_file
 from probes.model import gguf_files as gguf
 from probes.model.architectures import head_matrices, n_layers
-from probes.model.gguf_files import converted, smollm2_file
 from probes.model.hooks import captured
 from probes.model.loading import delimiters_of, folder_of, load, tokenizer_of
 from probes.model.sites import Site

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
+from probes.gguf_files import converted, smollm2_file
 from probes.model.delimiters import find_delimiters, thinking_span
-from probes.model.gguf_files import converted, smollm2_file
 from probes.model.loading import load, tokenizer_of
 from probes.thinking._segments import (
     RULES,

