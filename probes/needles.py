@@ -32,13 +32,14 @@ class Needle:
     """
 
     text: str
-    letters: tuple[bytes, ...] = field(repr=False)
+    letters: tuple[bytes, ...]
     starts: Int[Tensor, " tokens"]
     inner: Int[Tensor, " tokens"]
     length: Int[Tensor, " tokens"]
     last: Int[Tensor, " tokens"]
     whole: Bool[Tensor, " tokens"]
     writes: tuple[int, ...]
+    copies: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)  # of the tables, on other devices
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, text: str) -> "Needle | None":
@@ -57,8 +58,7 @@ class Needle:
 
     def seen(self, ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
         """At each token, the bits of how many letters of the text end there, less than all. Below 0 is no token."""
-        self._to(ids.device)
-        starts, inner, length = self._at(self.starts, ids), self._at(self.inner, ids), self._at(self.length, ids)
+        starts, inner, length = (self._at(name, ids) for name in ("starts", "inner", "length"))
         bits = starts
         for _ in range(min(len(self.text), ids.shape[1]) - 1):
             bits = starts | ((_before(bits) & inner) << length)
@@ -70,8 +70,7 @@ class Needle:
 
     def completed(self, bits: Int[Tensor, "*shape"], ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """Does the token `ids`, after `bits`, complete the text?"""
-        self._to(ids.device)
-        return self._at(self.whole, ids) | ((bits & self._at(self.last, ids)) != 0)
+        return self._at("whole", ids) | ((bits & self._at("last", ids)) != 0)
 
     def completing(self, bits: Int[Tensor, " batch"], d_vocab: int) -> Bool[Tensor, "batch d_vocab"]:
         """All tokens that would complete the text after `bits`."""
@@ -99,14 +98,12 @@ class Needle:
         before, _, after = held.partition(wanted)
         return start, end, before.decode(errors="replace"), after.decode(errors="replace")
 
-    def _at(self, table: Tensor, ids: Tensor) -> Tensor:
-        none = len(table) - 1
+    def _at(self, name: str, ids: Tensor) -> Tensor:
+        key = (name, ids.device)
+        if key not in self.copies:
+            self.copies[key] = getattr(self, name).to(ids.device)
+        table, none = self.copies[key], len(self.starts) - 1
         return table[ids.where((ids >= 0) & (ids < none), none)]
-
-    def _to(self, device: torch.device) -> None:
-        if self.starts.device != device:  # moved once, with the model
-            for name in ("starts", "inner", "length", "last", "whole"):
-                object.__setattr__(self, name, getattr(self, name).to(device))
 
 
 def _before(bits: Tensor) -> Tensor:
