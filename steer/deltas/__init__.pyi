@@ -13,7 +13,7 @@ from .mergekit_yaml import to_mergekit as to_mergekit
 from .nulls import NullDelta as NullDelta
 from .nulls import random_like as random_like
 from .nulls import shuffled_layers as shuffled_layers
-from .opened import SHIPPED as SHIPPED
+from .lora import SHIPPED as SHIPPED
 from .opened import Stored as Stored
 from .opened import open_delta as open_delta
 from .recipe import RecipeDelta as RecipeDelta

@@ -19,6 +19,10 @@ from steer.checkpoints.checkpoint import Checkpoint, as_rows
 # A regular expression of a file is run only where it cannot run long: names, dots, and "or".
 _NAMES = re.compile(r"\^?(?:\w|\.|\\\.|-|\|){1,500}\$?")
 _PREFIX = "base_model.model."
+_HOME = Path(__file__).parent / "shipped"
+SHIPPED = {f"organism-{kind}": _HOME / kind for kind in ("rl", "sft", "target")} | {
+    "reasoner-rl": _HOME / "reasoner-rl"
+}
 _COPY = ".base_layer.weight"  # peft saves an embedding that it adapts as well
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:(?P<embedding>embedding_)?(?P<side>[AB]))(?:\.(?P<kind>weight|bias))?")
 # Keys of an adapter_config.json with which it adds something else.
@@ -27,6 +31,11 @@ _REFUSED = (
     "target_parameters", "layer_replication", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base model as well
+
+
+def place_of(folder: Path) -> str:
+    """Where a delta is, in words that hold on another machine for those that are shipped."""
+    return next((name for name, shipped in SHIPPED.items() if shipped == folder), str(folder))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,7 +128,7 @@ class Adapter(Brief):
 
     @property
     def words(self) -> dict[str, Any]:
-        return {"adapter": str(self.folder), "fingerprint": self.checkpoint.fingerprint}
+        return {"adapter": place_of(self.folder), "fingerprint": self.checkpoint.fingerprint}
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.biases:

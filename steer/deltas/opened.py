@@ -16,13 +16,9 @@ from probes.tables import Brief
 from probes.texts import read_yaml
 from steer.checkpoints.checkpoint import Checkpoint
 from steer.deltas.delta import DeltaSource, Term, WeightDelta, path_of_source
-from steer.deltas.lora import Adapter, Factors
+from steer.deltas.lora import SHIPPED, Adapter, Factors, place_of
 
 WORDS = "delta.yaml"
-_HOME = Path(__file__).parent / "shipped"
-SHIPPED = {f"organism-{kind}": _HOME / kind for kind in ("rl", "sft", "target")} | {
-    "reasoner-rl": _HOME / "reasoner-rl"
-}
 _KEYS = ("stored", "made_of", "notes", "rank", "vocabulary", "tied", "config")
 _PARTS = ("@up", "@down", "@energy")
 
@@ -62,8 +58,7 @@ class Stored(Brief):
 
     @property
     def words(self) -> dict[str, Any]:
-        shipped = next((name for name, folder in SHIPPED.items() if folder == self.folder), None)
-        return {"delta": shipped or str(self.folder), "fingerprint": self.checkpoint.fingerprint}
+        return {"delta": place_of(self.folder), "fingerprint": self.checkpoint.fingerprint}
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self.checkpoint.places:

@@ -256,7 +256,7 @@ def test_a_blank_line_is_no_problem_and_no_error(tmp_path):
 
 def test_an_unknown_task_is_refused_by_name():
     with pytest.raises(
-        ValueError, match="'gsm9k' is neither a task nor a JSONL file. Known tasks: chains, mirrors, gsm8k, "
+        ValueError, match="'gsm9k' is neither a task nor a JSONL file. Known tasks: chains, mirrors, stories, "
     ):
         task_named("gsm9k")
 
