@@ -3,7 +3,7 @@
     python benchmarks/reasoner.py METHOD [--n 1024] [--device cuda] [--model reasoner --task stories]
 
 `plain`: the model as it is, with its reasoning vector, and on the domain it never saw. `thinkedit`: as published, and
-the best of eight settings on a split of its own, beside random and lowest heads and random directions. `length`: the
+the best of four settings on a split of its own, beside random and lowest heads and random directions. `length`: the
 length direction read at the opening of the thinking in the middle layer, and added there, over seven strengths fixed in
 advance. Null draws are pooled; accuracy differences are paired by problem.
 """
@@ -76,7 +76,7 @@ def edited(options: argparse.Namespace) -> dict:
     model = load(options.model).to(options.device)
     settings = [
         ThinkEditSetting(*how, heads=0.06)
-        for how in product(("project", "replace"), ("thinking", "first"), ("raw", "centred"))
+        for how in product(("project", "replace"), ("thinking", "first"), ("raw",))
     ]
     run = thinkedit(
         model, options.task, settings=settings, n_probe=options.n, n_select=options.n // 2, n_report=options.n,
