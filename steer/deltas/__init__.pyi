@@ -8,12 +8,12 @@ from .delta import DeltaSource as DeltaSource
 from .delta import Term as Term
 from .delta import WeightDelta as WeightDelta
 from .dial import dialled as dialled
+from .lora import SHIPPED as SHIPPED
 from .lora import Adapter as Adapter
 from .mergekit_yaml import to_mergekit as to_mergekit
 from .nulls import NullDelta as NullDelta
 from .nulls import random_like as random_like
 from .nulls import shuffled_layers as shuffled_layers
-from .lora import SHIPPED as SHIPPED
 from .opened import Stored as Stored
 from .opened import open_delta as open_delta
 from .recipe import RecipeDelta as RecipeDelta
