@@ -75,8 +75,7 @@ def add_to(model: torch.nn.Module, delta: object) -> None:
 def edited(options: argparse.Namespace) -> dict:
     model = load(options.model).to(options.device)
     settings = [
-        ThinkEditSetting(*how, heads=0.06)
-        for how in product(("project", "replace"), ("thinking", "first"), ("raw",))
+        ThinkEditSetting(*how, heads=0.06) for how in product(("project", "replace"), ("thinking", "first"), ("raw",))
     ]
     run = thinkedit(
         model, options.task, settings=settings, n_probe=options.n, n_select=options.n // 2, n_report=options.n,

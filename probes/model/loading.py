@@ -86,6 +86,7 @@ def load(
         name = str(source)
         path = resolve(source)
         with reading(path, "folder of a model") if Path(path).is_dir() else nullcontext():
+            check_counts(Path(path) / "config.json")
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=False
             )
@@ -117,6 +118,21 @@ def check_source(source: object) -> None:
     raise ValueError(
         f"A {kind} is no model of transformers: {known or 'give a hub id, a folder, or a PreTrainedModel'}."
     )
+
+
+def check_counts(path: Path) -> None:
+    """Refuse a config that counts more layers or experts than any model has: transformers would make them all."""
+    parts: list[Any] = [read_json(path, "config of a model", finite=False)] if path.is_file() else []
+    for part in parts:
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if isinstance(value, dict):
+                parts.append(value)
+            most = next((most for word, most in _MOST.items() if word in key), None)
+            if most is not None and isinstance(value, int | float) and value > most:
+                raise ValueError(f"{path} says {key}={value:,}: no model has more than {most:,}. Is the file damaged?")
+
+
+_MOST = {"layer": 10_000, "experts": 100_000}
 
 
 def resolve(source: str | Path) -> str | Path:

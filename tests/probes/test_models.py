@@ -1,6 +1,7 @@
 """A model is the same however it is loaded, knows where it came from, and says what it lacks when asked."""
 
 import copy
+import json
 import shutil
 
 import pytest
@@ -136,3 +137,17 @@ def test_the_identity_of_a_model_names_its_sizes(organism):
         "d_model": config.hidden_size,
         "fingerprint": fingerprint(organism),
     }
+
+
+def test_a_config_of_more_layers_than_any_model_has_is_refused(tmp_path):
+    for words, sentence in (
+        ({"num_hidden_layers": 3_000_000_000}, "config.json says num_hidden_layers=3,000,000,000: no model has more"),
+        ({"num_experts": 1e12}, "num_experts=1,000,000,000,000.0: no model has more than 100,000"),
+        ({"text_config": {"n_layer": 10_001}}, "n_layer=10,001: no model has more than 10,000"),
+    ):
+        folder = tmp_path / next(iter(words))
+        shutil.copytree(ORGANISM, folder)
+        config = json.loads((folder / "config.json").read_text()) | words
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=sentence):
+            load(folder)
