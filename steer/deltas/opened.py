@@ -72,13 +72,16 @@ class Stored(Brief):
         return Factors(up, down).block(rows)
 
     def check(self) -> None:
-        """Raise ValueError where a tensor is neither whole nor two factors that fit."""
+        """Raise ValueError where a tensor is neither whole nor two factors that fit, or its energies are not two."""
         places = self.checkpoint.places
         for name in self.names:
             shapes = [places[name + part][1].shape if name + part in places else None for part in ("", *_PARTS[:2])]
             whole, up, down = shapes
             if whole is None and (up is None or down is None or len(up) != 2 or len(down) != 2 or up[1] != down[0]):
                 raise ValueError(f"{self.folder} holds {name} neither whole nor as two factors that fit.")
+        for name in (name for name in places if name.endswith("@energy")):
+            if places[name][1].shape != (2,):
+                raise ValueError(f"{self.folder} holds {name} as {list(places[name][1].shape)}, but it is two numbers.")
 
     def kept_energy(self) -> float:
         """Share of Σ Δ² over the factored tensors that their factors keep; 1 where none is factored."""
