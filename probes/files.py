@@ -152,6 +152,7 @@ def _steers(c: str) -> bool:
 
 
 _TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+_LONGEST_NAME = 255  # bytes of a file's name
 _LONGEST = 2000  # of a sentence: what a file holds is quoted in it
 
 
@@ -213,7 +214,9 @@ def inside(folder: Path, name: str) -> Path:
     The cache of the hub keeps what its folders hold as links into `blobs` of the same repository: those are inside.
     """
     if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\0" in name:
-        raise ValueError(f"{folder} names the file {name!r}, which is not a file of its own folder.")
+        raise ValueError(f"{folder} names the file {name!r:.300}, which is not a file of its own folder.")
+    if printable(name) != name or len(name.encode()) > _LONGEST_NAME:
+        raise ValueError(f"{folder} names the file {ascii(name):.300}, which is no name of a file.")
     root = folder.resolve()
     home = root.parents[1] if root.parent.name == "snapshots" else root
     if not (folder / name).resolve().is_relative_to(home):

@@ -93,6 +93,8 @@ def load(
             adapted = merge_adapters(model)
             if not (adapted and Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file()):
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+                if not isinstance(tokenizer.model_max_length, int | float):
+                    raise ValueError(f"{path} has a tokenizer whose model_max_length is no number.")
     if tokenizer is None:
         if not model.config._name_or_path:
             raise ValueError("A model object needs its tokenizer: load(model, tokenizer=tokenizer).")
