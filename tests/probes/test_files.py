@@ -10,10 +10,9 @@ import torch
 import yaml
 from artefacts import gguf_head
 
-from probes import Direction, direction_between, load
+from probes import Direction, direction_between, gguf_files, load
 from probes.files import inside, printable, reading, staged_file, staged_folder
 from probes.gguf_files import converted
-from probes.model import gguf_files
 from probes.tables import Table
 from probes.texts import DEPTH, read_json, read_json_lines, read_yaml
 

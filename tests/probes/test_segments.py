@@ -10,8 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
-from probes.gguf_files import converted, smollm2_file
+from probes.gguf_files import converted
 from probes.model.delimiters import find_delimiters, thinking_span
+from probes.model.embedded import smollm2_file
 from probes.model.loading import load, tokenizer_of
 from probes.thinking._segments import (
     RULES,
