@@ -13,6 +13,7 @@ import json
 import time
 from itertools import product
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -113,7 +114,8 @@ def told(title: str, report: Evaluation) -> dict:
     for arm, outcomes in report.arms.items():
         for group in report.groups():
             score = report.score(arm, group)
-            low, high = interval_of_mean(outcomes.only(report._rows(group)).length.mean(1).astype(float))
+            in_group = np.array([group in (None, problem.subgroup) for problem in report.problems])
+            low, high = interval_of_mean(outcomes.length[in_group].mean(1).astype(float))
             difference = [score.difference, *score.difference_interval]
             gain = "" if arm == report.baseline else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
             rows.append((arm, group or "all", f"{score.n} × {score.samples}", f"{score.accuracy:.3f}", gain,

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -24,19 +25,23 @@ def converted(file: Path) -> Path:
     with reading(file, "GGUF file"), file.open("rb") as handle:
         check_gguf(file)
         checksum = hashlib.file_digest(handle, "sha256").hexdigest()[:16]
-    folder = cache_folder() / f"{file.stem}-{checksum}"
-    with FileLock(folder.parent / f".{folder.name}.lock"):  # a second first load waits for the first
-        if not folder.exists():
-            with reading(file, "model in a GGUF file"):
-                _convert(file, folder)
-    return folder
+
+    def convert(folder: Path) -> None:
+        with reading(file, "model in a GGUF file"):
+            _convert(file, folder)
+
+    return made_once(f"{file.stem}-{checksum}", convert)
 
 
-def cache_folder() -> Path:
-    """Where what is made once is kept."""
+def made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that name in the cache, made at the first call: a second first call waits for the first."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "thinksteer"
     cache.mkdir(parents=True, exist_ok=True)
-    return cache
+    folder = cache / name
+    with FileLock(cache / f".{name}.lock"):
+        if not folder.exists():
+            make(folder)
+    return folder
 
 
 def check_gguf(path: Path, most: int = 1 << 23) -> None:

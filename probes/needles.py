@@ -13,13 +13,10 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _LONGEST = 62  # bits of a state
-_VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-# Byte-level vocabularies write a byte that is no visible letter as one of the letters from 256 on.
-_BYTES = {chr(b): b for b in _VISIBLE} | {
-    chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(_VISIBLE)))
-}
+_BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # how byte-level vocabularies write a byte
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,10 +74,13 @@ class Needle:
         ids = torch.arange(d_vocab, device=bits.device)
         return self.completed(bits[:, None].expand(-1, d_vocab), ids.expand(len(bits), -1))
 
-    def partial(self, ids: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
-        """How many letters of the text end each row, the most of it but not all."""
-        bits = self.seen(ids[:, -len(self.text) :])[:, -1]
-        counts = torch.arange(len(self.text), device=ids.device)
+    def ending(self, ids: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
+        """The bits at the last token of each row."""
+        return self.seen(ids[:, -len(self.text) :])[:, -1]
+
+    def partial(self, bits: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """How many letters of the text these bits say have been seen, the most of it but not all."""
+        counts = torch.arange(len(self.text), device=bits.device)
         return (((bits[:, None] >> counts) & 1) * counts).amax(1)
 
     def first(self, ids: Sequence[int]) -> tuple[int, int, str, str] | None:

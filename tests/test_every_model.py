@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny import TYPES, build_tokenizer, tiny_model
+from families import build_tokenizer
+from tiny import TYPES, tiny_model
 from torch import Tensor
 
 from probes import Site, attached, captured, load

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from families import BASE, FAMILIES, UNLISTED_MOE, build_tokenizer
+from families import BASE, FAMILIES, UNLISTED_MOE
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -79,6 +79,3 @@ def tiny_model(model_type: str) -> PreTrainedModel:
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
-
-
-__all__ = ["TYPES", "build_tokenizer", "tiny_model"]

@@ -158,13 +158,16 @@ def record(
 
 
 def kept(
-    x: Float[Tensor, "batch pos width"], wanted: Bool[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"], site: Site
+    x: Float[Tensor, "batch pos width"],
+    norms: Float[Tensor, "batch pos"],
+    wanted: Bool[Tensor, "batch pos"],
+    real: Bool[Tensor, "batch pos"],
+    site: Site,
 ) -> Bool[Tensor, "batch pos"]:
-    """Those of the `wanted` positions that are no attention sinks; all where none is left."""
+    """Those of the `wanted` positions that are no attention sinks; all where none is left. `norms` are those of x."""
     sink = torch.zeros_like(wanted)
     sink[:, 0] = True
     if site.name in ("resid_pre", "resid_mid", "resid_post"):  # elsewhere a norm far above the others is no constant
-        norms = x.norm(dim=-1)
         median = norms.masked_fill(~real, torch.nan).nanmedian(1, keepdim=True).values
         sink |= (norms > SINK * median) & (x.abs().amax(-1).square() > norms.square() / 2)
     left = wanted & ~sink
@@ -175,7 +178,7 @@ def _reduce(x: Tensor, *, site: Site, real: Tensor, wanted: Tensor, keep: bool, 
     wide, real, wanted = x.float(), real.to(x.device), wanted.to(x.device)
     norms = wide.norm(dim=-1)
     held = norms * wanted
-    chosen = wanted if keep else kept(wide, wanted, real, site)
+    chosen = wanted if keep else kept(wide, norms, wanted, real, site)
     weights = chosen.float() / chosen.sum(1, keepdim=True)
     into.means[site] = torch.einsum("bp,bpw->bw", weights, wide)
     into.norms[site] = (weights * norms).sum(1)

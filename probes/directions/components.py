@@ -44,7 +44,7 @@ def principal_components(
         x = cache[site][0].double()
         wanted = torch.zeros(1, len(x), dtype=torch.bool, device=x.device)
         wanted[0, span.start : span.stop] = True
-        rows = x[kept(x[None], wanted, torch.ones_like(wanted), site)[0]]
+        rows = x[kept(x[None], x.norm(dim=-1)[None], wanted, torch.ones_like(wanted), site)[0]]
         if not count:
             total, second = rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1], rows.shape[1])
         count, total, second = count + len(rows), total + rows.sum(0), second + rows.T @ rows

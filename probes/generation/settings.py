@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-# Honoured by whoever draws (`Sampling.of`), and by transformers, whose processors change scores before any draw.
-DRAWN = ("temperature", "top_p", "top_k", "min_p")
+# Honoured by transformers, whose processors change scores before any draw; what is drawn by, `Sampling.of` reads.
 HONOURED = (
     "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
     "sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens",

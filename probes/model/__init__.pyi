@@ -9,6 +9,7 @@ from .delimiters import Delimiters as Delimiters
 from .delimiters import ThinkingSpan as ThinkingSpan
 from .delimiters import find_delimiters as find_delimiters
 from .delimiters import thinking_span as thinking_span
+from .embedded import EMBEDDED as EMBEDDED
 from .families import Architecture as Architecture
 from .hooks import attached as attached
 from .hooks import captured as captured

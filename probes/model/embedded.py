@@ -7,12 +7,11 @@ from pathlib import Path
 from shutil import copytree
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from probes.files import staged_folder
-from probes.gguf_files import cache_folder, converted
+from probes.gguf_files import converted, made_once
 from probes.texts import read_json
 
 ORGANISM = Path(__file__).parent / "organism"
@@ -52,14 +51,14 @@ def _reasoner(name: str, base: Path) -> Path:
     """SmolLM2 with an adapter merged into its weights, and a chat template that opens the thinking."""
     adapter = ADAPTERS[name]
     held = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / f"{name}-{_MADE}-{base.name.rpartition('-')[2]}-{held}"
-    with FileLock(folder.parent / f".{folder.name}.lock"):  # a second first load waits for the first
-        if not folder.exists():
-            with staged_folder(folder) as stage:
-                copytree(base, stage, dirs_exist_ok=True)
-                save_file(_merged(base, adapter), stage / "model.safetensors", metadata={"format": "pt"})
-                _open_thinking(stage)
-    return folder
+
+    def make(folder: Path) -> None:
+        with staged_folder(folder) as stage:
+            copytree(base, stage, dirs_exist_ok=True)
+            save_file(_merged(base, adapter), stage / "model.safetensors", metadata={"format": "pt"})
+            _open_thinking(stage)
+
+    return made_once(f"{name}-{_MADE}-{base.name.rpartition('-')[2]}-{held}", make)
 
 
 def _merged(base: Path, adapter: Path) -> dict[str, Tensor]:

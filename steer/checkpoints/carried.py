@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from probes.model.loading import origin_of
 from probes.texts import read_json
 from steer.checkpoints.checkpoint import Checkpoint, weight_map
+from steer.checkpoints.proof import Meant, prove_tensors
 
 _PROMISES = ("num_nextn_predict_layers", "num_mtp_layers")  # what a config calls how many of these layers there are
 _COMPUTED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # what old checkpoints keep of what is computed
@@ -73,7 +74,7 @@ def _named(folder: str) -> list[str]:
 
 
 def _append(folder: Path, source: Checkpoint, names: Sequence[str]) -> None:
-    """Further shards beside those of the folder, and an index of them all."""
+    """Further shards beside those of the folder, and an index of them all; then they are read back and compared."""
     written = Checkpoint.open(folder)
     parts: list[list[str]] = [[]]
     size = 0
@@ -97,3 +98,4 @@ def _append(folder: Path, source: Checkpoint, names: Sequence[str]) -> None:
     size = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))
     words = {"metadata": {"total_size": size}, "weight_map": dict(sorted(named.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    prove_tensors(folder, {name: Meant.of(source.read(name)) for name in names})

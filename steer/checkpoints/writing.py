@@ -7,9 +7,8 @@ from transformers import PreTrainedModel
 from probes.model.loading import origin_of
 from probes.model.quantised import check_in_memory, check_unwrapped, is_quantised
 from steer.checkpoints.carried import carry_over
-from steer.checkpoints.checkpoint import Checkpoint
 from steer.checkpoints.conversions import plain
-from steer.checkpoints.proof import Meant, prove_model, prove_tensors
+from steer.checkpoints.proof import prove_model
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:
@@ -26,11 +25,7 @@ def write_model(model: PreTrainedModel, folder: Path) -> None:
     check_unwrapped(model)
     check_in_memory(model)
     save_weights(model, folder)
-    beside = carry_over(model, folder)
-    prove_model(folder, model, beside=beside)
-    if beside:
-        source = Checkpoint.open(origin_of(model).name, revision=origin_of(model).revision, download=False)
-        prove_tensors(folder, {name: Meant.of(source.read(name)) for name in beside})
+    prove_model(folder, model, beside=carry_over(model, folder))
 
 
 def save_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
-_KNOWN = "Known: organism, smollm2, a folder, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B."
 
 
 def model_of(
@@ -35,14 +34,14 @@ def model_of(
         if "gated" in str(error):
             terms = f"accept its terms at https://huggingface.co/{name}, and log in with `hf auth login`"
             raise ValueError(f"{name!r} is given to those alone who may have it: {terms}.") from error
-        raise ValueError(f"{name!r} is not on this machine, and the hub does not give it. {_KNOWN}") from error
+        raise ValueError(f"{name!r} is not on this machine, and the hub does not give it. {_known()}") from error
 
 
 def check_source(name: str) -> None:
     """Raise ValueError for what is neither a folder of a model, nor a GGUF file, nor could be a hub's id."""
     check_place(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"The folder {name} holds no config.json: it is not a model. {_KNOWN}")
+        raise ValueError(f"The folder {name} holds no config.json: it is not a model. {_known()}")
 
 
 def check_place(name: str) -> None:
@@ -51,16 +50,21 @@ def check_place(name: str) -> None:
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return
     if path.exists():
-        raise ValueError(f"{name} is a file, but not a GGUF file: it is not a model. {_KNOWN}")
+        raise ValueError(f"{name} is a file, but not a GGUF file: it is not a model. {_known()}")
     if path.suffix == ".gguf":
         raise ValueError(f"{name} does not exist. Name another GGUF file.")
     if not _is_id(name):
-        raise ValueError(f"{name!r} is not a model: there is no such folder. {_KNOWN}")
+        raise ValueError(f"{name!r} is not a model: there is no such folder. {_known()}")
 
 
 def _is_id(name: str) -> bool:
     """Could the hub have it? `owner/name`, or a bare name of old."""
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
+
+
+def _known() -> str:
+    embedded = ", ".join(probes.model.EMBEDDED)
+    return f"Known: {embedded}, a folder, a GGUF file, or a hub id such as Qwen/Qwen3-0.6B."
 
 
 def _check_device(name: str | None) -> None:

@@ -37,7 +37,10 @@ def _temperature(value: float | None) -> float | None:
     return value
 
 
-Model = Annotated[str, typer.Argument(help="A hub id, a folder, a GGUF file, `organism`, or `smollm2`.")]
+Model = Annotated[
+    str,
+    typer.Argument(help="A hub id, a folder, a GGUF file, or one that is embedded, such as `organism` or `reasoner`."),
+]
 TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 Count = Annotated[int, typer.Option("--n", "-n", min=1, help="Problems to solve, or to report on.")]

@@ -83,10 +83,9 @@ class DecodingState:
         else:
             self._advance(ids)
         d = self.delimiters
-        self.opening = _partial(ids, d.open, d.open_text).masked_fill(self.opened, 0)
-        self.closing = _partial(ids, d.close, d.close_text).masked_fill(~self.thinking, 0)
-        if d.close_text is not None:
-            self._letters = d.close_text.seen(ids[:, -len(d.close_text.text) :])[:, -1]
+        opening, _ = _partial(ids, d.open, d.open_text)
+        closing, self._bits = _partial(ids, d.close, d.close_text)
+        self.opening, self.closing = opening.masked_fill(self.opened, 0), closing.masked_fill(~self.thinking, 0)
 
     def _begin(self, ids: Ids) -> None:
         phase = self._clock.advance(ids, self.mask, 0).phase
@@ -110,14 +109,14 @@ class DecodingState:
         if (needle := self.delimiters.close_text) is None:
             completes = (drawn == self.close[-1]) & (self.closing == len(self.close) - 1)
         else:
-            completes = needle.completed(self._letters, drawn)
+            completes = needle.completed(self._bits, drawn)
         return self.thinking & (completes | torch.isin(drawn, self.ends))
 
     def closing_added(self, scores: Scores, where: Where, amount: float) -> Scores:
         """`amount` added, in some of the rows, to the tokens that would complete the closing delimiter."""
         if (needle := self.delimiters.close_text) is None:
             return added(scores, self.close[-1:], where & (self.closing == len(self.close) - 1), amount)
-        completes = needle.completing(self._letters, scores.shape[1]) & (where & self.thinking)[:, None]
+        completes = needle.completing(self._bits, scores.shape[1]) & (where & self.thinking)[:, None]
         return torch.where(completes, scores + amount, scores)
 
     def force(self, scores: Scores, where: Where, token: Int[Tensor, " batch"]) -> Scores:
@@ -156,12 +155,16 @@ def added(scores: Scores, tokens: Tensor, where: Where, amount: float) -> Scores
     return scores.index_copy(1, tokens, torch.where(where[:, None], logits + amount, logits))
 
 
-def _partial(ids: Ids, wanted: tuple[int, ...], needle: Needle | None) -> Int[Tensor, " batch"]:
-    """How many tokens of `wanted`, from its first on but not all, end each row; of a text, how many letters."""
+def _partial(
+    ids: Ids, wanted: tuple[int, ...], needle: Needle | None
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """How many tokens of `wanted`, from its first on but not all, end each row; of a text, how many letters, and the
+    bits that say so."""
     if needle is not None:
-        return needle.partial(ids)
+        bits = needle.ending(ids)
+        return needle.partial(bits), bits
     found = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     for n in range(1, min(len(wanted), ids.shape[1] + 1)):
         hit = torch.stack([ids[:, i - n] == token for i, token in enumerate(wanted[:n])]).all(0)
         found = found.masked_fill(hit, n)
-    return found
+    return found, found

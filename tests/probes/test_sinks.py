@@ -102,10 +102,11 @@ def test_what_is_left_out():
     x[0, 2, 3] = 100.0  # one coordinate holds its norm
     x[0, 4] *= 50.0  # as far beyond, but in all coordinates
     wanted = real.clone()
-    assert kept(x, wanted, real, site).tolist() == [[False, True, False, True, True, True]]
-    assert kept(x, wanted, real, Site(1, "attn_out")).tolist() == [[False, True, True, True, True, True]]
+    norms = x.norm(dim=-1)
+    assert kept(x, norms, wanted, real, site).tolist() == [[False, True, False, True, True, True]]
+    assert kept(x, norms, wanted, real, Site(1, "attn_out")).tolist() == [[False, True, True, True, True, True]]
     alone = torch.tensor([[True, False, True, False, False, False]])  # nothing but sinks: read as asked
-    assert torch.equal(kept(x, alone, real, site), alone)
+    assert torch.equal(kept(x, norms, alone, real, site), alone)
 
 
 def test_a_mean_is_over_what_is_kept(organism):
