@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 _LONGEST = 62  # bits of a state
+_TELLS = 2  # letters: `<` alone is also the beginning of much else
 _BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # how byte-level vocabularies write a byte
 
 
@@ -69,10 +70,10 @@ class Needle:
         """Does the token `ids`, after `bits`, complete the text?"""
         return self._at("whole", ids) | ((bits & self._at("last", ids)) != 0)
 
-    def completing(self, bits: Int[Tensor, " batch"], d_vocab: int) -> Bool[Tensor, "batch d_vocab"]:
-        """All tokens that would complete the text after `bits`."""
-        ids = torch.arange(d_vocab, device=bits.device)
-        return self.completed(bits[:, None].expand(-1, d_vocab), ids.expand(len(bits), -1))
+    def begun(self, bits: Int[Tensor, "*shape"], ids: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Is it the token `ids`, after `bits`, with which the text can be told: two letters of it, or all?"""
+        after = self._at("starts", ids) | ((bits & self._at("inner", ids)) << self._at("length", ids))
+        return ((bits >> _TELLS) == 0) & (((after >> _TELLS) != 0) | self.completed(bits, ids))
 
     def ending(self, ids: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
         """The bits at the last token of each row."""

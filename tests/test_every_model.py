@@ -10,7 +10,7 @@ from families import build_tokenizer
 from tiny import TYPES, tiny_model
 from torch import Tensor
 
-from probes import Site, attached, captured, load
+from probes import Sampling, Site, attached, captured, generate, load
 from probes.model import architecture_of, n_layers, width_of
 from probes.model.architectures import config_of, is_parallel
 from probes.model.families import ARCHITECTURES
@@ -40,6 +40,7 @@ def outcome(model_type):
         heads_are_slices,
         the_cache_changes_nothing,
         padding_is_nothing,
+        rows_come_and_go,
     ):
         law(model)
     return ("own row" if config_of(model).model_type in ARCHITECTURES else "generic row"), ""
@@ -126,6 +127,16 @@ def padding_is_nothing(model):
         ones = tuple((part != 0).long() for part in row)
         mask = torch.cat([none, torch.cat(ones, dim=1)])
         close(read(torch.cat([IDS[:1], torch.cat(row, dim=1)]), mask), alone, f"padding on the {side}")
+
+
+def rows_come_and_go(model):
+    """Rows that leave a batch, and rows that join it, are written as each is alone."""
+    model.generation_config.eos_token_id = [2, *range(20, 40)]
+    prompts = ["w7 w8 w9", "w10", "w11 w12 w13 w14 w15 w16", "w17 w18", "w19 w41", "w42 w43 w44 w45 w46"]
+    sampling = Sampling(temperature=1.0, max_new_tokens=12)
+    one, many = (generate(model, prompts, sampling=sampling, samples=2, batch_size=size) for size in (1, 3))
+    assert [c.ids for c in one] == [c.ids for c in many]
+    assert len({len(c.ids) for c in many}) > 2
 
 
 def close(one, other, what):

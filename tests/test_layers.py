@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a file may import its own package, and those before it. Some have room, and no file yet.
 ORDER = (
     "probes.exports", "probes.late", "probes.files", "probes.texts", "probes.fields", "probes.tensors", "probes.tables",
-    "probes.needles", "probes.words", "probes.gguf_files", "probes.model",
+    "probes.needles", "probes.words", "probes.gguf_files", "probes.rows", "probes.model",
     "probes.generation", "probes.figures", "probes.thinking", "probes.activations", "probes.directions",
     "probes.engines", "probes.evidence", "probes.saes", "probes",
     "steer.checkpoints", "steer.interventions", "steer.tasks", "steer.recipes", "steer.decoding", "steer.runtime",

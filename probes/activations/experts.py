@@ -17,6 +17,7 @@ from probes.model.hooks import forward_through, hook_choice, hook_inputs, hook_r
 from probes.model.loading import tokenizer_of
 from probes.model.routers import Routing, block_at, moe_layers
 from probes.model.tokens import present_markers
+from probes.rows import Rows
 from probes.tables import Brief, Shown, Table
 from probes.thinking.phases import PHASES, Clock
 from probes.thinking.spans import Span
@@ -199,16 +200,17 @@ class _Held:
         self.tally, self.counts, self.tokens = tally, counts, tokens
         self._ids: list[Tensor] = []
         self._mask: Tensor | None = None
+        self._rows: Rows | None = None
         self._past = self._width = 0
         self._chosen: list[dict[int, Tensor]] = [{} for _ in tally.layers]  # by layer and pass
 
-    def begin(self, ids: Int[Tensor, "batch new"], mask: Tensor | None, n_past: int) -> None:
+    def begin(self, ids: Int[Tensor, "batch new"], mask: Tensor | None, n_past: int, rows: Rows | None) -> None:
         if self._ids:
-            follows = n_past == self._past + self._width and len(ids) == len(self._ids[0])
+            follows = n_past == self._past + self._width and len(ids) == len(self._ids[0]) and rows is self._rows
             if not follows or len(self._ids) >= _PASSES or self._width * len(ids) >= _TOKENS:
                 self.settle()
         if not self._ids:
-            self._past, self._width = n_past, 0
+            self._past, self._width, self._rows = n_past, 0, rows
         self._ids.append(ids)
         self._width += ids.shape[1]
         self._mask = mask
@@ -223,7 +225,7 @@ class _Held:
             return
         batch, widths, ids = len(self._ids[0]), [x.shape[1] for x in self._ids], torch.cat(self._ids, 1)
         self._ids = []
-        self.tally.begin(ids, self._mask, self._past)
+        self.tally.begin(ids, self._mask, self._past, self._rows)
         self.tokens += self.tally.masks.sum((1, 2)).to(self.tokens.device).long()
         for row, found in enumerate(self._chosen):
             if found:  # a pass may stop below this layer
@@ -243,8 +245,8 @@ class _Tally:
         self.classes = ("all", *(PHASES if self.clock.knows_phases else ()), *markers)
         self.masks = torch.zeros(0)
 
-    def begin(self, ids: Int[Tensor, "batch new"], mask: Tensor | None, n_past: int) -> None:
-        now = self.clock.advance(ids, mask, n_past)
+    def begin(self, ids: Int[Tensor, "batch new"], mask: Tensor | None, n_past: int, rows: Rows | None = None) -> None:
+        now = self.clock.advance(ids, mask, n_past, rows)
         phases = now.masks() if self.clock.knows_phases else now.real[:0].expand(0, *now.real.shape)
         self.masks = torch.cat([now.real[None], phases, *(ends[None] for ends in now.ended)]).float()
 

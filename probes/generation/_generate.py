@@ -4,19 +4,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
+from probes.generation._batch import Row, Written, end_ids, write
 from probes.generation._progress import bar_of
 from probes.generation.completions import Completion
-from probes.generation.sampling import CUT, Decoding, Event, Sampling, row_key
-from probes.generation.settings import NumbersOnly, one_draw_a_token
+from probes.generation.sampling import CUT, Decoding, Sampling
+from probes.generation.settings import one_draw_a_token
 from probes.generation.store import Store
-from probes.model.architectures import check_room, rope_groups
+from probes.model.architectures import check_room, passes_rope_limit, rope_groups
 from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
 from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
@@ -24,6 +23,8 @@ from probes.words import checked
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+_ROUNDS = 4  # times the batch size
 
 
 @checked
@@ -47,7 +48,8 @@ def generate(
     `ids` name the prompts (their number, if left out). `template` holds arguments of the chat template, or is `"raw"`
     for texts that a base model continues; `prefill`, token ids that begin the model's turn, is part of the prompt. A
     model without thinking delimiters never thinks: what it writes is its answer. `decoding` decides over tokens beside
-    the model. With `store`, each batch is appended to that JSONL file, what it already holds is not generated again,
+    the model. At most `batch_size` rows are written side by side: those that have ended leave, and others take their
+    places. With `store`, what has ended is appended to that JSONL file, what it already holds is not generated again,
     and in the end it is in the order of the prompts: a run that was killed and started again ends with the same bytes.
     Randomness belongs to prompt and sample number, so batch size and order change nothing but speed. The progress
     bar shows tokens a second, and with `judge` the share of new completions that it calls right. Raises ValueError
@@ -84,32 +86,35 @@ def generate(
         if store is None
         else Store.opened(Path(store), model, dict(zip(names, encoded, strict=True)), sampling, name)
     )
-    progress = _Progress(judge)
-    with keep as held:
+    together = passes_rope_limit(model, max(map(len, encoded), default=0) + sampling.max_new_tokens)
+    progress, ends, run = _Progress(judge), end_ids(model), object()
+    with keep as held, one_draw_a_token(model):
         done = {} if held is None else dict(held.rows)
         missing = sum((names[n], sample) not in done for n, sample in rows)
         with bar_of(len(rows), missing, label) as bar:
-            for together in _batches(model, rows, encoded, batch_size, sampling.max_new_tokens):
-                batch = [(names[n], encoded[n], sample) for n, sample in together]
-                if all((name, sample) in done for name, _, sample in batch):
+            for group in _groups(model, rows, encoded, batch_size, sampling.max_new_tokens):
+                wanted = [Row(n * samples + i, names[n], i, tuple(encoded[n])) for n, i in group]
+                if all((row.name, row.sample) in done for row in wanted):
                     continue
-                new = [c for c in _complete(model, batch, sampling, decoding) if (c.id, c.sample) not in done]
-                new = new if held is None else held.add(new)
-                done.update({(c.id, c.sample): c for c in new})
-                progress.show(bar, new)
+                for written in write(model, wanted, batch_size, sampling, decoding, together=together, name=run):
+                    new = [_read(model, row, sampling, name, set(ends)) for row in written]
+                    new = [c for c in new if (c.id, c.sample) not in done]
+                    new = new if held is None else held.add(new)
+                    done.update({(c.id, c.sample): c for c in new})
+                    progress.show(bar, new)
         keys = [(name, sample) for name in names for sample in range(samples)]
         if held is not None:
             held.order(keys)
     return [done[key] for key in keys]
 
 
-def _batches(
+def _groups(
     model: PreTrainedModel, rows: list[tuple[int, int]], encoded: list[list[int]], size: int, new: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Rows that may be written together: the same batches, whatever is done already."""
+    """Rows that are written together, whatever is done already: what is lost to a kill is at most one of these."""
     for group in rope_groups(model, [len(encoded[n]) for n, _ in rows], new):
-        for start in range(0, len(group), size):
-            yield [rows[i] for i in group[start : start + size]]
+        for start in range(0, len(group), size * _ROUNDS):
+            yield [rows[i] for i in group[start : start + size * _ROUNDS]]
 
 
 class _Progress:
@@ -130,85 +135,27 @@ class _Progress:
         bar.update(len(new))
 
 
-def end_ids(model: PreTrainedModel) -> list[int]:
-    """The tokens that end a completion: the generation config's, else the tokenizer's."""
-    own = model.generation_config
-    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer_of(model).eos_token_id
-    return list(ends) if isinstance(ends, list) else [ends]
-
-
-@torch.no_grad()
-def _complete(
-    model: PreTrainedModel, rows: list[tuple[str, list[int], int]], sampling: Sampling, decoding: Decoding | None
-) -> list[Completion]:
-    tokenizer, device = tokenizer_of(model), model.device
-    width = max(len(prompt) for _, prompt, _ in rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for _, prompt, _ in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for _, p, _ in rows], device=device)
-    own, ends = model.generation_config, end_ids(model)
-    config = GenerationConfig(
-        do_sample=False,  # the draw is in the processors
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        repetition_penalty=own.repetition_penalty if own is not None else None,
-    )
-    keys = [row_key(prompt, sampling.seed, sample) for _, prompt, sample in rows]
-    draw, numbers = sampling.processors(keys, width, ids.device), NumbersOnly()
-    run = None if decoding is None else decoding.begin(mask)
-    write: Any = model.generate
-    with one_draw_a_token(model):
-        out = write(
-            ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([numbers, *(draw if run is None else run.processors(draw))]),
-        )[:, width:].tolist()
-    numbers.check([name for name, _, _ in rows])
-    plain = [
-        _read(model, name, prompt, sample, new, set(ends), sampling)
-        for (name, prompt, sample), new in zip(rows, out, strict=True)
-    ]
-    if decoding is None or run is None:
-        return plain
-    return [_noted(c, decoding.name, tuple(events)) for c, events in zip(plain, run.events(), strict=True)]
-
-
-def _noted(completion: Completion, decoding: str, events: tuple[Event, ...]) -> Completion:
-    """A row that was ended by another than the model is as long as it was let be."""
-    cut = any(kind == CUT for kind, _ in events)
-    stop = "length" if cut else completion.stop
-    return replace(completion, decoding=decoding, events=events, stop=stop)
-
-
-def _read(
-    model: PreTrainedModel,
-    name: str,
-    prompt: list[int],
-    sample: int,
-    new: list[int],
-    stops: set[int],
-    sampling: Sampling,
-) -> Completion:
-    length = next((i + 1 for i, token in enumerate(new) if token in stops), len(new))
-    stopped = length > 0 and new[length - 1] in stops
-    new, said = new[:length], new[: length - stopped]
+def _read(model: PreTrainedModel, written: Written, sampling: Sampling, decoding: str, ends: set[int]) -> Completion:
+    """What was written as a completion. A row that was ended by another than the model is as long as it was let be."""
+    row, new = written.row, written.ids
+    length = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+    stopped = length > 0 and new[length - 1] in ends
+    new, text = new[:length], new[: length - stopped]
     tokenizer = tokenizer_of(model)
-    span, thinking, answer = read_turn(tokenizer, prompt, said, delimiters_if_any(model))
+    span, thinking, answer = read_turn(tokenizer, list(row.prompt), text, delimiters_if_any(model))
+    cut = any(kind == CUT for kind, _ in written.events)
     return Completion(
-        id=name,
-        sample=sample,
-        prompt=decode(tokenizer, prompt),
+        id=row.name,
+        sample=row.sample,
+        prompt=decode(tokenizer, list(row.prompt)),
         thinking=thinking,
         answer=answer,
-        prompt_ids=tuple(prompt),
+        prompt_ids=row.prompt,
         ids=tuple(new),
         span=span,
-        stop="eos" if stopped else "length",
+        stop="eos" if stopped and not cut else "length",
         sampling=sampling,
         model=origin_of(model).name,
+        decoding=decoding,
+        events=written.events,
     )

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from probes.fields import from_plain, keys_of
+from probes.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Sampling:
         sampling."""
         return from_plain(cls, {"min_p": 0.0, **keys_of(fields, where)}, where)
 
-    def processors(self, keys: list[int], prompt_width: int, device: torch.device) -> LogitsProcessorList:
-        """What makes greedy search draw from this distribution, one key for each row."""
+    def processors(self, keys: list[int], begins: Sequence[int], device: torch.device) -> LogitsProcessorList:
+        """What makes greedy search draw from this distribution: of each row a key, and where its first new token is."""
         if self.temperature == 0:
             return LogitsProcessorList()
         steps: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
@@ -73,7 +74,7 @@ class Sampling:
             steps.append(TopPLogitsWarper(self.top_p))
         if self.min_p:
             steps.append(MinPLogitsWarper(self.min_p))
-        steps.append(GumbelNoise(torch.tensor(keys, device=device), prompt_width))
+        steps.append(GumbelNoise(torch.tensor(keys, device=device), torch.tensor(begins, device=device)))
         return LogitsProcessorList(steps)
 
 
@@ -101,6 +102,29 @@ class DecodingRun(Protocol):
 
     def events(self) -> Sequence[Sequence[Event]]:
         """For each row what was overruled, and at which of the generated tokens. `CUT`: the row was ended there."""
+
+
+@runtime_checkable
+class TurningRun(DecodingRun, Protocol):
+    """A run that goes on when rows leave its batch and others join. Without it, a batch is written to its end first.
+
+    >>> from probes.generation.sampling import TurningRun
+    >>> from probes.rows import Rows
+    >>> class Idle:
+    ...     rows = Rows(None, (), ())
+    ...     def turn(self, rows, mask):
+    ...         self.rows = rows
+    ...     def processors(self, draw):
+    ...         return draw
+    ...     def events(self):
+    ...         return [[] for _ in self.rows.numbers]
+    >>> isinstance(Idle(), TurningRun)
+    True
+    """
+
+    def turn(self, rows: Rows, mask: Int[Tensor, "batch pos"] | None) -> None:
+        """From here on tokens, and events, are of these rows: new ones where `mask` shows their prompts, else rows that
+        began before. `processors` is asked for anew."""
 
 
 @runtime_checkable
@@ -145,30 +169,38 @@ class GumbelNoise(LogitsProcessor):
     the same tokens, and two models given one prompt share their noise, so that they can be compared in pairs.
     """
 
-    def __init__(self, keys: Int[Tensor, " batch"], prompt_width: int) -> None:
-        self.keys, self.prompt_width = keys, prompt_width
+    def __init__(self, keys: Int[Tensor, " batch"], begins: Int[Tensor, " batch"]) -> None:
+        self.keys, self.begins = keys, begins
 
     def __call__(
         self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch d_vocab"]
     ) -> Float[Tensor, "batch d_vocab"]:
-        step = input_ids.shape[1] - self.prompt_width
+        keys = _mix(self.keys + (input_ids.shape[1] - self.begins))
         tokens = torch.arange(scores.shape[1], device=scores.device)
-        bits = _mix(_mix(self.keys + step)[:, None] + tokens)
-        uniform = (_shift(bits, 12).double() + 0.5) / 2**52  # never 0, never 1
-        return scores + (-torch.log(-torch.log(uniform))).to(scores.dtype)
+        noisy = torch.empty_like(scores)
+        few = len(scores) if scores.is_cuda else _AT_ONCE
+        for start in range(0, len(scores), few):  # what stays in a processor's cache is three times as fast
+            rows = slice(start, start + few)
+            bits = _shift(_mix(keys[rows, None] + tokens), 12)
+            uniform = bits.double().add_(0.5).div_(2**52)  # never 0, never 1
+            noisy[rows] = scores[rows] + uniform.log_().neg_().log_().neg_().to(scores.dtype)
+        return noisy
+
+
+_AT_ONCE = 2  # rows
 
 
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014); int64 arithmetic wraps."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014), in place of a copy; int64 arithmetic wraps."""
     x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x.bitwise_xor_(_shift(x, bits)).mul_(_signed(factor))
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _shift(x: Tensor, n: int) -> Tensor:
     """Shift right, filling with zeros."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
+    return (x >> n).bitwise_and_((1 << (64 - n)) - 1)
 
 
 def _signed(value: int) -> int:

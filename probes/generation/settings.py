@@ -34,6 +34,18 @@ def honoured(model: PreTrainedModel) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value not in (None, False, off.get(name))}
 
 
+# Of those honoured: they ask how many tokens the batch has, and not the row.
+_STEPS = {
+    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length", "min_new_tokens",
+    "exponential_decay_length_penalty",
+}  # fmt: skip
+
+
+def counts_steps(model: PreTrainedModel) -> bool:
+    """Has the model a setting that counts the steps of a batch, so that its rows have to begin together?"""
+    return not _STEPS.isdisjoint(honoured(model))
+
+
 @contextmanager
 def one_draw_a_token(model: PreTrainedModel) -> Iterator[None]:
     """While open, the model's own config has none of `LEFT_OUT`, which transformers would take up; it warns of them."""

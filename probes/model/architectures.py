@@ -153,13 +153,7 @@ def rope_groups(model: nn.Module, lengths: Sequence[int], new: int = 0) -> list[
     written shares a batch with rows of its own length alone, which pass it at the same step. One group where
     frequencies are fixed.
     """
-    config = config_of(model)
-    known: Any = getattr(config, "rope_parameters", None) or {}
-    limits: dict[str, int] = {}
-    for rope in (known, *known.values()):
-        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
-        if kind in ("longrope", "dynamic"):
-            limits[kind] = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    limits = _rope_limits(model)
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, length in enumerate(lengths):
         regime = [
@@ -168,6 +162,22 @@ def rope_groups(model: nn.Module, lengths: Sequence[int], new: int = 0) -> list[
         ]
         groups.setdefault(tuple(regime), []).append(i)
     return list(groups.values())
+
+
+def passes_rope_limit(model: nn.Module, longest: int) -> bool:
+    """Does a row of so many tokens pass the length from which on rotary frequencies depend on the longest row?"""
+    return any(longest > limit for limit in _rope_limits(model).values())
+
+
+def _rope_limits(model: nn.Module) -> dict[str, int]:
+    config = config_of(model)
+    known: Any = getattr(config, "rope_parameters", None) or {}
+    limits: dict[str, int] = {}
+    for rope in (known, *known.values()):
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+        if kind in ("longrope", "dynamic"):
+            limits[kind] = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return limits
 
 
 def check_room(model: nn.Module, longest: int, new: int = 0) -> None:

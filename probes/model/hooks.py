@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.model.architectures import block_of, head_matrices, multiplier_of, n_heads, tap_of
-from probes.model.passes import Name, hooked, named_edit
+from probes.model.passes import Name, hooked, named_edit, rows_of
 from probes.model.routers import Routing, block_at, read_routing
 from probes.model.sites import Site
+from probes.rows import Rows
 
 Edit = Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"] | None]
-See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int], None]
+See = Callable[[Int[Tensor, "batch new"], Int[Tensor, "batch total"] | None, int, Rows | None], None]
 
 
 @contextmanager
@@ -146,7 +147,8 @@ def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Ten
 
 @contextmanager
 def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
-    """While open, `see` gets each forward pass' new token ids, its attention mask, and the cached length.
+    """While open, `see` gets each forward pass' new token ids, its attention mask, the cached length, and which rows of
+    their run they are, where that is known.
 
     Beam search is refused: it swaps the rows of a cache, and whoever follows them would not know.
     """
@@ -164,7 +166,7 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
                 f"A scope reads an attention mask [batch, pos], but this one has {mask.dim()} dimensions, as with a "
                 "static cache: use the default, dynamic one."
             )
-        see(ids, mask, 0 if cache is None else int(cache.get_seq_length()))
+        see(ids, mask, 0 if cache is None else int(cache.get_seq_length()), rows_of(model))
 
     with hooked(model, model, before, side="input", place="the model's input"):
         yield

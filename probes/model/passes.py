@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from probes.model.architectures import config_of
+from probes.rows import Rows
 
 Name = str | Callable[[], str]
 Hook = Callable[..., Any]
@@ -41,6 +42,7 @@ class _Watch:
 
 
 _WATCHES: "WeakKeyDictionary[nn.Module, _Watch]" = WeakKeyDictionary()
+_ROWS: "WeakKeyDictionary[nn.Module, Rows]" = WeakKeyDictionary()
 
 
 def edits_of(model: nn.Module) -> tuple[str | None, ...]:
@@ -49,6 +51,22 @@ def edits_of(model: nn.Module) -> tuple[str | None, ...]:
     names = [] if watch is None else watch.names
     said = [None if name is None else name if isinstance(name, str) else name() for name in names]
     return tuple(dict.fromkeys(said))
+
+
+def rows_of(model: nn.Module) -> Rows | None:
+    """Which rows of a run the pass holds that the model makes now; None where nobody said."""
+    return _ROWS.get(model)
+
+
+@contextmanager
+def holding(model: nn.Module, rows: Rows | None) -> Iterator[None]:
+    """While open, the model's passes hold these rows of a run, and whoever listens is told."""
+    if rows is not None:
+        _ROWS[model] = rows
+    try:
+        yield
+    finally:
+        _ROWS.pop(model, None)
 
 
 @contextmanager

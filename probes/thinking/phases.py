@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from probes.model.delimiters import Delimiters
 from probes.model.loading import delimiters_if_any, delimiters_of, tokenizer_of
+from probes.rows import Remembered, Rows
 from probes.tables import Brief
 
 PHASES = ("prompt", "thinking", "answer")
@@ -25,8 +26,8 @@ class Phases(Brief):
     `phase` is an index into `PHASES`, -1 at pads; `thought` counts the thinking's tokens from 0 at the end of its
     opening delimiter, -1 elsewhere; `position` is the place in the row, pads not counted; `marked` counts, for each of
     the clock's markers, how many have ended in this turn's thinking; `ended` tells where they end, anywhere; `opens`
-    tells the last token of a turn's header; `real` the tokens that are no pads; `starts` that a run began with this
-    pass.
+    tells the last token of a turn's header; `real` the tokens that are no pads; `starts` that the rows of this pass
+    begin with it; `rows` says which of their run they are, where that is known.
 
     >>> import torch
     >>> from probes import generate, load
@@ -50,6 +51,7 @@ class Phases(Brief):
     opens: Bool[Tensor, "batch new"]
     real: Bool[Tensor, "batch new"]
     starts: bool
+    rows: Rows | None = None
 
     def mask(self, phase: str) -> Bool[Tensor, "batch new"]:
         """The tokens that are in a phase, or in any (`all`)."""
@@ -89,7 +91,7 @@ class Clock:
     pad: int | None = None
     markers: tuple[tuple[Ids, ...], ...] = ()
     _seen: int = 0
-    _state: "_State | None" = field(default=None, repr=False)
+    _memory: "Remembered[_State | None]" = field(default_factory=lambda: Remembered(None), repr=False)
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, needed: bool = True, markers: Sequence[tuple[Ids, ...]] = ()) -> "Clock":
@@ -107,17 +109,25 @@ class Clock:
         return bool(self.delimiters.open)
 
     def advance(
-        self, input_ids: Int[Tensor, "batch new"], attention_mask: Int[Tensor, "batch total"] | None, n_past: int
+        self,
+        input_ids: Int[Tensor, "batch new"],
+        attention_mask: Int[Tensor, "batch total"] | None,
+        n_past: int,
+        rows: Rows | None = None,
     ) -> Phases:
         """Take in the new tokens of a pass whose cache holds `n_past`, and say where they are.
 
-        Raises ValueError where it lost the thread: the cache is not the one that it followed.
+        `rows`, of a run whose rows leave and join, says which the pass holds. Raises ValueError where it lost the
+        thread: the cache is not the one that it followed.
         """
         batch, new = input_ids.shape
         starts = n_past == 0
         if starts:
-            self._seen, self._state = 0, _State.at_start(input_ids, self._memory, len(self.markers))
-        state = self._state
+            self._seen = 0
+            self._memory.begin(rows, _State.at_start(input_ids, self._tail, len(self.markers)))
+        elif self._memory.turn(rows) and rows is not None:
+            self._seen = rows.n_past
+        state = self._memory.state
         if state is None or n_past != self._seen or len(state.phase) != batch:
             raise ValueError(
                 f"The cache holds {n_past} tokens of {batch} rows, but the clock saw {self._seen}: it cannot follow "
@@ -128,6 +138,8 @@ class Clock:
             real = attention_mask[:, -new:].bool()
         window = torch.cat([state.tail, input_ids.where(real, _PAD)], dim=1)
         filled = self._filled(window, state, new)
+        if rows is not None and n_past + new > min(rows.begins):
+            filled = filled | _over(input_ids, n_past, rows)
         real = real & ~filled
         window = torch.cat([state.tail, input_ids.where(real, _PAD)], dim=1)
         turn_phase, turn_opens, armed = self._read(window, state, new)
@@ -141,20 +153,20 @@ class Clock:
             (ends & thinks).cumsum(1) + before[:, None] * fresh
             for ends, before in zip(ended, state.marked, strict=True)
         )
-        self._state = _State(
+        self._memory.state = _State(
             turn_phase[:, -1],
             armed,
-            window[:, window.shape[1] - self._memory :],
+            window[:, window.shape[1] - self._tail :],
             position[:, -1] + 1,
             thoughts[:, -1],
             tuple(count[:, -1] for count in marked),
             filled[:, -1],
         )
         self._seen += new
-        return Phases(phase, (thoughts - 1).where(thinks, -1), position, marked, ended, opens, real, starts)
+        return Phases(phase, (thoughts - 1).where(thinks, -1), position, marked, ended, opens, real, starts, rows)
 
     @property
-    def _memory(self) -> int:
+    def _tail(self) -> int:
         d = self.delimiters
         wanted = (d.open, d.close, d.turn, d.user, d.tool, *(ids for ways in self.markers for ids in ways), (0, 0))
         texts = (needle.text for needle in (d.open_text, d.close_text) if needle is not None)
@@ -212,10 +224,21 @@ class _State:
     filled: Bool[Tensor, " batch"]
 
     @classmethod
-    def at_start(cls, ids: Tensor, memory: int, markers: int) -> "_State":
+    def at_start(cls, ids: Tensor, tail: int, markers: int) -> "_State":
         batch = len(ids)
         zero, no = ids.new_zeros(batch), torch.zeros(batch, dtype=torch.bool, device=ids.device)
-        return cls(zero, ~no, ids.new_full((batch, memory), _PAD), zero, zero, (zero,) * markers, no)
+        return cls(zero, ~no, ids.new_full((batch, tail), _PAD), zero, zero, (zero,) * markers, no)
+
+
+def _over(ids: Tensor, n_past: int, rows: Rows) -> Tensor:
+    """Where a row's own tokens hold its end."""
+    over = torch.zeros_like(ids, dtype=torch.bool)
+    for end in rows.ends:
+        over |= ids == end
+    if n_past < max(rows.begins):  # a prompt may hold it, too
+        begins = torch.tensor(rows.begins, device=ids.device)[:, None]
+        over &= torch.arange(n_past, n_past + ids.shape[1], device=ids.device) >= begins
+    return over
 
 
 def _latest(hit: Tensor, place: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Budget:
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:  # noqa: ARG002
         """The processors of one run."""
-        return Processors(after=(_Spend(self, rows),))
+        return Processors(after=(_Spend(self, rows),), turns=True)
 
 
 class _Spend(LogitsProcessor):
@@ -80,11 +80,12 @@ class _Spend(LogitsProcessor):
 class BudgetForcing:
     """Budget forcing (s1, Muennighoff et al. 2025): `n` times, where the model would end its thinking, it does not.
 
-    The drawn token that completes the closing delimiter, or ends the turn, is replaced by `marker`; as in s1's code,
+    The drawn token that begins the closing delimiter, or ends the turn, is replaced by `marker`; as in s1's code,
     the one token after a marker is drawn from the others. So a model ends its thinking only after exactly `n` inserted
-    markers, whatever else it writes; a completion that runs into a length limit may hold fewer. Of a delimiter of
-    several tokens those before the last are written, and stay. Raises ValueError where `n` is below 0 and, at the start
-    of a run, where the vocabulary cannot write the marker, or the marker would end the thinking.
+    markers, whatever else it writes; a completion that runs into a length limit may hold fewer. A delimiter of several
+    tokens begins with its first, or where two letters of its text stand (`</`): nothing of it is left in the thinking,
+    and what begins so and would have been something else is replaced, too. Raises ValueError where `n` is below 0 and,
+    at the start of a run, where the vocabulary cannot write the marker, or the marker would end the thinking.
 
     >>> from probes import generate, load
     >>> from steer.decoding import BudgetForcing, Controlled
@@ -107,17 +108,21 @@ class BudgetForcing:
         closes = rows.delimiters.closing((*rows.delimiters.close[:-1], *ids)) is not None
         if closes or set(ids) & set(rows.ends.tolist()):
             raise ValueError(f"The marker {self.marker!r} would itself end the thinking. Name another.")
-        insert = _Insert(rows, self.n, torch.tensor(ids, device=rows.mask.device))
-        return Processors(before=(_Hold(insert),), after=(insert,))
+        insert = _Insert(rows, self.n, torch.tensor(ids, device=rows.device))
+        return Processors(before=(_Hold(insert),), after=(insert,), turns=True)
 
 
 class _Insert(LogitsProcessor):
     """`cursor`: the marker's next token, 0 where none is being written; `fresh`: rows that have just ended one."""
 
+    cursor: Tensor
+    count: Tensor
+    fresh: Tensor
+
     def __init__(self, rows: DecodingState, n: int, marker: Tensor) -> None:
         self.rows, self.n, self.marker = rows, n, marker
-        self.cursor, self.count = torch.zeros_like(rows.said), torch.zeros_like(rows.said)
-        self.fresh = torch.zeros_like(rows.done)
+        for name, fresh in (("cursor", rows.zeros), ("count", rows.zeros), ("fresh", rows.no)):
+            rows.keep(self, name, fresh)
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:  # noqa: ARG002
         rows = self.rows
@@ -145,12 +150,13 @@ class _Hold(LogitsProcessor):
 
 @dataclass(frozen=True)
 class CloseBias:
-    """Adds `strength` to the logit of the token that would complete the closing delimiter, while the model thinks.
+    """Adds `strength` to the logit of the token that would begin the closing delimiter, while the model thinks.
 
     The odds of closing are multiplied by exp(strength), before the temperature: below 0 a penalty, -inf never, above 0
-    a bonus. After the thought-switching penalty (TIP, Wang et al. 2025), which does so to words of switching instead,
-    and likewise ends after a number of tokens: `until` thinking tokens, None for all of the thinking. Raises ValueError
-    for a strength of infinity, or a negative number of tokens.
+    a bonus. A delimiter of several tokens is decided on at its first, or where two letters of its text stand (`</`).
+    After the thought-switching penalty (TIP, Wang et al. 2025), which does so to words of switching instead, and
+    likewise ends after a number of tokens: `until` thinking tokens, None for all of the thinking. Raises ValueError for
+    a strength of infinity, or a negative number of tokens.
 
     >>> from probes import generate, load
     >>> from steer.decoding import CloseBias, Controlled
@@ -172,7 +178,7 @@ class CloseBias:
 
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:  # noqa: ARG002
         """The processors of one run."""
-        return Processors(before=(_Bias(self, rows),))
+        return Processors(before=(_Bias(self, rows),), turns=True)
 
 
 class _Bias(LogitsProcessor):

@@ -9,10 +9,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from probes.generation._generate import end_ids
+from probes.generation._batch import end_ids
 from probes.generation.completions import Completion
 from probes.generation.sampling import Event
 from probes.model.loading import delimiters_of
+from probes.rows import Rows
 from probes.tables import Brief, Shown, Table
 from steer.decoding.state import DecodingState, Ids, Scores
 
@@ -20,6 +21,9 @@ from steer.decoding.state import DecodingState, Ids, Scores
 @dataclass(frozen=True)
 class Processors:
     """Of one run: `before` the draw they change the distribution, `after` it they see the drawn token (the argmax).
+
+    With `turns`, rows may leave their batch and others join: what they remember of a row is `keep`t by the state, or
+    they remember nothing. Without, a batch is written to its end before the next begins.
 
     >>> from transformers import MinPLogitsWarper
     >>> from steer.decoding import Processors
@@ -29,6 +33,7 @@ class Processors:
 
     before: tuple[LogitsProcessor, ...] = ()
     after: tuple[LogitsProcessor, ...] = ()
+    turns: bool = False
 
 
 @runtime_checkable
@@ -69,7 +74,9 @@ class Together:
         """The processors of one run: of each control in turn."""
         parts = [control.processors(model, rows) for control in self.controls]
         return Processors(
-            tuple(p for part in parts for p in part.before), tuple(p for part in parts for p in part.after)
+            tuple(p for part in parts for p in part.before),
+            tuple(p for part in parts for p in part.after),
+            all(part.turns for part in parts),
         )
 
     def __str__(self) -> str:
@@ -101,7 +108,8 @@ class Controlled(Brief):
     def begin(self, mask: Int[Tensor, "batch pos"]) -> "_Run":
         """A run on a batch of prompts, padded on the left where `mask` is 0."""
         rows = DecodingState(delimiters_of(self.model), end_ids(self.model), mask)
-        return _Run(rows, self.control.processors(self.model, rows))
+        processors = self.control.processors(self.model, rows)
+        return (_Turning if processors.turns else _Run)(rows, processors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +122,12 @@ class _Run:
 
     def events(self) -> list[tuple[Event, ...]]:
         return self.rows.events()
+
+
+@dataclass(frozen=True, eq=False)
+class _Turning(_Run):
+    def turn(self, rows: Rows, mask: Int[Tensor, "batch pos"] | None) -> None:
+        self.rows.turn(rows, mask)
 
 
 class _Follow(LogitsProcessor):

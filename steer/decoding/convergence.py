@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from probes.model.loading import delimiters_of, markers_of, tokenizer_of
@@ -79,26 +80,33 @@ class Converge:
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         """The processors of one run."""
         guide = words_ids(tokenizer_of(model), self.guide, "guide") if self.guide else ()
-        return Processors(after=(_Stop(self, model, rows, guide),))
+        return Processors(after=(_Stop(self, model, rows, guide),), turns=True)
 
 
 class _Stop(LogitsProcessor):
-    """`stopping`: rows that have converged; `cursor`: the next token of their guide."""
+    """`stopping`: rows that have converged; `cursor`: the next token of their guide; `began`: rows whose prompt opens
+    their thinking."""
+
+    counts: list["_Count"]
+    began: list[bool]
+    stopping: Tensor
+    cursor: Tensor
 
     def __init__(self, control: Converge, model: PreTrainedModel, rows: DecodingState, guide: tuple[int, ...]) -> None:
         self.control, self.model, self.rows = control, model, rows
         self.markers = markers_of(model) if control.markers is None else control.markers
-        self.guide = torch.tensor(guide, device=rows.mask.device, dtype=torch.long)
-        self.counts = [_Count(control) for _ in rows.mask]
-        self.stopping, self.cursor = torch.zeros_like(rows.done), torch.zeros_like(rows.said)
-        self.began: list[bool] | None = None
+        self.guide = torch.tensor(guide, device=rows.device, dtype=torch.long)
+        rows.keep(self, "counts", lambda: [_Count(control) for _ in range(rows.batch)])
+        rows.keep(self, "began", lambda: [False] * rows.batch)
+        rows.keep(self, "stopping", rows.no)
+        rows.keep(self, "cursor", rows.zeros)
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:
         rows = self.rows
-        if rows.step == 0:
+        if not any(rows.steps):
             self.began = rows.opened.tolist()
-        elif rows.step % self.control.every == 0:
-            self._read(input_ids[:, -rows.step :])
+        elif due := [row for row, step in enumerate(rows.steps) if step % self.control.every == 0]:
+            self._read(input_ids, due)
         where = rows.thinking & rows.free & self.stopping
         left = self.cursor < len(self.guide)
         if len(self.guide):
@@ -107,15 +115,15 @@ class _Stop(LogitsProcessor):
             self.cursor = self.cursor + (where & left)
         return rows.end_thinking(scores, where & ~left)
 
-    def _read(self, written: Ids) -> None:
+    def _read(self, ids: Ids, due: list[int]) -> None:
         thinks = (self.rows.thinking & ~self.stopping).tolist()
-        if any(thinks):
-            for row, ids in enumerate(written.tolist()):
-                if thinks[row] and self.counts[row].converged(self._thoughts(ids, row)):
+        for row in due:
+            if thinks[row]:
+                written = ids[row, -self.rows.steps[row] :].tolist()
+                if self.counts[row].converged(self._thoughts(written, row)):
                     self.stopping[row] = True
 
     def _thoughts(self, ids: list[int], row: int) -> list[str]:
-        assert self.began is not None
         opened = None if self.began[row] else delimiters_of(self.model).opening(ids)
         begin = 0 if opened is None else opened.end
         return thoughts_of(decode(tokenizer_of(self.model), ids[begin:]), self.markers)

@@ -1,6 +1,8 @@
 """Where each row of a batch is while it is being written: in its thinking or not, and how far."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +11,7 @@ from torch import Tensor
 from probes.generation.sampling import Event
 from probes.model.delimiters import Delimiters
 from probes.needles import Needle
+from probes.rows import Remembered, Rows
 from probes.thinking.phases import Clock
 
 Ids = Int[Tensor, "batch pos"]
@@ -31,7 +34,9 @@ class DecodingState:
       is found by its text); `open` and `close`: the token that goes on from there.
     - `shut`: the closing delimiter is being written for the row. `taken`: its next token is decided; who comes later
       leaves it alone.
-    - `step`: the number of the token that is being decided.
+    - `steps`: of each row the number of the token that is being decided.
+
+    Rows leave, and others join (`turn`). What a control remembers of a row goes with it where it is `keep`t.
 
     >>> import torch
     >>> from probes.model import Delimiters
@@ -42,6 +47,18 @@ class DecodingState:
     >>> state.thinking, state.thoughts
     (tensor([True]), tensor([2]))
     """
+
+    opened: Where
+    closed: Where
+    done: Where
+    taken: Where
+    shut: Where
+    thoughts: Int[Tensor, " batch"]
+    said: Int[Tensor, " batch"]
+    opening: Int[Tensor, " batch"]
+    closing: Int[Tensor, " batch"]
+    _told: Where
+    _events: list[list[Event]]
 
     def __init__(self, delimiters: Delimiters, ends: Sequence[int], mask: Int[Tensor, "batch pos"]) -> None:
         self.delimiters, self.mask = delimiters, mask
@@ -55,14 +72,45 @@ class DecodingState:
             )
         )
         self._clock = Clock(delimiters)
-        self._events: list[tuple[str, int, Where]] = []
-        self.opened, self.closed, self.done, self.taken, self.shut, self._told = (
-            torch.zeros(len(mask), dtype=torch.bool, device=mask.device) for _ in range(6)
-        )
-        self.thoughts, self.said, self.opening, self.closing = (
-            torch.zeros(len(mask), dtype=torch.long, device=mask.device) for _ in range(4)
-        )
-        self.step = 0
+        self._noted: list[tuple[str, list[int], Where]] = []
+        self._kept: list[tuple[Any, str, Callable[[], Any]]] = []
+        self._memory: Remembered[tuple[Any, ...]] = Remembered(())
+        self._rows: Rows | None = None
+        self._fresh = True
+        self.device, self.batch, self._begins = mask.device, len(mask), (mask.shape[1],) * len(mask)
+        for name in ("opened", "closed", "done", "taken", "shut", "_told"):
+            self.keep(self, name, self.no)
+        for name in ("thoughts", "said", "opening", "closing"):
+            self.keep(self, name, self.zeros)
+        self.keep(self, "_events", lambda: [[] for _ in range(self.batch)])
+        self.steps = [0] * self.batch
+
+    def no(self) -> Where:
+        """False for each row."""
+        return torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+
+    def zeros(self) -> Int[Tensor, " batch"]:
+        """0 for each row."""
+        return torch.zeros(self.batch, dtype=torch.long, device=self.device)
+
+    def keep(self, owner: object, name: str, fresh: Callable[[], Tensor | list[Any]]) -> None:
+        """Set an attribute, with a place for each row, that goes with the rows; `fresh` makes it for new ones."""
+        self._kept.append((owner, name, fresh))
+        setattr(owner, name, fresh())
+
+    def turn(self, rows: Rows, mask: Int[Tensor, "batch pos"] | None) -> None:
+        """From here on the rows are these: new ones, with these prompts, or some that began before."""
+        self._flushed()
+        self._memory.state = tuple(getattr(owner, name) for owner, name, _ in self._kept)
+        self.batch, self._begins, self._rows, self._fresh = len(rows.numbers), rows.begins, rows, mask is not None
+        if mask is None:
+            self._memory.turn(rows)
+        else:
+            self.mask = mask
+            self._memory.begin(rows, tuple(fresh() for _, _, fresh in self._kept))
+        for (owner, name, _), value in zip(self._kept, self._memory.state, strict=True):
+            setattr(owner, name, value)
+        self.steps = [0] * self.batch
 
     @property
     def thinking(self) -> Where:
@@ -76,26 +124,26 @@ class DecodingState:
 
     def follow(self, ids: Ids) -> None:
         """Take in the prompts at the first call, the newest token of each row after it."""
-        width = self.mask.shape[1]
-        self.step, self.taken = ids.shape[1] - width, torch.zeros_like(self.taken)
-        if self.step == 0:
+        self.steps, self.taken = [ids.shape[1] - begin for begin in self._begins], torch.zeros_like(self.taken)
+        if self._fresh:
             self._begin(ids)
         else:
             self._advance(ids)
+        self._fresh = False
         d = self.delimiters
         opening, _ = _partial(ids, d.open, d.open_text)
         closing, self._bits = _partial(ids, d.close, d.close_text)
         self.opening, self.closing = opening.masked_fill(self.opened, 0), closing.masked_fill(~self.thinking, 0)
 
     def _begin(self, ids: Ids) -> None:
-        phase = self._clock.advance(ids, self.mask, 0).phase
+        phase = self._clock.advance(ids, self.mask, 0, self._rows).phase
         self.opened = phase[:, -1] == _THINKING
         if self.delimiters.turn:  # else a block that is closed may belong to an earlier turn
             self.opened = (phase == _THINKING).any(1)
             self.closed = self.opened & (phase[:, -1] == _ANSWER)
 
     def _advance(self, ids: Ids) -> None:
-        phase = self._clock.advance(ids[:, -1:], None, ids.shape[1] - 1).phase[:, -1]
+        phase = self._clock.advance(ids[:, -1:], None, ids.shape[1] - 1, self._rows).phase[:, -1]
         live, thought = ~self.done, self.thinking
         self.opened = self.opened | (phase == _THINKING)
         self.thoughts = self.thoughts + thought
@@ -104,20 +152,29 @@ class DecodingState:
         self.done = self.done | torch.isin(ids[:, -1], self.ends)
 
     def would_close(self, scores: Scores) -> Where:
-        """Rows whose drawn token ends their thinking: it completes the closing delimiter, or ends the row."""
+        """Rows whose drawn token ends their thinking: it begins the closing delimiter, or ends the row."""
         drawn = scores.argmax(1)
-        if (needle := self.delimiters.close_text) is None:
-            completes = (drawn == self.close[-1]) & (self.closing == len(self.close) - 1)
-        else:
-            completes = needle.completed(self._bits, drawn)
-        return self.thinking & (completes | torch.isin(drawn, self.ends))
+        return self.thinking & (self._closes(drawn[:, None])[:, 0] | torch.isin(drawn, self.ends))
 
     def closing_added(self, scores: Scores, where: Where, amount: float) -> Scores:
-        """`amount` added, in some of the rows, to the tokens that would complete the closing delimiter."""
+        """`amount` added, in some of the rows, to the tokens that would begin the closing delimiter; infinitely little
+        also to those that would complete one that was begun before."""
+        ids = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
+        closes = self._closes(ids)
+        if amount == -math.inf:
+            closes = closes | self._completes(ids)
+        return torch.where(closes & (where & self.thinking)[:, None], scores + amount, scores)
+
+    def _closes(self, ids: Int[Tensor, "batch n"]) -> Bool[Tensor, "batch n"]:
+        """With which tokens it is decided to close: the first of a delimiter, or the first letters of its text."""
         if (needle := self.delimiters.close_text) is None:
-            return added(scores, self.close[-1:], where & (self.closing == len(self.close) - 1), amount)
-        completes = needle.completing(self._bits, scores.shape[1]) & (where & self.thinking)[:, None]
-        return torch.where(completes, scores + amount, scores)
+            return (ids == self.close[0]) & (self.closing == 0)[:, None]
+        return needle.begun(self._bits[:, None].expand_as(ids), ids)
+
+    def _completes(self, ids: Int[Tensor, "batch n"]) -> Bool[Tensor, "batch n"]:
+        if (needle := self.delimiters.close_text) is None:
+            return (ids == self.close[-1]) & (self.closing == len(self.close) - 1)[:, None]
+        return needle.completed(self._bits[:, None].expand_as(ids), ids)
 
     def force(self, scores: Scores, where: Where, token: Int[Tensor, " batch"]) -> Scores:
         """These rows write this token."""
@@ -135,18 +192,22 @@ class DecodingState:
 
     def note(self, kind: str, where: Where, *, back: int = 0) -> None:
         """Something was done to these rows, at the token being decided or `back` tokens before it."""
-        self._events.append((kind, self.step - back, where))
+        self._noted.append((kind, [step - back for step in self.steps], where))
 
     def events(self) -> list[tuple[Event, ...]]:
         """Of each row what was noted, in the order of the tokens."""
-        if not self._events:
-            return [()] * len(self.mask)
-        rows = torch.stack([where for _, _, where in self._events]).cpu().T.tolist()
-        noted = [(kind, at) for kind, at, _ in self._events]
-        return [
-            tuple(sorted((e for e, hit in zip(noted, row, strict=True) if hit), key=lambda event: event[1]))
-            for row in rows
-        ]
+        self._flushed()
+        return [tuple(sorted(events, key=lambda event: event[1])) for events in self._events]
+
+    def _flushed(self) -> None:
+        """What was noted since rows last moved comes from the device, to each row's own list."""
+        if self._noted:
+            told = torch.stack([where for _, _, where in self._noted]).nonzero().tolist()
+            self._events = [list(events) for events in self._events]
+            for number, row in told:
+                kind, steps, _ = self._noted[number]
+                self._events[row].append((kind, steps[row]))
+            self._noted = []
 
 
 def added(scores: Scores, tokens: Tensor, where: Where, amount: float) -> Scores:

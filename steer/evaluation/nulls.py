@@ -1,4 +1,4 @@
-"""The nulls of a recipe: the same steps along random directions of the same norms."""
+"""The nulls of a recipe: the same steps along random directions of the same norms, erasures of the same size."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,10 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.generation.sampling import Sampling
+from probes.model.hooks import captured
 from probes.thinking.spans import Span
 from steer.evaluation._evaluate import solve
-from steer.interventions.activation import with_fields
+from steer.interventions.activation import Ablate, with_fields
 from steer.recipes.recipe import Recipe, Step
+from steer.runtime._applied import applied
 from steer.runtime.calibration import calibrated, divergence
 from steer.tasks.task import Problem
 
@@ -52,6 +54,61 @@ def random_recipe(recipe: Recipe, *, seed: int) -> Recipe:
     if not drawn:
         raise ValueError("No step of the recipe has a vector, so that it has no random direction to be compared with.")
     return replace(recipe, steps=tuple(steps), method=f"{recipe.method}, random directions, seed {seed}")
+
+
+@torch.no_grad()
+def random_erasure(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], *, seed: int) -> Recipe:
+    """Erases something else of the same size: each Ablate's direction is a random one among those that its site holds.
+
+    It is a Gaussian mixture of the activations at `spans`, which a direction drawn in the whole stream would hardly
+    meet. The strength makes the mean ‖Δ‖/‖x‖ over `spans` that of the recipe's own step; where a step sets a value
+    other than 0, the null sets the mean of the spans. Raises ValueError where a step is no Ablate.
+
+    >>> import torch
+    >>> from probes import Site, load
+    >>> from steer import Ablate, Recipe
+    >>> from steer.evaluation.nulls import random_erasure
+    >>> from steer.runtime import prompt_spans
+    >>> model, site = load("organism"), Site(2, "result", head=1)
+    >>> recipe = Recipe.of(model, [Ablate(site, torch.ones(96))])
+    >>> null = random_erasure(model, recipe, prompt_spans(model, ["a 3 b +4 c *7", "a 5 b -2 c +9"]), seed=0)
+    >>> abs(float(torch.cosine_similarity(null.steps[0].intervention.vector, torch.ones(96), 0))) < 0.9
+    True
+    """
+    generator, found = torch.Generator().manual_seed(2_000_003 + seed), list[Step]()
+    held: dict[int, list[Tensor]] = {}
+    for number, step in enumerate(recipe.steps):
+        if not isinstance(step.intervention, Ablate):
+            raise ValueError(f"An erasure is an Ablate, but step {number} is a {step.intervention.kind}.")
+        held[number] = []
+    with captured(model, {step.intervention.site for step in recipe.steps}) as cache:
+        for span in spans:
+            model(input_ids=torch.tensor([span.ids[: span.stop]], device=model.device), use_cache=False)
+            for number, step in enumerate(recipe.steps):
+                held[number].append(cache[step.intervention.site][0, span.start : span.stop].float().cpu())
+    for number, step in enumerate(recipe.steps):
+        x, old = torch.cat(held[number]), step.intervention
+        assert isinstance(old, Ablate)
+        mixed = torch.randn(len(x), generator=generator) @ x
+        unit = mixed / mixed.norm()
+        target = float((x @ unit).mean()) if old.target else 0.0
+        birth = old.birth and old.birth.made(f"random erasure of the size of ({old.birth.estimator})", seed=seed)
+        found.append(Step(replace(old, vector=unit.to(old.vector), target=target, birth=birth), step.scope))
+    null = replace(recipe, steps=tuple(found), method=f"{recipe.method}, random erasure, seed {seed}")
+    wanted, have = _ratios(model, recipe, spans), _ratios(model, null, spans)
+    sized = [
+        Step(with_fields(step.intervention, strength=step.intervention.strength * a / b if b else 0.0), step.scope)
+        for step, a, b in zip(null.steps, wanted, have, strict=True)
+    ]
+    return replace(null, steps=tuple(sized))
+
+
+def _ratios(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span]) -> list[float]:
+    """The mean ‖Δ‖/‖x‖ of each step."""
+    with applied(model, recipe, must_fire=False) as log:
+        for span in spans:
+            model(input_ids=torch.tensor([span.ids[: span.stop]], device=model.device), use_cache=False)
+    return [log.mean_ratio(number) for number in range(len(recipe.steps))]
 
 
 N_JUDGED = 32

@@ -15,6 +15,7 @@ from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
 from probes.model.passes import named_edit
 from probes.model.quantised import device_of
 from probes.model.sites import Site
+from probes.rows import Rows
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Add, Intervention, placed
 from steer.interventions.affine import widened
@@ -78,8 +79,8 @@ def applied(
     own = [routes[number][1] if number in routes else gates[step.scope] for number, step in enumerate(steps)]
     log = FireLog(words, own, clock.knows_phases)
 
-    def see(ids: Tensor, mask: Tensor | None, n_past: int) -> None:
-        phases = clock.advance(ids, mask, n_past)
+    def see(ids: Tensor, mask: Tensor | None, n_past: int, rows: Rows | None) -> None:
+        phases = clock.advance(ids, mask, n_past, rows)
         log.begin(phases)
         for gate in gates.values():
             gate.begin(phases, ids)

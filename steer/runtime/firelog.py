@@ -16,6 +16,10 @@ from steer.runtime.gates import Touched
 _NEVER = 2**62
 
 
+def _run_of(phases: Phases) -> object:
+    return None if phases.rows is None else phases.rows.run
+
+
 @dataclass(eq=False)
 class _Sums:
     """By step and phase, over all passes: tokens, the sum and the largest of the ratios, first and last position."""
@@ -71,7 +75,7 @@ class FireLog(Shown):
     _sums: _Sums | None = field(default=None, repr=False)
     _pass: dict[int, tuple[Tensor, Tensor | float]] = field(default_factory=dict, repr=False)
     _norms: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
-    _run: list[tuple[Tensor, dict[int, Tensor]]] = field(default_factory=list, repr=False)
+    _run: list[tuple[Phases, dict[int, Tensor]]] = field(default_factory=list, repr=False)
 
     def note(self, step: int, before: Float[Tensor, "batch new"], change: Float[Tensor, "batch new"] | float) -> None:
         """The norms of the activation and of what a step changed in the current pass; or the change's norm per unit of
@@ -97,9 +101,9 @@ class FireLog(Shown):
             if ran := [step for step in steps if step in self._pass]:
                 masks[id(gate)] = gate.mask
                 self._add(gate, ran, (gate.mask & masks_of_phases).flatten(1), position.flatten())
-        if now.starts:
+        if now.starts and self._run and (now.rows is None or _run_of(self._run[-1][0]) is not now.rows.run):
             self._run.clear()
-        self._run.append((position, masks))
+        self._run.append((now, masks))
         self._pass.clear()
 
     @cached_property
@@ -141,14 +145,18 @@ class FireLog(Shown):
         return 0.0 if self._sums is None else float(self._sums.ratio[step].sum() / self._sums.tokens[step].sum())
 
     def positions(self, step: int = 0) -> list[list[int]]:
-        """Row by row, the absolute positions that a step touched in the last run (from an empty cache on).
+        """Row by row, the absolute positions that a step touched in the last run.
 
-        A position is a place in the row's own tokens, pads not counted.
+        A run is a call of `probes.generate`, its rows in the order of prompts and samples; else what follows an empty
+        cache. A position is a place in the row's own tokens, pads not counted.
         """
-        key = id(self.gates[step])
-        passes = [(position, masks.get(key, torch.zeros_like(position).bool())) for position, masks in self._run]
-        rows = zip(*([p[m].tolist() for p, m in zip(*both, strict=True)] for both in passes), strict=True)
-        return [[at for part in row for at in part] for row in rows]
+        key, found = id(self.gates[step]), dict[int, list[int]]()
+        for now, masks in self._run:
+            mask = masks.get(key, torch.zeros_like(now.real))
+            numbers = range(len(mask)) if now.rows is None else now.rows.numbers
+            for number, own, hit in zip(numbers, now.position, mask, strict=True):
+                found.setdefault(number, []).extend(own[hit].tolist())
+        return [found[number] for number in sorted(found)]
 
     def table(self) -> Table:
         """By step and phase: tokens, mean and largest ratio, first and last position."""

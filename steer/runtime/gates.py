@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.model.sites import SITE_NAMES, Site
+from probes.rows import Remembered
 from probes.thinking.phases import Ids, Phases
 from steer.recipes.controller import Controller
 from steer.recipes.scope import Scope
@@ -99,23 +100,25 @@ class _Verdict:
 
     def __init__(self) -> None:
         self.after_prompt = torch.zeros(0, dtype=torch.bool)
-        self._sum = self._count = self._mean = torch.zeros(0)
-        self._decided = torch.zeros(0, dtype=torch.bool)
+        none = torch.zeros(0)
+        self._memory = Remembered((none, none, none, none.bool()))
 
     def above(self, projection: Tensor, phases: Phases, threshold: float) -> Tensor:
         """Whether each token's row is above; `after_prompt` then tells the tokens from the header's end on."""
         real, opens = phases.real, phases.opens
         if phases.starts:
             zero = projection.new_zeros(len(projection))
-            self._sum, self._count, self._mean, self._decided = zero, zero, zero, zero.bool()
-        total = projection.where(real, 0).cumsum(1) + self._sum[:, None]
-        count = real.cumsum(1) + self._count[:, None]
+            self._memory.begin(phases.rows, (zero, zero, zero, zero.bool()))
+        else:
+            self._memory.turn(phases.rows)
+        sums, counts, means, decided = self._memory.state
+        total = projection.where(real, 0).cumsum(1) + sums[:, None]
+        count = real.cumsum(1) + counts[:, None]
         place = torch.arange(real.shape[1], device=real.device).expand_as(real)
         header = place.where(opens, -1).cummax(1).values
-        mean = (total / count.clamp(min=1)).gather(1, header.clamp(min=0)).where(header >= 0, self._mean[:, None])
-        self.after_prompt = (header >= 0) | self._decided[:, None]
-        self._sum, self._count = total[:, -1], count[:, -1]
-        self._mean, self._decided = mean[:, -1], self.after_prompt[:, -1]
+        mean = (total / count.clamp(min=1)).gather(1, header.clamp(min=0)).where(header >= 0, means[:, None])
+        self.after_prompt = (header >= 0) | decided[:, None]
+        self._memory.state = (total[:, -1], count[:, -1], mean[:, -1], self.after_prompt[:, -1])
         return mean > threshold
 
 

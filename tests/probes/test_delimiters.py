@@ -12,6 +12,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from probes import Sampling, generate, load
+from probes.generation._batch import Row, Written
 from probes.generation._generate import _read
 from probes.model import delimiters_of, encode_prompt, find_delimiters, tokenizer_of
 from probes.needles import Needle
@@ -52,7 +53,8 @@ def model(merging):
 def read(model, text, prompt="hi"):
     tokenizer = tokenizer_of(model)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    return _read(model, "", encode_prompt(tokenizer, prompt), 0, ids, {tokenizer.eos_token_id}, S)
+    written = Written(Row(0, "", 0, tuple(encode_prompt(tokenizer, prompt))), ids, ())
+    return _read(model, written, S, "", {tokenizer.eos_token_id})
 
 
 @pytest.mark.parametrize(
@@ -122,20 +124,30 @@ def opening(model):
 
 @pytest.mark.parametrize("control", [CloseBias(-torch.inf), BudgetForcing(1, "four")])
 def test_every_token_that_would_close_is_held_back(model, control):
-    """The state after `.</` `think`: the tokens that complete the closing are `>`, `>\n`, `>\n\n` and others."""
+    """After `so` the tokens that begin to close are `</`, `.</`, `></` and others; after `so<` those that begin with a
+    slash; after `.</` `think` no bias is left, but `never` holds back `>`, `>\n`, `>\n\n` and others."""
     tokenizer, d = tokenizer_of(model), delimiters_of(model)
-    text = tokenizer.encode("<think>so.</think>", add_special_tokens=False)[:-1]
-    state = DecodingState(d, [tokenizer.eos_token_id], torch.ones(1, 1, dtype=torch.long))
-    for n in range(1, len(text) + 1):
-        state.follow(torch.tensor([text])[:, :n])
-    assert state.thinking.item()
-    added = state.closing_added(torch.zeros(1, len(tokenizer)), torch.tensor([True]), 1.0)[0]
-    closing = {i for i in range(len(tokenizer)) if "</think>" in tokenizer.decode([*text, i])}
-    assert len(closing) > 1
-    assert set(added.nonzero().flatten().tolist()) == closing
-    drawn = torch.zeros(1, len(tokenizer)).index_fill(1, torch.tensor([min(closing)]), 1.0)
-    assert state.would_close(drawn).item()
-    assert control.processors(model, state)
+    opened = tokenizer.encode("<think>so", add_special_tokens=False)
+    for more, completes in (([], False), (tokenizer.encode("<"), False), (tokenizer.encode(".</think>")[:-1], True)):
+        text = [*opened, *more]
+        state = DecodingState(d, [tokenizer.eos_token_id], torch.ones(1, 1, dtype=torch.long))
+        for n in range(1, len(text) + 1):
+            state.follow(torch.tensor([text])[:, :n])
+        assert state.thinking.item()
+        told = [tokenizer.decode([*text, i]) for i in range(len(tokenizer))]
+        ways = ["</think>"[:n] for n in range(2, 8)]
+        begun = {i for i, words in enumerate(told) if not completes and words.endswith((*ways, "</think>"))}
+        closing = {i for i, words in enumerate(told) if "</think>" in words}
+        assert len(begun | closing) > 1
+        at = torch.tensor([True])
+        added = state.closing_added(torch.zeros(1, len(tokenizer)), at, 1.0)[0]
+        assert set(added.nonzero().flatten().tolist()) == begun
+        never = state.closing_added(torch.zeros(1, len(tokenizer)), at, -torch.inf)[0]
+        assert set(never.isinf().nonzero().flatten().tolist()) == begun | closing
+        if begun:
+            drawn = torch.zeros(1, len(tokenizer)).index_fill(1, torch.tensor([min(begun)]), 1.0)
+            assert state.would_close(drawn).item()
+        assert control.processors(model, state)
 
 
 def test_segments_lie_between_delimiters_that_merge(model):
@@ -161,7 +173,8 @@ def test_the_answer_of_a_channel_has_no_header():
     )
 
     def answer(said):
-        return _read(m, "0", encode_prompt(tokenizer, "w20"), 0, tokenizer.encode(said), {2}, S).answer
+        row = Row(0, "0", 0, tuple(encode_prompt(tokenizer, "w20")))
+        return _read(m, Written(row, tokenizer.encode(said), ()), S, "", {2}).answer
 
     assert answer(thought + final + " <eos>") == "B"
     assert answer(thought + remark + final) == "B"

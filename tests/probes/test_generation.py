@@ -14,6 +14,7 @@ from probes.generation import _generate as generation
 from probes.generation._generate import generate
 from probes.generation.completions import Completion, by_problem, read_completions, write_completions
 from probes.generation.sampling import GumbelNoise, Sampling, row_key
+from probes.generation.store import Store
 from probes.model.delimiters import ThinkingSpan
 from probes.model.loading import load, tokenizer_of
 from probes.model.tokens import decode, encode_prompt
@@ -36,7 +37,7 @@ def draws(sampling, n, step=0, logits=LOGITS):
     """How often each token is drawn over n rows with the same logits and keys of their own."""
     ids = torch.zeros(n, 3 + step, dtype=torch.long)
     keys = [row_key([i], 0, 0) for i in range(n)]
-    rows = sampling.processors(keys, 3, ids.device)(ids, logits.expand(n, -1).clone())
+    rows = sampling.processors(keys, [3] * n, ids.device)(ids, logits.expand(n, -1).clone())
     return torch.bincount(rows.argmax(1), minlength=len(logits))
 
 
@@ -90,7 +91,7 @@ def test_draws_follow_the_softmax_and_never_take_what_is_impossible(temperature,
 
 
 def test_two_steps_of_one_row_are_independent_draws():
-    noise, n = GumbelNoise(torch.tensor([row_key([1], 0, 0)]), 0), 6_000
+    noise, n = GumbelNoise(torch.tensor([row_key([1], 0, 0)]), torch.tensor([0])), 6_000
     drawn = [int(noise(torch.zeros(1, step, dtype=torch.long), LOGITS[None]).argmax()) for step in range(n)]
     pairs, share = Counter(zip(drawn[::2], drawn[1::2], strict=True)), LOGITS.softmax(0).tolist()
     common = [(a, b) for a in (0, 3, 5) for b in (0, 3, 5)]
@@ -163,24 +164,42 @@ def test_thinking_that_never_closes_lasts_to_the_end_and_the_stop_token_is_none_
 
 
 def test_what_a_killed_run_stored_is_not_generated_again(organism, tmp_path, monkeypatch):
-    store, complete, made = tmp_path / "completions.jsonl", generation._complete, []
-    whole = generate(organism, CHAINS, sampling=WARM, batch_size=2)
+    store, write, made = tmp_path / "completions.jsonl", generation.write, []
+    whole = generate(organism, CHAINS, sampling=WARM, batch_size=1)
 
-    def noted(model, rows, sampling, decoding):
+    def noted(model, rows, size, *rest, **options):
         if len(made) == kill_after:
             raise KeyboardInterrupt
-        made.extend(name for name, _, _ in rows)
-        return complete(model, rows, sampling, decoding)
+        made.extend(row.name for row in rows)
+        return write(model, rows, size, *rest, **options)
 
-    monkeypatch.setattr(generation, "_complete", noted)
-    kill_after = 4
+    monkeypatch.setattr(generation, "write", noted)
+    kill_after = 4  # rows, which are written together
     with pytest.raises(KeyboardInterrupt):
-        generate(organism, CHAINS, sampling=WARM, batch_size=2, store=store)
+        generate(organism, CHAINS, sampling=WARM, batch_size=1, store=store)
     kill_after = None
-    assert generate(organism, CHAINS, sampling=WARM, batch_size=2, store=store) == whole
+    assert generate(organism, CHAINS, sampling=WARM, batch_size=1, store=store) == whole
     assert sorted(made) == sorted(c.id for c in whole)
     assert generate(organism, CHAINS, sampling=WARM, store=store) == whole
     assert sorted(made) == sorted(c.id for c in whole)
+
+
+def test_a_run_that_was_killed_amid_its_rows_ends_with_the_same_bytes(organism, tmp_path, monkeypatch):
+    whole, killed, add = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl", Store.add
+    generate(organism, CHAINS, sampling=WARM, samples=3, batch_size=3, store=whole)
+
+    def dies(self, completions):
+        if len(self.rows) > 5:
+            raise KeyboardInterrupt
+        return add(self, completions)
+
+    monkeypatch.setattr(Store, "add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        generate(organism, CHAINS, sampling=WARM, samples=3, batch_size=3, store=killed)
+    monkeypatch.setattr(Store, "add", add)
+    assert 5 < len(read_completions(killed)) < 3 * len(CHAINS)
+    generate(organism, CHAINS, sampling=WARM, samples=3, batch_size=3, store=killed)
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 def test_a_store_that_was_cut_off_within_a_line_is_resumed_and_stays_readable(organism, tmp_path):

@@ -93,7 +93,7 @@ def run(model, scope, use_cache):
     ids, mask = padded(list(ROWS.values()))
     clock, steps = Clock(THINK), []
 
-    def see(new, real, n_past):
+    def see(new, real, n_past, _rows):
         steps.append(clock.advance(new, real, n_past).mask(scope)[:, -1])
 
     with applied(model, recipe(model, scope)), hook_inputs(model, see):

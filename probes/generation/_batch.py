@@ -1,0 +1,261 @@
+"""Rows that are written side by side: those that have ended leave the batch, and those that wait take their places."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from probes.generation.caches import is_movable, rearranged, widened
+from probes.generation.sampling import Decoding, DecodingRun, Event, Sampling, TurningRun, row_key
+from probes.generation.settings import NumbersOnly, counts_steps
+from probes.model.loading import tokenizer_of
+from probes.model.passes import holding
+from probes.rows import Rows
+
+SHARE = 8  # of a batch: that many have ended, or fewer, before its rows move together, which costs about a step
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sample of a prompt that is to be written: its number in the run, its name, its prompt."""
+
+    number: int
+    name: str
+    sample: int
+    prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A row with its new tokens, those after its end included, and what a decoding did to it."""
+
+    row: Row
+    ids: list[int]
+    events: tuple[Event, ...]
+
+
+@dataclass(eq=False)
+class _Part:
+    """Rows side by side: their tokens so far, padded on the left, and what the model's next pass needs."""
+
+    rows: list[Row]
+    begins: list[int]
+    ids: Int[Tensor, "batch pos"]
+    state: dict[str, Any]
+    ended: Bool[Tensor, " batch"]
+
+    @property
+    def width(self) -> int:
+        return self.ids.shape[1]
+
+
+def write(
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    size: int,
+    sampling: Sampling,
+    decoding: Decoding | None,
+    *,
+    together: bool,
+    name: object,
+) -> Iterator[list[Written]]:
+    """The rows written, at most `size` at a time, as they end. `name` is the run's.
+
+    Which rows are side by side at which step follows from the rows alone, so that they come out the same to the bit
+    when they are written again. Where rows have to be `together` from their first token on, nobody joins; nor where
+    settings count a batch's steps, or the decoding or the model's cache cannot follow: then a batch is written to its
+    end, and the next begins.
+    """
+    waiting = deque(rows)
+    while waiting:
+        batch = _Batch(model, sampling, decoding, name)
+        batch.open([waiting.popleft() for _ in range(min(size, len(waiting)))])
+        joins = not together and batch.turns and not counts_steps(model)
+        while batch.part is not None:
+            batch.run_on(size if waiting and joins else 0)
+            new = size - batch.live if joins else 0
+            yield batch.turn([waiting.popleft() for _ in range(min(new, len(waiting)))], trim=joins)
+
+
+class _Batch:
+    """What is written now. With `turns`, rows may leave and join: cache and decoding follow them."""
+
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, decoding: Decoding | None, name: object) -> None:
+        tokenizer, own = tokenizer_of(model), model.generation_config
+        self.model, self.sampling, self.decoding, self.name = model, sampling, decoding, name
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.ends = torch.tensor(end_ids(model), device=model.device)
+        self.config = GenerationConfig(
+            do_sample=False,  # the draw is in the processors
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=end_ids(model),
+            pad_token_id=self.pad,
+            repetition_penalty=own.repetition_penalty if own is not None else None,
+        )
+        self.run: DecodingRun | None = None
+        self.part: _Part | None = None
+        self.turns, self.live = False, 0
+        self._settings = LogitsProcessorList()
+        self._now = Rows(name, (), ())
+        self._arranged = _Arranged(NumbersOnly(), LogitsProcessorList(), self.ends)
+
+    def open(self, rows: list[Row]) -> None:
+        """These rows are the first."""
+        self.part = part = self._begin(rows)
+        self.turns = is_movable(part.state, len(rows)) and (self.run is None or isinstance(self.run, TurningRun))
+        self.live = len(rows)
+
+    @torch.no_grad()
+    def run_on(self, wanted: int) -> None:
+        """Write until rows may move: until all have ended, one has come to its limit, or enough of them have ended, of
+        those here or of the number that is wanted here."""
+        part = self.part
+        assert part is not None
+        every = 1 if part.ids.device.type == "cpu" else SHARE  # asking a device means waiting for it
+        enough = max(1, max(len(part.rows), wanted) // SHARE) if self.turns else len(part.rows)
+        decode: Any = self.model
+        with decode._optimize_model_for_decode():
+            while True:
+                spent = part.width - min(part.begins) >= self.sampling.max_new_tokens
+                if spent or (part.width - max(part.begins)) % every == 0:
+                    gone = int(part.ended.sum())
+                    if spent or gone >= enough:
+                        self.live = len(part.rows) - gone
+                        return
+                self._step(part)
+
+    @torch.no_grad()
+    def turn(self, rows: list[Row], *, trim: bool) -> list[Written]:
+        """The rows that have ended, which leave; new rows take their places."""
+        part = self.part
+        assert part is not None
+        self._arranged.numbers.check([row.name for row in part.rows])
+        ended, ids = part.ended.tolist(), part.ids.tolist()
+        events = [()] * len(ended) if self.run is None else self.run.events()
+        limit = self.sampling.max_new_tokens
+        written = [
+            Written(row, ids[at][begin : begin + limit], tuple(events[at]))
+            for at, (row, begin) in enumerate(zip(part.rows, part.begins, strict=True))
+            if ended[at]
+        ]
+        stay = [at for at, over in enumerate(ended) if not over]
+        parts = [(part, stay)] if stay else []
+        if rows:
+            new = self._begin(rows)
+            self._arranged.numbers.check([row.name for row in rows])
+            parts.append((new, list(range(len(rows)))))
+        self.part = self._arrange(parts, trim=trim) if parts else None
+        self.live = sum(len(own) for _, own in parts)
+        return written
+
+    def _begin(self, rows: list[Row]) -> _Part:
+        """Rows with their prompts read, and their first token."""
+        width, device = max(len(row.prompt) for row in rows), self.model.device
+        ids = torch.tensor([[self.pad] * (width - len(r.prompt)) + list(r.prompt) for r in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in rows], device=device)
+        found: list[Any] = []
+
+        def first_pass(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: object,  # noqa: ARG001
+            generation_config: GenerationConfig,  # noqa: ARG001
+            synced_gpus: bool = False,  # noqa: ARG001
+            **state: Any,
+        ) -> Tensor:
+            inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **state)
+            with self._holding(state):
+                found.extend((logits_processor, state, model(**inputs, return_dict=True)))
+            return input_ids
+
+        part = _Part(rows, [width] * len(rows), ids, {}, torch.zeros(len(rows), dtype=torch.bool, device=device))
+        if self.decoding is not None and self.part is None:
+            self.run = self.decoding.begin(mask)
+        self._announce(part, mask)
+        write: Any = self.model.generate
+        write(ids, attention_mask=mask, generation_config=self.config, custom_generate=first_pass)
+        self._settings, part.state, out = found
+        self._take(part, out)
+        return part
+
+    def _step(self, part: _Part) -> None:
+        """One token more of each row."""
+        model: Any = self.model
+        new = 1 if part.state.get("use_cache") else None
+        inputs = model.prepare_inputs_for_generation(part.ids, next_sequence_length=new, **part.state)
+        with self._holding(part.state):
+            out = model(**inputs, return_dict=True)
+        self._take(part, out)
+
+    def _holding(self, state: dict[str, Any]) -> AbstractContextManager[None]:
+        """Whoever listens to the model is told the rows; without a cache each pass begins anew, and needs no names."""
+        return holding(self.model, self._now if state.get("use_cache") else None)
+
+    def _take(self, part: _Part, out: Any) -> None:
+        """The next token of each row, as the settings, the draw and the decoding have it."""
+        model: Any = self.model
+        part.state = model._update_model_kwargs_for_generation(out, part.state)
+        scores = out.logits[:, -1].to(copy=True, dtype=torch.float32, device=part.ids.device)
+        ids: Any = part.ids
+        scores = self._arranged.processors(ids, self._settings(ids, scores))
+        tokens = scores.argmax(1).masked_fill(part.ended, self.pad)
+        part.ids = torch.cat([part.ids, tokens[:, None]], 1)
+        limits = part.width - self._arranged.begins >= self.sampling.max_new_tokens
+        part.ended = part.ended | torch.isin(tokens, self.ends) | limits
+
+    def _arrange(self, parts: list[tuple[_Part, list[int]]], *, trim: bool) -> _Part:
+        """Rows of what was written, and new ones, side by side."""
+        rows = [part.rows[at] for part, own in parts for at in own]
+        new = [part.width - part.begins[at] for part, own in parts for at in own]
+        width = max(len(row.prompt) + n for row, n in zip(rows, new, strict=True)) if trim else parts[0][0].width
+        pads = [width - len(row.prompt) - n for row, n in zip(rows, new, strict=True)]
+        part = _Part(
+            rows,
+            [width - n for n in new],
+            torch.cat([widened(part.ids[own], width, self.pad) for part, own in parts]),
+            rearranged([(p.state, own) for p, own in parts], width, torch.tensor(pads, device=parts[0][0].ids.device)),
+            torch.cat([part.ended[own] for part, own in parts]),
+        )
+        self._announce(part, None)
+        return part
+
+    def _announce(self, part: _Part, mask: Tensor | None) -> None:
+        """From here on these rows are written; where there is a mask of their prompts, they begin."""
+        numbers, begins, ends = tuple(row.number for row in part.rows), tuple(part.begins), tuple(self.ends.tolist())
+        if mask is None:
+            self._now = Rows(self.name, numbers, begins, ends, n_past=part.width - 1)
+        else:
+            self._now = Rows(self.name, numbers, begins, ends, joining=self.part is not None)
+        if isinstance(self.run, TurningRun):
+            self.run.turn(self._now, mask)
+        keys = [row_key(list(row.prompt), self.sampling.seed, row.sample) for row in part.rows]
+        draw, valid = self.sampling.processors(keys, part.begins, part.ids.device), NumbersOnly()
+        own = draw if self.run is None else self.run.processors(draw)
+        first = torch.tensor(part.begins, device=part.ids.device)
+        self._arranged = _Arranged(valid, LogitsProcessorList([valid, *own]), first)
+
+
+@dataclass(frozen=True)
+class _Arranged:
+    """What decides the next tokens of rows that are side by side."""
+
+    numbers: NumbersOnly
+    processors: LogitsProcessorList
+    begins: Int[Tensor, " batch"]
+
+
+def end_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens that end a completion: the generation config's, else the tokenizer's."""
+    own = model.generation_config
+    ends = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer_of(model).eos_token_id
+    return list(ends) if isinstance(ends, list) else [ends]
