@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from probes.generation.caches import is_movable, rearranged, widened
+from probes.generation.caches import begun, is_movable, rearranged, widened
 from probes.generation.sampling import Decoding, DecodingRun, Event, Sampling, TurningRun, row_key
 from probes.generation.settings import NumbersOnly, counts_steps
 from probes.model.loading import tokenizer_of
@@ -104,7 +105,7 @@ class _Batch:
         self.run: DecodingRun | None = None
         self.part: _Part | None = None
         self.turns, self.live = False, 0
-        self._settings = LogitsProcessorList()
+        self._settings, self._blank = LogitsProcessorList(), dict[str, Any]()
         self._now = Rows(name, (), ())
         self._arranged = _Arranged(NumbersOnly(), LogitsProcessorList(), self.ends)
 
@@ -162,31 +163,33 @@ class _Batch:
         width, device = max(len(row.prompt) for row in rows), self.model.device
         ids = torch.tensor([[self.pad] * (width - len(r.prompt)) + list(r.prompt) for r in rows], device=device)
         mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in rows], device=device)
-        found: list[Any] = []
-
-        def first_pass(
-            model: Any,
-            input_ids: Tensor,
-            logits_processor: LogitsProcessorList,
-            stopping_criteria: object,  # noqa: ARG001
-            generation_config: GenerationConfig,  # noqa: ARG001
-            synced_gpus: bool = False,  # noqa: ARG001
-            **state: Any,
-        ) -> Tensor:
-            inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **state)
-            with self._holding(state):
-                found.extend((logits_processor, state, model(**inputs, return_dict=True)))
-            return input_ids
-
         part = _Part(rows, [width] * len(rows), ids, {}, torch.zeros(len(rows), dtype=torch.bool, device=device))
         if self.decoding is not None and self.part is None:
             self.run = self.decoding.begin(mask)
         self._announce(part, mask)
-        write: Any = self.model.generate
-        write(ids, attention_mask=mask, generation_config=self.config, custom_generate=first_pass)
-        self._settings, part.state, out = found
+        part.state = self._prepared(ids, mask) if self.part is None else begun(self._blank, mask)
+        model: Any = self.model
+        inputs = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **part.state)
+        with self._holding(part.state):
+            out = model(**inputs, return_dict=True)
         self._take(part, out)
         return part
+
+    def _prepared(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """What transformers makes of a batch before its first pass; its settings, and a copy for those who join."""
+        found: dict[str, Any] = {}
+
+        def take(model: object, input_ids: Tensor, logits_processor: LogitsProcessorList, **rest: Any) -> Tensor:  # noqa: ARG001
+            self._settings = logits_processor
+            found.update(rest)
+            return input_ids
+
+        write: Any = self.model.generate
+        write(ids, attention_mask=mask, generation_config=self.config, custom_generate=take)
+        state = {k: v for k, v in found.items() if k not in ("stopping_criteria", "generation_config", "synced_gpus")}
+        kept = {k: v for k, v in state.items() if v is not None or k == "attention_mask"}
+        self._blank = deepcopy({k: None if isinstance(v, Tensor) else v for k, v in kept.items()})
+        return state
 
     def _step(self, part: _Part) -> None:
         """One token more of each row."""

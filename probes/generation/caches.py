@@ -1,6 +1,7 @@
 """What a model remembers of the rows of a batch while they are written: rows leave it, and others join."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ def is_movable(state: dict[str, Any], batch: int) -> bool:
         )
         and all(value is None or isinstance(value, Tensor | DynamicCache | bool | int) for value in state.values())
     )
+
+
+def begun(blank: Mapping[str, Any], mask: Int[Tensor, "batch pos"]) -> dict[str, Any]:
+    """The arguments of a first pass over new rows, as transformers has them, from those of others without tensors."""
+    found = {
+        "attention_mask": None if bool(mask.all()) else mask,
+        "position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 0),
+        "token_type_ids": torch.zeros_like(mask),
+    }
+    return {name: found[name] if name in found else deepcopy(value) for name, value in blank.items()}
 
 
 def rearranged(
