@@ -316,7 +316,7 @@ def decoding(options: argparse.Namespace) -> dict:
     arms = {
         name: arm if isinstance(arm, list) else bench.solved(name, bench.problems, arm) for name, arm in arms.items()
     }
-    for factor in (0.9, 1.1):
+    for factor in (0.75, 0.9, 1.1, 1.5):
         with closing_row(bench.model, factor):
             arms[f"closing row × {factor}"] = bench.solved(f"closing row {factor}", bench.problems)
     return {"arms": told("Decoding", bench.report(arms))}

@@ -104,9 +104,15 @@ def present_rules(tokenizer: PreTrainedTokenizerBase, rules: str | Rules) -> tup
 def step_ids(tokenizer: PreTrainedTokenizerBase, delimiter: str = "\n\n") -> tuple[int, ...]:
     """All ids whose text holds `delimiter`, such as `.\\n\\n`: the tokens that end a step.
 
-    A delimiter that is spread over two tokens is not found by ids. Raises ValueError where no token holds it.
+    Where the tokenizer writes it between two sentences as several tokens, as GPT-2's writes a blank line, the last of
+    these too, wherever it stands. Raises ValueError where no token holds it.
     """
-    found = tuple(i for i, text in enumerate(_pieces(tokenizer, len(tokenizer))) if delimiter in text)
+    pieces = _pieces(tokenizer, len(tokenizer))
+    found = tuple(i for i, text in enumerate(pieces) if delimiter in text)
+    between = tokenizer.encode(f"a.{delimiter}A", add_special_tokens=False) if delimiter else []
+    if found and not set(found) & set(between):
+        ends = [i for i in between if pieces[i] and delimiter.endswith(pieces[i])]
+        found = tuple(sorted({*found, *ends[-1:]}))
     if not delimiter or not found:
         raise ValueError(
             f"No token of {tokenizer.name_or_path!r} holds {delimiter!r}, so steps cannot be told by it. Name another "
