@@ -16,7 +16,7 @@ import reasoner_methods as methods
 
 METHODS = (
     "plain", "thinkedit", "alpha", "length", "efficient", "seals", "behaviour", "representation",
-    "representation_organism", "vector", "dial", "decoding", "loop",
+    "representation_organism", "vector", "dial", "decoding", "loop", "cue",
 )  # fmt: skip
 
 

@@ -24,8 +24,9 @@ from steer.evaluation import LabelledDirection, nulls
 from steer.methods import behaviours, efficiency, seal
 from steer.methods import representation_engineering as reprs
 from steer.methods.thinkedit import PUBLISHED, LengthReading, ThinkEditSetting
-from steer.runtime import Choice, effect_curve, log_probabilities
+from steer.runtime import Choice, effect_curve, log_probabilities, prompt_spans
 from steer.tasks import Problem
+from steer.tasks.stories import CUES
 
 STEPS = PromptStyle(after=" Let's think step by step.")
 
@@ -111,6 +112,34 @@ def length(options: argparse.Namespace) -> dict:
     report = bench.report(arms)
     doses = [report.arms[f"{s:+g}" if s else "plain"].length.mean(1) for s in strengths]
     return {"arms": told("Length at the opening", report), "fit": fitted(strengths, np.stack(doses))}
+
+
+def cue(options: argparse.Namespace) -> dict:
+    """The direction from prompts with the cue to the same without it, at the first eight tokens of the thinking."""
+    bench = Bench.of(options)
+    site = Site(n_layers(bench.model) // 2, "resid_post")
+    stories = [problem.id for problem in bench.task.sample(64, "probe")]
+    slow = prompt_spans(bench.model, stories)
+    quick = prompt_spans(bench.model, [CUES[i % len(CUES)] + story for i, story in enumerate(stories)])
+    contrast = LabelledDirection.of(bench.model, slow, quick, site)
+
+    def at(direction: Direction, strength: float) -> Recipe:
+        scope = Scope("thinking", window=(0, 8))
+        return Recipe.of(bench.model, [Add.of(direction, strength)], scope=scope)
+
+    strengths = (0.5, 0.75, 1.0, 1.25)
+    best, selection = bench.choose({f"{s:+g}": at(contrast.direction, s) for s in strengths})
+    report = bench.report({
+        **{f"{s:+g}": at(contrast.direction, s) for s in (-0.5, *strengths)},
+        f"random directions {best}": bench.pooled(
+            "cue random", lambda i: at(random_direction(contrast.direction, seed=i), float(best))
+        ),
+        f"shuffled labels {best}": bench.pooled(
+            "cue shuffled", lambda i: at(contrast.shuffled(bench.model, seed=i), float(best))
+        ),
+    })  # fmt: skip
+    chosen = {arm: selection.score(arm).accuracy for arm in selection.arms}
+    return {"arms": told("The cue's direction", report), "selected": best, "selection": chosen}
 
 
 def fitted(strengths: tuple[float, ...], lengths: np.ndarray) -> dict:

@@ -22,8 +22,8 @@ from steer.decoding.state import DecodingState, Ids, Scores
 class Processors:
     """Of one run: `before` the draw they change the distribution, `after` it they see the drawn token (the argmax).
 
-    With `turns`, rows may leave their batch and others join: what they remember of a row is `keep`t by the state, or
-    they remember nothing. Without, a batch is written to its end before the next begins.
+    With `turns`, rows may leave their batch and others join: what they remember of a row they hand to the state's
+    `keep`, or they remember nothing. Without, a batch is written to its end before the next begins.
 
     >>> from transformers import MinPLogitsWarper
     >>> from steer.decoding import Processors

@@ -36,7 +36,7 @@ class DecodingState:
       leaves it alone.
     - `steps`: of each row the number of the token that is being decided.
 
-    Rows leave, and others join (`turn`). What a control remembers of a row goes with it where it is `keep`t.
+    Rows leave, and others join (`turn`). What a control remembers of a row goes with it once it is handed to `keep`.
 
     >>> import torch
     >>> from probes.model import Delimiters

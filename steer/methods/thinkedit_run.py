@@ -144,6 +144,7 @@ def thinkedit(
     control_draws: int = 5,
     sampling: Sampling | None = None,
     batch_size: int = 64,
+    store: Path | None = None,
     seed: int = 0,
 ) -> ThinkEditRun:
     """ThinkEdit (Sun et al. 2025) on a model and a task, beside its nulls.
@@ -152,7 +153,8 @@ def thinkedit(
     `settings` that folds is chosen by accuracy on the *select* problems; every arm is measured on the *report*
     problems. Short and long are cut at `cutoffs` thinking tokens (the paper's are 100 and 1000), or else at the
     quantiles `share` and 1 - `share`. Arms: plain, published, edited, the best one-sided (run time only), and as
-    nulls the same edit on random heads, on the lowest-scored heads, and along random directions.
+    nulls the same edit on random heads, on the lowest-scored heads, and along random directions. With `store`, a
+    folder, completions are kept there: a run that was killed, started again, goes on where it stopped.
 
     Raises ValueError where a class is too small, the model has no thinking delimiters, or its family is unknown.
 
@@ -165,21 +167,25 @@ def thinkedit(
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
     sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
+    files = {name: None if store is None else Path(store) / f"{name}.jsonl" for name in ("probe", "plain")}
+    if store is not None:
+        Path(store).mkdir(parents=True, exist_ok=True)
     attempt = partial(solve, model, sampling=sampling, batch_size=batch_size)
     compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
-    probed = attempt(task.sample(n_probe, "probe", seed=seed), label="probing")
+    probed = attempt(task.sample(n_probe, "probe", seed=seed), label="probing", store=files["probe"])
     split = _split(probed, cutoffs, share)
     readings = {position: LengthReading.of(model, split, position=position) for position in POSITIONS}
 
     recipes = {setting: readings[setting.position].recipe(setting) for setting in settings or grid()}
     problems = task.sample(n_select, "select", seed=seed)
-    selection = compare(problems, {str(setting): recipe for setting, recipe in recipes.items()})
+    tried = {str(setting): recipe for setting, recipe in recipes.items()}
+    selection = compare(problems, tried, store=None if store is None else Path(store) / "select")
     best = sorted(recipes, key=lambda setting: -selection.score(str(setting)).accuracy)
     selected = _first_that_folds(model, best, recipes)
     one_sided = next((setting for setting in best if setting.kind == "one_sided"), None)
 
     problems = task.sample(n_report, "report", seed=seed)
-    plain = attempt(problems, samples=samples, label="plain")
+    plain = attempt(problems, samples=samples, label="plain", store=files["plain"])
     reading = readings[selected.position]
     arms: dict[str, Arm] = {
         "published": readings[PUBLISHED.position].recipe(PUBLISHED),
@@ -188,7 +194,7 @@ def thinkedit(
         "lowest_heads": _edit(reading, reading.scores(selected.ranking).bottom(len(reading.heads(selected))), selected),
         **_nulls(reading, selected, control_draws, seed),
     }
-    report = compare(problems, arms, baseline=plain)
+    report = compare(problems, arms, baseline=plain, store=None if store is None else Path(store) / "report")
     heads = tuple(reading.heads(selected))
     held_out = _held_out(plain, split)
     auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(selected.position)))[0]

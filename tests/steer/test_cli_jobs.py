@@ -164,13 +164,13 @@ def test_a_job_generates_what_its_dry_run_told(facts, monkeypatch, tmp_path, wor
     assert dry["max_tokens"] == expected * (256 if words.startswith("compare") else 48)
     assert dry["minutes"] > 0
     assert list(tmp_path.iterdir()) == []  # nothing was done
-    done, complete = [], _generate._complete
+    done, write = [], _generate.write
 
-    def counted(model, rows, *rest):
+    def counted(model, rows, *rest, **options):
         done.extend(rows)
-        return complete(model, rows, *rest)
+        return write(model, rows, *rest, **options)
 
-    monkeypatch.setattr(_generate, "_complete", counted)
+    monkeypatch.setattr(_generate, "write", counted)
     facts(words.format(tmp_path))
     examples = 6 if words.startswith("thinkedit") else 0  # of three kinds, where a run has them
     assert expected - examples <= len(done) <= expected

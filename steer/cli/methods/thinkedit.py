@@ -102,7 +102,10 @@ def thinkedit_(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Edit the heads that write short thinking, and export the model (Sun et al. 2025)."""
+    """Edit the heads that write short thinking, and export the model (Sun et al. 2025).
+
+    Completions are kept in OUTPUT.completions: a run that was killed, started again, goes on where it stopped.
+    """
     if (short is None) != (long is None):
         raise ValueError("Give both --short and --long, or neither (then --share cuts at quantiles).")
     if short is not None and long is not None and short > long:
@@ -127,8 +130,8 @@ def thinkedit_(
     with probes.generation.progress(work.completions, label="editing"):
         run = steer.methods.thinkedit_run.thinkedit(
             loaded, source, cutoffs=None if short is None or long is None else (short, long), share=share,
-            settings=settings, control_draws=control_draws, sampling=sampling, batch_size=batch_size, seed=seed,
-            **sizes,
+            settings=settings, control_draws=control_draws, sampling=sampling, batch_size=batch_size,
+            store=output.with_name(f"{output.name}.completions"), seed=seed, **sizes,
         )  # fmt: skip
         _finish_thinkedit(run, output, sweep, batch_size, as_json)
     if push_to is not None:
