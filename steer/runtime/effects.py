@@ -148,14 +148,21 @@ def effect_curve(
         for group in together
         for start in range(0, len(group), batch_size)
     ]
-    return EffectCurve(tuple(_effect(model, recipe_at(s), s, batches) for s in strengths), len(choices))
+    plain = [log_probabilities(model, [choice.span for choice in batch], None)[:, -1] for batch in batches]
+    effects = tuple(_effect(model, recipe_at(s), s, batches, plain) for s in strengths)
+    return EffectCurve(effects, len(choices))
 
 
-def _effect(model: PreTrainedModel, recipe: Recipe, strength: float, batches: Sequence[Sequence[Choice]]) -> Effect:
+def _effect(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    strength: float,
+    batches: Sequence[Sequence[Choice]],
+    plains: Sequence[Float[Tensor, "batch d_vocab"]],
+) -> Effect:
     kl, entropy, mass, hits = [], [], [], []
-    for batch in batches:
-        spans = [choice.span for choice in batch]
-        plain, steered = (log_probabilities(model, spans, which)[:, -1] for which in (None, recipe))
+    for batch, plain in zip(batches, plains, strict=True):
+        steered = log_probabilities(model, [choice.span for choice in batch], recipe)[:, -1]
         kl.append((plain.exp() * (plain - steered)).sum(-1))
         entropy.append(-(steered.exp() * steered).sum(-1) / torch.log(torch.tensor(2.0, dtype=steered.dtype)))
         for row, choice in zip(steered, batch, strict=True):

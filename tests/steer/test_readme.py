@@ -29,7 +29,16 @@ def page(tmp_path_factory):
 
 
 def test_the_main_job_is_three_lines():
-    assert len(PYTHON[0].text.strip().splitlines()) == 3
+    assert len(PYTHON[1].text.strip().splitlines()) == 3
+
+
+def test_the_opening_example_thinks_longer_at_each_strength(page):
+    """Its words may be others with another build of torch: spans, and the order of lengths, are what is claimed."""
+    answers, printed = page[0]["answers"], page[2][0][1]
+    lengths = [completion.thinking_tokens for completion in answers]
+    assert all(completion.span is not None and completion.span.closed for completion in answers)
+    assert lengths == sorted(set(lengths))
+    assert printed.count("thinking tokens") == len(answers) == 4
 
 
 def test_it_prints_what_it_says(page):
