@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 
+import gguf
 import pytest
+import safetensors
 import torch
 from families import build
 from safetensors.torch import load_file
@@ -84,6 +86,20 @@ def test_plain_transformers_loads_it_and_it_does_what_the_recipe_does(organism, 
     assert twin.generation_config.to_diff_dict() == organism.generation_config.to_diff_dict()
     assert not list(folder.rglob("*.py"))
     assert "auto_map" not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("family", "arch"), [("llama", "LLAMA"), ("qwen3", "QWEN3"), ("olmoe", "OLMOE")])
+def test_every_tensor_of_an_export_has_a_name_in_llama_cpp(family, arch, tmp_path):
+    """Biases that an edit adds included: its converter, which the package gguf does not hold, goes by these names."""
+    model = build(family)
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    export(model, Recipe.of(model, [Ablate(Site(1, "result", 2), vector, target=0.5)]), tmp_path / "out")
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch), model.config.num_hidden_layers)
+    with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        written = list(file.keys())
+    assert any(name.endswith("o_proj.bias") for name in written)
+    unknown = [name for name in written if names.get_name(name, (".weight", ".bias")) is None]
+    assert [name for name in unknown if ".experts." not in name] == []  # the converter stacks experts itself
 
 
 def test_the_recipe_lies_beside_it_as_the_file_that_travels(organism, exported, tmp_path):
