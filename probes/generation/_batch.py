@@ -109,6 +109,7 @@ class _Batch:
         self._now = Rows(name, (), ())
         self._arranged = _Arranged(NumbersOnly(), LogitsProcessorList(), self.ends)
 
+    @torch.no_grad()
     def open(self, rows: list[Row]) -> None:
         """These rows are the first."""
         self.part = part = self._begin(rows)

@@ -10,6 +10,7 @@ from probes import Site, load
 from probes.activations import counting
 from probes.generation import _batch, caches, generate
 from probes.generation.sampling import Sampling, row_key
+from probes.model.hooks import hook_site
 from probes.model.loading import tokenizer_of
 from probes.model.tokens import encode_prompt
 from probes.rows import Remembered, Rows
@@ -170,6 +171,17 @@ def test_a_row_that_is_spent_leaves_at_once():
     sampling = Sampling(temperature=1.0, max_new_tokens=128 - longest)
     done = generate(model, PROMPTS, sampling=sampling, batch_size=4)
     assert {len(c.ids) for c in done if c.stop == "length"} == {128 - longest}
+
+
+def test_no_pass_keeps_a_graph():
+    """Prompts of the first rows, their steps, and prompts of those who join."""
+    model, seen = build("llama"), []
+    model.generation_config.eos_token_id = ENDS
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with hook_site(model, Site(1, "resid_post"), lambda x: seen.append(x.requires_grad)):
+        generate(model, PROMPTS, sampling=WARM, batch_size=4)
+    assert len(seen) > 20
+    assert not any(seen)
 
 
 def test_a_state_goes_with_its_rows():
