@@ -158,7 +158,7 @@ def _effect(
     recipe: Recipe,
     strength: float,
     batches: Sequence[Sequence[Choice]],
-    plains: Sequence[Float[Tensor, "batch d_vocab"]],
+    plains: Sequence[Tensor],
 ) -> Effect:
     kl, entropy, mass, hits = [], [], [], []
     for batch, plain in zip(batches, plains, strict=True):
