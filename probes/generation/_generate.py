@@ -98,10 +98,10 @@ def generate(
                     continue
                 for written in write(model, wanted, batch_size, sampling, decoding, together=together, name=run):
                     new = [_read(model, row, sampling, name, set(ends)) for row in written]
-                    new = [c for c in new if (c.id, c.sample) not in done]
-                    new = new if held is None else held.add(new)
-                    done.update({(c.id, c.sample): c for c in new})
-                    progress.show(bar, new)
+                    if new := [c for c in new if (c.id, c.sample) not in done]:
+                        new = new if held is None else held.add(new)
+                        done.update({(c.id, c.sample): c for c in new})
+                        progress.show(bar, new)
         keys = [(name, sample) for name in names for sample in range(samples)]
         if held is not None:
             held.order(keys)

@@ -198,7 +198,11 @@ def test_a_run_that_was_killed_amid_its_rows_ends_with_the_same_bytes(organism, 
         generate(organism, CHAINS, sampling=WARM, samples=3, batch_size=3, store=killed)
     monkeypatch.setattr(Store, "add", add)
     assert 5 < len(read_completions(killed)) < 3 * len(CHAINS)
-    generate(organism, CHAINS, sampling=WARM, samples=3, batch_size=3, store=killed)
+    judged = []  # what is there already is neither judged nor counted again
+    generate(
+        organism, CHAINS, sampling=WARM, samples=3, batch_size=3, store=killed, judge=lambda c: judged.append(c) is None
+    )
+    assert len(judged) == len(set(judged)) < 3 * len(CHAINS)
     assert killed.read_bytes() == whole.read_bytes()
 
 
