@@ -87,6 +87,9 @@ def write(
 class _Batch:
     """What is written now. With `turns`, rows may leave and join: cache and decoding follow them."""
 
+    _now: Rows
+    _arranged: "_Arranged"
+
     def __init__(self, model: PreTrainedModel, sampling: Sampling, decoding: Decoding | None, name: object) -> None:
         tokenizer, own = tokenizer_of(model), model.generation_config
         self.model, self.sampling, self.decoding, self.name = model, sampling, decoding, name
@@ -106,8 +109,6 @@ class _Batch:
         self.part: _Part | None = None
         self.turns, self.live = False, 0
         self._settings, self._blank = LogitsProcessorList(), dict[str, Any]()
-        self._now = Rows(name, (), ())
-        self._arranged = _Arranged(NumbersOnly(), LogitsProcessorList(), self.ends)
 
     @torch.no_grad()
     def open(self, rows: list[Row]) -> None:

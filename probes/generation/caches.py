@@ -24,7 +24,7 @@ _KNOWN = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
-_FILL = {"attention_mask": 0, "position_ids": 0, "token_type_ids": 0}  # what stands at a pad
+_TENSORS = ("attention_mask", "position_ids", "token_type_ids")  # [batch, pos], 0 at a pad
 
 
 def is_movable(state: dict[str, Any], batch: int) -> bool:
@@ -36,7 +36,7 @@ def is_movable(state: dict[str, Any], batch: int) -> bool:
         and isinstance(state.get("position_ids"), Tensor)
         and all(type(layer) in _KNOWN for layer in caches[0].layers)
         and all(
-            name in _FILL and value.shape[:1] == (batch,) and value.dim() == 2
+            name in _TENSORS and value.shape[:1] == (batch,) and value.dim() == 2
             for name, value in state.items()
             if isinstance(value, Tensor)
         )
@@ -62,12 +62,12 @@ def rearranged(
     state = dict(first)
     if "attention_mask" in state:  # left out, as transformers does, where there is no pad
         mask = torch.arange(width, device=begins.device) >= begins[:, None]
-        state["attention_mask"] = None if bool(mask.all()) else mask.long().to(begins.device)
+        state["attention_mask"] = None if bool(mask.all()) else mask.long()
     for name, value in first.items():
         if name == "attention_mask":
             continue
         if isinstance(value, Tensor):
-            state[name] = torch.cat([widened(own[name][list(rows)], width, _FILL[name]) for own, rows in parts])
+            state[name] = torch.cat([widened(own[name][list(rows)], width, 0) for own, rows in parts])
         elif isinstance(value, DynamicCache):
             caches = [(own[name], torch.tensor(rows, dtype=torch.long)) for own, rows in parts]
             for number, layer in enumerate(value.layers):
@@ -99,11 +99,10 @@ def _join(into: Any, parts: list[tuple[Any, Tensor]], width: int) -> None:
 
 
 def _rows(parts: list[tuple[Tensor, Tensor]], columns: int | None) -> Tensor:
-    first = parts[0][0]
-    shape = (sum(len(rows) for _, rows in parts), *first.shape[1:])
     if columns is None:
         return torch.cat([x[rows.to(x.device)] for x, rows in parts])
-    whole, at = first.new_zeros((*shape[:2], columns, *shape[3:])), 0
+    first, batch = parts[0][0], sum(len(rows) for _, rows in parts)
+    whole, at = first.new_zeros((batch, first.shape[1], columns, *first.shape[3:])), 0
     for x, rows in parts:  # copied once: a cache is large
         new = min(x.shape[2], columns)
         whole[at : at + len(rows), :, columns - new :] = x[:, :, x.shape[2] - new :].index_select(0, rows.to(x.device))

@@ -34,7 +34,6 @@ class DecodingState:
       is found by its text); `open` and `close`: the token that goes on from there.
     - `shut`: the closing delimiter is being written for the row. `taken`: its next token is decided; who comes later
       leaves it alone.
-    - `steps`: of each row the number of the token that is being decided.
 
     Rows leave, and others join (`turn`). What a control remembers of a row goes with it once it is handed to `keep`.
 
@@ -72,7 +71,7 @@ class DecodingState:
             )
         )
         self._clock = Clock(delimiters)
-        self._noted: list[tuple[str, list[int], Where]] = []
+        self._noted: list[tuple[str, int, Where]] = []
         self._kept: list[tuple[Any, str, Callable[[], Any]]] = []
         self._memory: Remembered[tuple[Any, ...]] = Remembered(())
         self._rows: Rows | None = None
@@ -83,7 +82,12 @@ class DecodingState:
         for name in ("thoughts", "said", "opening", "closing"):
             self.keep(self, name, self.zeros)
         self.keep(self, "_events", lambda: [[] for _ in range(self.batch)])
-        self.steps = [0] * self.batch
+        self._column = mask.shape[1]
+
+    @property
+    def steps(self) -> list[int]:
+        """Of each row the number of the token that is being decided."""
+        return [self._column - begin for begin in self._begins]
 
     def no(self) -> Where:
         """False for each row."""
@@ -110,7 +114,6 @@ class DecodingState:
             self._memory.begin(rows, tuple(fresh() for _, _, fresh in self._kept))
         for (owner, name, _), value in zip(self._kept, self._memory.state, strict=True):
             setattr(owner, name, value)
-        self.steps = [0] * self.batch
 
     @property
     def thinking(self) -> Where:
@@ -124,7 +127,7 @@ class DecodingState:
 
     def follow(self, ids: Ids) -> None:
         """Take in the prompts at the first call, the newest token of each row after it."""
-        self.steps, self.taken = [ids.shape[1] - begin for begin in self._begins], torch.zeros_like(self.taken)
+        self._column, self.taken = ids.shape[1], torch.zeros_like(self.taken)
         if self._fresh:
             self._begin(ids)
         else:
@@ -192,7 +195,7 @@ class DecodingState:
 
     def note(self, kind: str, where: Where, *, back: int = 0) -> None:
         """Something was done to these rows, at the token being decided or `back` tokens before it."""
-        self._noted.append((kind, [step - back for step in self.steps], where))
+        self._noted.append((kind, self._column - back, where))
 
     def events(self) -> list[tuple[Event, ...]]:
         """Of each row what was noted, in the order of the tokens."""
@@ -205,8 +208,8 @@ class DecodingState:
             told = torch.stack([where for _, _, where in self._noted]).nonzero().tolist()
             self._events = [list(events) for events in self._events]
             for number, row in told:
-                kind, steps, _ = self._noted[number]
-                self._events[row].append((kind, steps[row]))
+                kind, column, _ = self._noted[number]
+                self._events[row].append((kind, column - self._begins[row]))
             self._noted = []
 
 

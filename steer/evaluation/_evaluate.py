@@ -64,8 +64,6 @@ def evaluate(
         raise ValueError(f"The arm {PLAIN!r} is the baseline: give it as baseline=..., not among the arms.")
     if empty := [name for name, arm in arms.items() if isinstance(arm, Sequence) and not arm]:
         raise ValueError(f"The arm {empty[0]!r} is an empty list: it has no draw to pool.")
-    if store is not None:
-        Path(store).mkdir(parents=True, exist_ok=True)
 
     def outcomes_of(name: str, draw: Draw) -> Outcomes:
         if draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle):
@@ -79,7 +77,7 @@ def evaluate(
                     batch_size=batch_size,
                     control=draw if isinstance(draw, DecodingControl) else None,
                     style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
-                    store=None if store is None else Path(store) / _file_of(name, subject, draw),
+                    store=within(store, _file_of(name, subject, draw)),
                     grader=task.grader,
                     label=name,
                 )
@@ -140,6 +138,14 @@ def solve(
         judge=None if grader is None else lambda c: is_correct(c, named[c.id], grader),
         label=label,
     )
+
+
+def within(store: str | Path | None, name: str) -> Path | None:
+    """A file or folder of that name in a store, which is made; None where nothing is stored."""
+    if store is None:
+        return None
+    Path(store).mkdir(parents=True, exist_ok=True)
+    return Path(store) / name
 
 
 def _file_of(name: str, subject: PreTrainedModel, draw: Draw) -> str:

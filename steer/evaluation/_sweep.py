@@ -15,7 +15,7 @@ from probes.late import go
 from probes.model.sites import Site
 from probes.tables import Brief, Shown, Table
 from probes.thinking.spans import Span
-from steer.evaluation._evaluate import evaluate
+from steer.evaluation._evaluate import evaluate, within
 from steer.evaluation.evaluation import Evaluation
 from steer.recipes.recipe import Recipe
 from steer.runtime.calibration import calibrated, divergence
@@ -144,8 +144,7 @@ def sweep(
     arms = {_name(strength): make(contrast.direction, strength) for strength in strengths}
 
     attempt = partial(evaluate, model, task, sampling=sampling, samples=samples, batch_size=batch_size)
-    folders = {split: None if store is None else Path(store) / split for split in ("select", "report")}
-    selection = attempt(select, arms, store=folders["select"])
+    selection = attempt(select, arms, store=within(store, "select"))
     selected = max(strengths, key=lambda strength: selection.score(_name(strength)).accuracy)
     kl = divergence(model, arms[_name(selected)], judge)
     randoms = [random_direction(contrast.direction, seed=seed + i) for i in range(draws)]
@@ -159,7 +158,9 @@ def sweep(
         ]
     if not draws:
         nulls = {}
-    return Sweep(tuple(strengths), selected, selection, attempt(report, {**arms, **nulls}, store=folders["report"]), kl)
+    return Sweep(
+        tuple(strengths), selected, selection, attempt(report, {**arms, **nulls}, store=within(store, "report")), kl
+    )
 
 
 def _name(strength: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,12 +10,12 @@ from transformers import PreTrainedModel
 
 from probes.generation.sampling import Sampling
 from probes.model.hooks import captured
+from probes.model.sites import Site
 from probes.thinking.spans import Span
 from steer.evaluation._evaluate import solve
 from steer.interventions.activation import Ablate, with_fields
 from steer.recipes.recipe import Recipe, Step
-from steer.runtime._applied import applied
-from steer.runtime.calibration import calibrated, divergence
+from steer.runtime.calibration import calibrated, divergence, fired_on
 from steer.tasks.task import Problem
 
 
@@ -75,40 +76,34 @@ def random_erasure(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span]
     >>> abs(float(torch.cosine_similarity(null.steps[0].intervention.vector, torch.ones(96), 0))) < 0.9
     True
     """
-    generator, found = torch.Generator().manual_seed(2_000_003 + seed), list[Step]()
-    held: dict[int, list[Tensor]] = {}
     for number, step in enumerate(recipe.steps):
         if not isinstance(step.intervention, Ablate):
             raise ValueError(f"An erasure is an Ablate, but step {number} is a {step.intervention.kind}.")
-        held[number] = []
-    with captured(model, {step.intervention.site for step in recipe.steps}) as cache:
+    held: dict[Site, list[Tensor]] = {step.intervention.site: [] for step in recipe.steps}
+    with captured(model, held) as cache:
         for span in spans:
             model(input_ids=torch.tensor([span.ids[: span.stop]], device=model.device), use_cache=False)
-            for number, step in enumerate(recipe.steps):
-                held[number].append(cache[step.intervention.site][0, span.start : span.stop].float().cpu())
-    for number, step in enumerate(recipe.steps):
-        x, old = torch.cat(held[number]), step.intervention
-        assert isinstance(old, Ablate)
+            for site, rows in held.items():
+                rows.append(cache[site][0, span.start : span.stop].float().cpu())
+    generator = torch.Generator().manual_seed(2_000_003 + seed)
+
+    def null(step: Step) -> Step:
+        x, old = torch.cat(held[step.intervention.site]), cast("Ablate", step.intervention)
         mixed = torch.randn(len(x), generator=generator) @ x
         unit = mixed / mixed.norm()
         target = float((x @ unit).mean()) if old.target else 0.0
         birth = old.birth and old.birth.made(f"random erasure of the size of ({old.birth.estimator})", seed=seed)
-        found.append(Step(replace(old, vector=unit.to(old.vector), target=target, birth=birth), step.scope))
-    null = replace(recipe, steps=tuple(found), method=f"{recipe.method}, random erasure, seed {seed}")
-    wanted, have = _ratios(model, recipe, spans), _ratios(model, null, spans)
+        return Step(replace(old, vector=unit.to(old.vector), target=target, birth=birth), step.scope)
+
+    words = f"{recipe.method}, random erasure, seed {seed}"
+    drawn = replace(recipe, steps=tuple(map(null, recipe.steps)), method=words)
+    wanted, have = fired_on(model, recipe, spans), fired_on(model, drawn, spans)
+    factors = [wanted.mean_ratio(i) / have.mean_ratio(i) for i in range(len(recipe.steps))]
     sized = [
-        Step(with_fields(step.intervention, strength=step.intervention.strength * a / b if b else 0.0), step.scope)
-        for step, a, b in zip(null.steps, wanted, have, strict=True)
+        Step(with_fields(step.intervention, strength=step.intervention.strength * factor), step.scope)
+        for step, factor in zip(drawn.steps, factors, strict=True)
     ]
-    return replace(null, steps=tuple(sized))
-
-
-def _ratios(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span]) -> list[float]:
-    """The mean ‖Δ‖/‖x‖ of each step."""
-    with applied(model, recipe, must_fire=False) as log:
-        for span in spans:
-            model(input_ids=torch.tensor([span.ids[: span.stop]], device=model.device), use_cache=False)
-    return [log.mean_ratio(number) for number in range(len(recipe.steps))]
+    return replace(drawn, steps=tuple(sized))
 
 
 N_JUDGED = 32

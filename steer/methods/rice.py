@@ -30,7 +30,7 @@ from probes.tables import Shown, Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
 from steer.decoding.control import DecodingControl
-from steer.evaluation._evaluate import Arm, evaluate, solve
+from steer.evaluation._evaluate import Arm, evaluate, solve, within
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.statistics import interval_of_mean
 from steer.folding._export import export
@@ -217,7 +217,7 @@ def rice(
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
     sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
-    stored = partial(_file, store)
+    stored = partial(within, store)
     compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
     signs = signed_markers(model) if signs is None else signs
     probed = solve(
@@ -287,10 +287,3 @@ def _dose(evaluation: Evaluation, arm: str, strength: float) -> Dose:
     return Dose(
         strength, score.length, interval_of_mean(lengths), score.accuracy, score.interval, score.truncation
     )  # fmt: skip
-
-
-def _file(store: Path | None, name: str) -> Path | None:
-    if store is None:
-        return None
-    Path(store).mkdir(parents=True, exist_ok=True)
-    return Path(store) / name

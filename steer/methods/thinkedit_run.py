@@ -20,7 +20,7 @@ from probes.model.loading import load
 from probes.tables import Shown, Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
-from steer.evaluation._evaluate import Arm, evaluate, solve
+from steer.evaluation._evaluate import Arm, evaluate, solve, within
 from steer.evaluation.evaluation import Evaluation
 from steer.folding._export import export
 from steer.folding._fold import check_folds, fold_error, folded
@@ -167,25 +167,23 @@ def thinkedit(
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
     sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
-    files = {name: None if store is None else Path(store) / f"{name}.jsonl" for name in ("probe", "plain")}
-    if store is not None:
-        Path(store).mkdir(parents=True, exist_ok=True)
+    stored = partial(within, store)
     attempt = partial(solve, model, sampling=sampling, batch_size=batch_size)
     compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
-    probed = attempt(task.sample(n_probe, "probe", seed=seed), label="probing", store=files["probe"])
+    probed = attempt(task.sample(n_probe, "probe", seed=seed), label="probing", store=stored("probe.jsonl"))
     split = _split(probed, cutoffs, share)
     readings = {position: LengthReading.of(model, split, position=position) for position in POSITIONS}
 
     recipes = {setting: readings[setting.position].recipe(setting) for setting in settings or grid()}
     problems = task.sample(n_select, "select", seed=seed)
     tried = {str(setting): recipe for setting, recipe in recipes.items()}
-    selection = compare(problems, tried, store=None if store is None else Path(store) / "select")
+    selection = compare(problems, tried, store=stored("select"))
     best = sorted(recipes, key=lambda setting: -selection.score(str(setting)).accuracy)
     selected = _first_that_folds(model, best, recipes)
     one_sided = next((setting for setting in best if setting.kind == "one_sided"), None)
 
     problems = task.sample(n_report, "report", seed=seed)
-    plain = attempt(problems, samples=samples, label="plain", store=files["plain"])
+    plain = attempt(problems, samples=samples, label="plain", store=stored("plain.jsonl"))
     reading = readings[selected.position]
     arms: dict[str, Arm] = {
         "published": readings[PUBLISHED.position].recipe(PUBLISHED),
@@ -194,7 +192,7 @@ def thinkedit(
         "lowest_heads": _edit(reading, reading.scores(selected.ranking).bottom(len(reading.heads(selected))), selected),
         **_nulls(reading, selected, control_draws, seed),
     }
-    report = compare(problems, arms, baseline=plain, store=None if store is None else Path(store) / "report")
+    report = compare(problems, arms, baseline=plain, store=stored("report"))
     heads = tuple(reading.heads(selected))
     held_out = _held_out(plain, split)
     auroc = separation(model, [reading.directions[heads[0][0]]], *reversed(held_out.spans(selected.position)))[0]

@@ -112,14 +112,15 @@ def with_ratio(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span], ra
         if not isinstance(step.intervention, Add):
             raise ValueError(f"A ratio sets the strength of Adds; step {number} is a {step.intervention.kind}.")
         unit = Step(replace(step.intervention, strength=1.0), step.scope)
-        log = _read(model, replace(recipe, steps=(unit,)), spans)
+        log = fired_on(model, replace(recipe, steps=(unit,)), spans)
         sign = math.copysign(1.0, step.intervention.strength)
         steps.append(Step(replace(step.intervention, strength=sign * ratio / log.mean_ratio(0)), step.scope))
     return replace(recipe, steps=tuple(steps))
 
 
 @torch.no_grad()
-def _read(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span]) -> FireLog:
+def fired_on(model: PreTrainedModel, recipe: Recipe, spans: Sequence[Span]) -> FireLog:
+    """What a recipe touches in spans, one pass a span. Raises `NeverFired` where that is nothing."""
     with applied(model, recipe) as fired:
         for span in spans:
             model(input_ids=torch.tensor([span.ids[: span.stop]], device=model.device), use_cache=False)

@@ -1,5 +1,6 @@
 """What a recipe does to the next token: its distribution, and how far that is from the plain model's."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -148,32 +149,30 @@ def effect_curve(
         for group in together
         for start in range(0, len(group), batch_size)
     ]
-    plain = [log_probabilities(model, [choice.span for choice in batch], None)[:, -1] for batch in batches]
-    effects = tuple(_effect(model, recipe_at(s), s, batches, plain) for s in strengths)
-    return EffectCurve(effects, len(choices))
-
-
-def _effect(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    strength: float,
-    batches: Sequence[Sequence[Choice]],
-    plains: Sequence[Tensor],
-) -> Effect:
-    kl, entropy, mass, hits = [], [], [], []
-    for batch, plain in zip(batches, plains, strict=True):
-        steered = log_probabilities(model, [choice.span for choice in batch], recipe)[:, -1]
-        kl.append((plain.exp() * (plain - steered)).sum(-1))
-        entropy.append(-(steered.exp() * steered).sum(-1) / torch.log(torch.tensor(2.0, dtype=steered.dtype)))
-        for row, choice in zip(steered, batch, strict=True):
-            among = row[list(choice.candidates)].softmax(-1)
-            mass.append(float(among[choice.correct]))
-            hits.append(int(among.argmax()) == choice.correct)
-    kls, entropies = torch.cat(kl), torch.cat(entropy)
-    return Effect(
-        strength,
-        (float(kls.mean()), float(kls.var(unbiased=False))),
-        (float(entropies.mean()), float(entropies.var(unbiased=False))),
-        sum(mass) / len(mass),
-        sum(hits) / len(hits),
+    recipes, found = [recipe_at(strength) for strength in strengths], [list[Tensor]() for _ in strengths]
+    for batch in batches:
+        spans = [choice.span for choice in batch]
+        plain = log_probabilities(model, spans, None)[:, -1]
+        for rows, recipe in zip(found, recipes, strict=True):
+            rows.append(_measured(plain, log_probabilities(model, spans, recipe)[:, -1], batch))
+    return EffectCurve(
+        tuple(_effect(s, torch.cat(rows)) for s, rows in zip(strengths, found, strict=True)), len(choices)
     )
+
+
+def _measured(
+    plain: Float[Tensor, "batch d_vocab"], steered: Float[Tensor, "batch d_vocab"], batch: Sequence[Choice]
+) -> Float[Tensor, "batch 4"]:
+    """Of each prompt its KL in nats, its entropy in bits, the right answer's share, and 1 where that is the largest."""
+    kl = (plain.exp() * (plain - steered)).sum(-1)
+    entropy = -(steered.exp() * steered).sum(-1) / math.log(2)
+    among = [row[list(choice.candidates)].softmax(-1) for row, choice in zip(steered, batch, strict=True)]
+    mass = torch.stack([shares[choice.correct] for shares, choice in zip(among, batch, strict=True)])
+    hits = [int(shares.argmax()) == choice.correct for shares, choice in zip(among, batch, strict=True)]
+    return torch.stack([kl, entropy, mass, torch.tensor(hits).to(mass)], dim=1)
+
+
+def _effect(strength: float, rows: Float[Tensor, "prompts 4"]) -> Effect:
+    kl, entropy, mass, hits = rows.mean(0).tolist()
+    variances = rows.var(0, unbiased=False).tolist()
+    return Effect(strength, (kl, variances[0]), (entropy, variances[1]), mass, hits)

@@ -16,10 +16,6 @@ from steer.runtime.gates import Touched
 _NEVER = 2**62
 
 
-def _run_of(phases: Phases) -> object:
-    return None if phases.rows is None else phases.rows.run
-
-
 @dataclass(eq=False)
 class _Sums:
     """By step and phase, over all passes: tokens, the sum and the largest of the ratios, first and last position."""
@@ -175,3 +171,7 @@ class FireLog(Shown):
             if count := int(s.tokens[step, j]):
                 mean, largest = float(s.ratio[step, j]) / count, float(s.largest[step, j])
                 yield (step, *words, phase, count, mean, largest, int(s.first[step, j]), int(s.last[step, j]))
+
+
+def _run_of(phases: Phases) -> object:
+    return None if phases.rows is None else phases.rows.run

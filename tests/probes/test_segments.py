@@ -195,8 +195,8 @@ def test_the_tokens_that_end_a_step_are_all_whose_text_holds_the_delimiter(bpe, 
         alone = [tokenizer.decode([i]) for i in range(len(tokenizer))]
         found = step_ids(tokenizer, "\n\n")
         assert [alone[i] for i in found if "\n\n" in alone[i]] == [text for text in alone if "\n\n" in text] != []
-        rest = [alone[i] for i in found if "\n\n" not in alone[i]]
-        assert rest == ([] if set(found) & set(tokenizer.encode("a.\n\nA")) - set(tokenizer.encode("\n")) else ["\n"])
+        spread = ["\n"] if tokenizer is real else []  # which writes a blank line as two tokens
+        assert [alone[i] for i in found if "\n\n" not in alone[i]] == spread
     assert bpe.encode("7.\n\n")[-1] in step_ids(bpe)
     organism = tokenizer_of(load("organism"))
     assert step_ids(organism, "=3") == (organism.get_vocab()["=3"],)
