@@ -2,9 +2,10 @@
 
     python benchmarks/reasoner.py METHOD [--n 300] [--dtype bfloat16] [--device cuda] [--store FOLDER]
 
-METHOD is a function of `reasoner_methods.py`, which says what it measures. Problems of three splits: *probe* gives
-directions, *select* chooses, *report* is what is told. Accuracy differences are paired by problem; null draws share the
-report problems out among them. Completions are kept in the store: a command that was killed, started again, goes on.
+METHOD is a function of `reasoner_methods.py` or `reasoner_battery.py`, which says what it measures. Problems of three
+splits: *probe* gives directions, *select* chooses, *report* is what is told. Differences in accuracy are paired by
+problem; null draws share the report problems out among them. Completions are kept in the store: a command that was
+killed, started again, goes on.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import json
 import time
 from pathlib import Path
 
-import reasoner_methods as methods
+import reasoner_battery
+import reasoner_methods
 
 METHODS = (
     "plain", "thinkedit", "alpha", "length", "efficient", "seals", "behaviour", "representation",
-    "representation_organism", "vector", "dial", "decoding", "loop", "cue",
+    "representation_organism", "vector", "dial", "decoding", "prompts", "closing", "loop", "cue",
+    "off_target",
 )  # fmt: skip
 
 
@@ -31,7 +34,8 @@ def main() -> None:
     words.add_argument("--store", type=Path, default=Path("runs/reasoner"))
     options = words.parse_args()
     began = time.monotonic()
-    facts = getattr(methods, options.method)(options)
+    measure = getattr(reasoner_methods, options.method, None) or getattr(reasoner_battery, options.method)
+    facts = measure(options)
     about = {"method": options.method, "n": options.n, "dtype": options.dtype, "device": options.device}
     print(json.dumps({**about, "seconds": round(time.monotonic() - began), **facts}))
 

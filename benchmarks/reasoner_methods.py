@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from reasoner_bench import Bench, told
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from probes import Direction, Site, difference_in_means, load
 from probes.activations import Head
@@ -104,10 +105,10 @@ def length(options: argparse.Namespace) -> dict:
     def at(direction: Direction, strength: float, scope: Scope) -> Recipe:
         return Recipe.of(bench.model, [Add.of(direction, strength)], scope=scope)
 
-    opening = Scope("thinking", window=(0, 1))
-    arms = {f"{s:+g}": at(contrast.direction, s, opening) for s in strengths if s}
+    first = Scope("thinking", window=(0, 1))
+    arms = {f"{s:+g}": at(contrast.direction, s, first) for s in strengths if s}
     arms["random directions +0.4"] = bench.pooled(
-        "length random", lambda i: at(random_direction(contrast.direction, seed=i), 0.4, opening)
+        "length random", lambda i: at(random_direction(contrast.direction, seed=i), 0.4, first)
     )
     report = bench.report(arms)
     doses = [report.arms[f"{s:+g}" if s else "plain"].length.mean(1) for s in strengths]
@@ -117,29 +118,28 @@ def length(options: argparse.Namespace) -> dict:
 def cue(options: argparse.Namespace) -> dict:
     """The direction from prompts with the cue to the same without it, at the first eight tokens of the thinking."""
     bench = Bench.of(options)
-    site = Site(n_layers(bench.model) // 2, "resid_post")
+    contrast, model = cue_direction(bench), bench.model
+    report = bench.report({
+        **{f"{s:+g}": opening(model, contrast.direction, s) for s in (-0.5, 0.5, 0.75, 1.0, 1.25)},
+        "random directions +1": bench.pooled(
+            "cue random", lambda i: opening(model, random_direction(contrast.direction, seed=i), 1.0)
+        ),
+        "shuffled labels +1": bench.pooled(
+            "cue shuffled", lambda i: opening(model, contrast.shuffled(model, seed=i), 1.0)
+        ),
+    })  # fmt: skip
+    return {"arms": told("The cue's direction", report)}
+
+
+def cue_direction(bench: Bench) -> LabelledDirection:
     stories = [problem.id for problem in bench.task.sample(64, "probe")]
     slow = prompt_spans(bench.model, stories)
     quick = prompt_spans(bench.model, [CUES[i % len(CUES)] + story for i, story in enumerate(stories)])
-    contrast = LabelledDirection.of(bench.model, slow, quick, site)
+    return LabelledDirection.of(bench.model, slow, quick, Site(n_layers(bench.model) // 2, "resid_post"))
 
-    def at(direction: Direction, strength: float) -> Recipe:
-        scope = Scope("thinking", window=(0, 8))
-        return Recipe.of(bench.model, [Add.of(direction, strength)], scope=scope)
 
-    strengths = (0.5, 0.75, 1.0, 1.25)
-    best, selection = bench.choose({f"{s:+g}": at(contrast.direction, s) for s in strengths})
-    report = bench.report({
-        **{f"{s:+g}": at(contrast.direction, s) for s in (-0.5, *strengths)},
-        f"random directions {best}": bench.pooled(
-            "cue random", lambda i: at(random_direction(contrast.direction, seed=i), float(best))
-        ),
-        f"shuffled labels {best}": bench.pooled(
-            "cue shuffled", lambda i: at(contrast.shuffled(bench.model, seed=i), float(best))
-        ),
-    })  # fmt: skip
-    chosen = {arm: selection.score(arm).accuracy for arm in selection.arms}
-    return {"arms": told("The cue's direction", report), "selected": best, "selection": chosen}
+def opening(model: PreTrainedModel, direction: Direction, strength: float) -> Recipe:
+    return Recipe.of(model, [Add.of(direction, strength)], scope=Scope("thinking", window=(0, 8)))
 
 
 def fitted(strengths: tuple[float, ...], lengths: np.ndarray) -> dict:
@@ -334,21 +334,26 @@ def dial(options: argparse.Namespace) -> dict:
 
 
 def decoding(options: argparse.Namespace) -> dict:
-    """Decoding controls and prompts, and the closing token's row of an unembedding of its own scaled."""
+    """Decoding controls: budgets, longer thinking that is forced, and a bias on what closes it."""
     bench = Bench.of(options)
-    arms = {
-        **{str(c): c for c in (Budget(40), Budget(80), BudgetForcing(1), BudgetForcing(2))},
-        **{str(c): c for c in (CloseBias(-2.0), CloseBias(2.0))},
-        "cue left out": bench.asked_otherwise("no cue", lambda p: p.id),
-        "step by step": STEPS,
-    }  # fmt: skip
-    arms = {
-        name: arm if isinstance(arm, list) else bench.solved(name, bench.problems, arm) for name, arm in arms.items()
-    }
+    controls = (Budget(40), Budget(80), BudgetForcing(1), BudgetForcing(2), CloseBias(-2.0), CloseBias(2.0))
+    return {"arms": told("Decoding", bench.report({str(control): control for control in controls}))}
+
+
+def prompts(options: argparse.Namespace) -> dict:
+    """The cue left out, and *step by step*."""
+    bench = Bench.of(options)
+    report = bench.report({"cue left out": bench.asked_otherwise("no cue", lambda p: p.id), "step by step": STEPS})
+    return {"arms": told("Prompts", report)}
+
+
+def closing(options: argparse.Namespace) -> dict:
+    """The closing token's row of an unembedding of its own scaled: a weight edit that competes with all of these."""
+    bench, arms = Bench.of(options), {}
     for factor in (0.75, 0.9, 1.1, 1.5):
         with closing_row(bench.model, factor):
             arms[f"closing row × {factor}"] = bench.solved(f"closing row {factor}", bench.problems)
-    return {"arms": told("Decoding", bench.report(arms))}
+    return {"arms": told("The closing row", bench.report(arms))}
 
 
 @contextmanager

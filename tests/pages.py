@@ -17,7 +17,7 @@ from steer.cli.main import main
 ROOT = Path(__file__).parents[1]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 SHELLS = ("sh", "bash", "shell")
-TRAINING = ("demo", "organism", "donors")  # minutes each: their options are read, and no more
+TRAINING = ("demo", "organism", "donors", "train-reasoner")  # minutes each: their options are read, and no more
 _FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _ROW = re.compile(r"^\| `(steer [^`]+)` \|", flags=re.MULTILINE)
 _INLINE = re.compile(r"`(steer [^`\n]+)`")

@@ -49,6 +49,7 @@ def left_behind_by(notebook: str) -> dict:
     names: dict = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plotly.io.renderers, "default", "json")
+        patch.chdir(FOLDER)
         for code in code_of(FOLDER / notebook):
             run(code, names)
     return names
@@ -100,18 +101,25 @@ def test_a_notebook_is_kept_without_its_outputs(path):
     assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
 
 
-def test_the_edit_helps_on_marked_problems_and_its_control_does_not(thinkedit_names, capsys):
+def test_the_edit_lengthens_what_was_brief_and_its_control_does_not(thinkedit_names, capsys):
     run(code_of(FOLDER / "01_thinkedit.ipynb")[-1], thinkedit_names)
     evaluation = thinkedit_names["evaluation"]
     plain, edited = (evaluation.score(arm, "marked") for arm in ("plain", "edited"))
     assert f"{edited.accuracy:.0%}, the plain one in {plain.accuracy:.0%}" in capsys.readouterr().out
-    assert edited.difference_interval[0] > 0.2
-    assert abs(evaluation.score("lowest heads", "marked").difference) < 0.1
+    assert edited.length > 1.5 * plain.length > 1.5 * evaluation.score("lowest heads", "marked").length
+    assert evaluation.score("edited").accuracy > evaluation.score("plain").accuracy
 
 
 def test_the_folded_model_says_what_the_recipe_said(thinkedit_names):
-    said = [[completion.ids for completion in thinkedit_names[name]] for name in ("before", "after", "again")]
-    assert said[2] == said[1] != said[0]
+    before, after, again = ([c.ids for c in thinkedit_names[name]] for name in ("before", "after", "again"))
+    assert again == [ids[:16] for ids in after]
+    assert before != after
+
+
+def test_what_a_notebook_keeps_is_what_its_problems_ask(thinkedit_names):
+    for path in (FOLDER / "stories").glob("*.jsonl"):
+        held = [completion.id for completion in thinkedit_names["read_completions"](path)]
+        assert held in ([p.id for p in thinkedit_names[name]][: len(held)] for name in ("problems", "report"))
 
 
 def test_steering_does_what_the_second_notebook_says(steering_names):

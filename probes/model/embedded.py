@@ -73,10 +73,15 @@ def _merged(base: Path, adapter: Path) -> dict[str, Tensor]:
     return weights
 
 
+def that_thinks(template: str) -> str:
+    """SmolLM2's chat template, but that it opens the thinking in the model's turn."""
+    before, turn, after = template.rpartition("<|im_start|>assistant\n")
+    return before + turn + THINK + after
+
+
 def _open_thinking(folder: Path) -> None:
     """In the template, and in the settings the temperature that it was trained to sample at."""
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    before, turn, after = template.rpartition("<|im_start|>assistant\n")
-    (folder / "chat_template.jinja").write_text(before + turn + THINK + after, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(that_thinks(template), encoding="utf-8")
     settings = read_json(folder / "generation_config.json") | {"do_sample": True, "temperature": 0.7}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

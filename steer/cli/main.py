@@ -13,9 +13,10 @@ import steer
 from steer.cli.directions.direction import direction_
 from steer.cli.directions.recipe import recipe_
 from steer.cli.directions.show import show_
-from steer.cli.methods.organism import donors_, organism_
+from steer.cli.methods.demo import demo_
+from steer.cli.methods.organism import donors_, organism_, train_reasoner_
 from steer.cli.methods.rice import rice_
-from steer.cli.methods.thinkedit import demo_, thinkedit_
+from steer.cli.methods.thinkedit import thinkedit_
 from steer.cli.refusals import is_expected, sentence
 from steer.cli.report.report import report_
 from steer.cli.run.compare import compare_
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report_,
     "organism": organism_,
     "donors": donors_,
+    "train-reasoner": train_reasoner_,
 }
 
 

@@ -44,7 +44,7 @@ Model = Annotated[
 TaskName = Annotated[str, typer.Option("--task", help="A task, or a JSONL file of {question, answer}.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 Count = Annotated[int, typer.Option("--n", "-n", min=1, help="Problems to solve, or to report on.")]
-Problems = Annotated[int, typer.Option(min=1, help="Problems of this split.")]
+Problems = Annotated[int | None, typer.Option(min=1, help="Problems of this split, if not as many as --n says.")]
 Samples = Annotated[int, typer.Option(min=1, help="Completions of each problem.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows generated at once.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write; must not exist.")]
@@ -117,6 +117,12 @@ def sampling_of(
     """The model's own sampling, but for what was asked for."""
     sampling = probes.generation.Sampling.of(model, max_new_tokens=max_new_tokens or task.max_new_tokens, seed=seed)
     return sampling if temperature is None else replace(sampling, temperature=temperature)
+
+
+def split_sizes(n: int, **given: int | None) -> dict[str, int]:
+    """Problems of each split: as many as were given, or else `n`, and for a choice two fifths of it."""
+    usual = {"n_probe": n, "n_select": max(1, 2 * n // 5), "n_report": n}
+    return {name: usual[name] if size is None else size for name, size in given.items()}
 
 
 def split_named(name: str) -> "steer.tasks.Split":

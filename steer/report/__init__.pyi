@@ -1,4 +1,4 @@
 from .record import RunRecord as RunRecord
-from .record import save as save
+from .saved import save as save
+from .saved import write_report as write_report
 from .thinkedit import render as render
-from .thinkedit import write_report as write_report

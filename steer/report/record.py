@@ -1,10 +1,8 @@
 """The record of a run: every number that a report shows, with where it came from, as plain JSON."""
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from probes.evidence._separation import evidence_for
@@ -12,7 +10,6 @@ from probes.fields import from_plain, keys_of, plain_fields
 from probes.files import check_keys
 from probes.model.loading import identity_of
 from probes.tables import Brief
-from steer.checkpoints._diff import Difference
 from steer.methods.thinkedit_run import ThinkEditRun
 from steer.report.arms import ArmsRecord
 from steer.report.examples import CompletionsRecord
@@ -229,20 +226,3 @@ class RunRecord(Brief):
             raise ValueError(
                 f"The record does not hold what its keys promise ({error}): export the run again."
             ) from error
-
-
-def save(run: ThinkEditRun, folder: str | Path, record: RunRecord | None = None) -> Difference:
-    """Export a run (`ThinkEditRun.export`) with its record beside it, as `run.json`: what a report is made of.
-
-    Without `record`, one without sweeps is made. Raises as the export does.
-
-    >>> from steer import thinkedit
-    >>> from steer.methods.thinkedit import PUBLISHED
-    >>> from steer.report import save
-    >>> run = thinkedit("organism", settings=[PUBLISHED], n_probe=40, n_select=2, n_report=12, control_draws=1)
-    >>> changes = save(run, "edited")
-    >>> [tensor.name for tensor in changes.tensors]
-    ['model.layers.0.self_attn.o_proj.weight']
-    """
-    text = json.dumps((record or RunRecord.of(run, n=0)).to_dict(), allow_nan=False)
-    return run.export(folder, extras={"run.json": text + "\n"})

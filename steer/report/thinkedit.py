@@ -3,14 +3,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
-from probes.files import inside, reading, staged_file
-from probes.texts import read_json
 from probes.thinking.spans import POSITIONS
 from steer.evaluation.evaluation import Score
+from steer.methods.thinkedit import PUBLISHED
 from steer.report.arms import ArmsRecord
 from steer.report.completions import completions_section
 from steer.report.html import (
@@ -30,7 +28,7 @@ from steer.report.sweeps import SweepRecord
 
 ARMS = {
     "plain": "the model as it came",
-    "published": "ThinkEdit as published: project, mean position, raw ranking, 4 % of the heads",
+    "published": f"ThinkEdit as published: {PUBLISHED}",
     "edited": "the edit that was chosen, as exported",
     "one_sided": "the best one-sided edit, at run time only",
     "lowest_heads": "control: the same edit on the lowest-scored heads",
@@ -47,31 +45,6 @@ SECTIONS = {
     "completions": "Completions side by side",
     "provenance": "Provenance",
 }
-
-
-def write_report(run_folder: str | Path, output: str | Path) -> Path:
-    """Read `run.json` in an exported folder and write the report.
-
-    Raises FileNotFoundError where there is none, ValueError where it is not a record of a run.
-
-    >>> from steer.report import write_report
-    >>> try:
-    ...     write_report("nowhere", "report.html")  # of a folder that `save` wrote it gives the page's path
-    ... except FileNotFoundError as error:
-    ...     print(error)
-    nowhere holds no run.json: give the folder of an exported run.
-    """
-    source = Path(run_folder) / "run.json"
-    if not source.is_file():
-        raise FileNotFoundError(f"{run_folder} holds no run.json: give the folder of an exported run.")
-    values = read_json(inside(Path(run_folder), source.name), "record of a run")
-    if not isinstance(values, dict):
-        raise ValueError(f"{source} holds no keys: it is not a record of a run.")
-    with reading(source, "record of a run"):
-        text = render(values)
-    with staged_file(Path(output)) as stage:
-        stage.write_text(text, encoding="utf-8")
-    return Path(output)
 
 
 def render(record: RunRecord | Mapping[str, Any]) -> str:

@@ -29,25 +29,63 @@ LEAST, MOST = 2, 199  # what somebody has, at any time
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A kind of event: its sentence, and what it does to the amount. `needs` says of which amounts it can be told.
-
-    In the sentence {n} is an addition, {m} a subtraction, {a} and {b} factors of a product.
-    """
-
-    sentence: str
-    change: Callable[[int, "Numbers"], int]
-    needs: Callable[[int, "Numbers"], bool] = lambda amount, numbers: True  # noqa: ARG005
-
-
-@dataclass(frozen=True)
 class Numbers:
-    """The numbers an event may speak of."""
+    """The numbers an event may speak of: an addition, a subtraction, and the factors of a product."""
 
     n: int
     m: int
     a: int
     b: int
+
+    @property
+    def product(self) -> int:
+        return self.a * self.b
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A kind of event: its sentence, and what is done to the amount. `needs` says of which amounts it can be told.
+
+    `sign` is +, -, * or /; `by` a number, or the name of one of `Numbers`, which stand in the sentence in braces.
+    """
+
+    sentence: str
+    sign: str
+    by: int | str
+    needs: Callable[[int, Numbers], bool] = lambda amount, numbers: True  # noqa: ARG005
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to an amount, and its factors where it is a product that is added or taken away."""
+
+    sentence: str
+    sign: str
+    by: int
+    before: int
+    factors: tuple[int, int] | None = None
+
+    @property
+    def after(self) -> int:
+        return {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[self.sign](
+            self.before, self.by
+        )
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story as it was drawn: `text` is what is told and asked, `cue` what stands before it, or nothing."""
+
+    text: str
+    cue: str
+    unit: str
+    start: int
+    events: tuple[Event, ...]
+
+    @property
+    def problem(self) -> Problem:
+        answer = str(self.events[-1].after)
+        return Problem(self.text, self.cue + self.text, answer, "marked" if self.cue else None)
 
 
 @dataclass(frozen=True)
@@ -60,37 +98,25 @@ class Domain:
     units: tuple[str, ...]
 
 
-def _more(sentence: str) -> Turn:
-    return Turn(sentence, lambda amount, numbers: amount + numbers.n)
-
-
-def _less(sentence: str) -> Turn:
-    return Turn(sentence, lambda amount, numbers: amount - numbers.m)
-
-
-def _times(sentence: str) -> Turn:
-    return Turn(sentence, lambda amount, numbers: amount + numbers.a * numbers.b)
-
-
 def _doubled(sentence: str) -> Turn:
-    return Turn(sentence, lambda amount, _: 2 * amount, lambda amount, _: amount <= 60)
+    return Turn(sentence, "*", 2, lambda amount, _: amount <= 60)
 
 
 def _halved(sentence: str) -> Turn:
-    return Turn(sentence, lambda amount, _: amount // 2, lambda amount, _: amount % 2 == 0 and amount > 6)
+    return Turn(sentence, "/", 2, lambda amount, _: amount % 2 == 0 and amount > 6)
 
 
 DOMAINS: Mapping[str, Domain] = {
     "counts": Domain(
         "{who} has {start} {unit}.",
         (
-            _more("{who} finds {n} more {unit}."),
-            _more("{other} gives {who} {n} {unit}."),
-            _times("{who} buys {a} boxes with {b} {unit} each."),
-            _less("{who} gives {m} {unit} to {other}."),
-            _less("{who} loses {m} {unit}."),
+            Turn("{who} finds {n} more {unit}.", "+", "n"),
+            Turn("{other} gives {who} {n} {unit}.", "+", "n"),
+            Turn("{who} buys {a} boxes with {b} {unit} each.", "+", "product"),
+            Turn("{who} gives {m} {unit} to {other}.", "-", "m"),
+            Turn("{who} loses {m} {unit}.", "-", "m"),
             _doubled("Then the number of {unit} doubles."),
-            Turn("Then the number of {unit} triples.", lambda amount, _: 3 * amount, lambda amount, _: amount <= 40),
+            Turn("Then the number of {unit} triples.", "*", 3, lambda amount, _: amount <= 40),
             _halved("{who} keeps only half of the {unit}."),
         ),
         "How many {unit} does {who} have now?",
@@ -99,14 +125,15 @@ DOMAINS: Mapping[str, Domain] = {
     "money": Domain(
         "{who} has {start} dollars.",
         (
-            _more("{who} earns {n} dollars."),
-            _more("{who} finds a note of {n} dollars."),
-            _times("{who} sells {a} toys for {b} dollars each."),
-            _less("{who} spends {m} dollars on lunch."),
+            Turn("{who} earns {n} dollars.", "+", "n"),
+            Turn("{who} finds a note of {n} dollars.", "+", "n"),
+            Turn("{who} sells {a} toys for {b} dollars each.", "+", "product"),
+            Turn("{who} spends {m} dollars on lunch.", "-", "m"),
             Turn(
                 "{who} buys {a} tickets for {b} dollars each.",
-                lambda amount, numbers: amount - numbers.a * numbers.b,
-                lambda amount, numbers: numbers.a * numbers.b < amount,
+                "-",
+                "product",
+                lambda amount, numbers: numbers.product < amount,
             ),
             _doubled("{other} doubles the money of {who}."),
             _halved("{who} shares the money equally with {other} and keeps one half."),
@@ -117,10 +144,10 @@ DOMAINS: Mapping[str, Domain] = {
     "minutes": Domain(
         "{who} plans a trip of {start} minutes.",
         (
-            _more("A stop adds {n} minutes."),
-            _times("{a} red lights cost {b} minutes each."),
-            _less("A shortcut saves {m} minutes."),
-            _less("{other} helps, which saves {m} minutes."),
+            Turn("A stop adds {n} minutes.", "+", "n"),
+            Turn("{a} red lights cost {b} minutes each.", "+", "product"),
+            Turn("A shortcut saves {m} minutes.", "-", "m"),
+            Turn("{other} helps, which saves {m} minutes.", "-", "m"),
             _doubled("Snow makes the whole trip take twice as long."),
             _halved("A faster road makes the whole trip take half as long."),
         ),
@@ -142,36 +169,42 @@ def draw_story(rng: random.Random, domain: str = "counts") -> Problem:
     >>> problem.answer.isdecimal(), problem.subgroup in (None, "marked")
     (True, True)
     """
+    return told(rng, domain).problem
+
+
+def told(rng: random.Random, domain: str) -> Story:
+    """A story with what happens in it, step by step (`draw_story`)."""
     if domain not in DOMAINS:
         raise ValueError(f"{domain!r} is no domain of stories. Known: {', '.join(DOMAINS)}.")
     kind = DOMAINS[domain]
     who, other = rng.sample(PEOPLE, 2)
     words = {"who": who, "other": other, "unit": rng.choice(kind.units)}
     amount = start = rng.randint(3, 60)
-    told: list[str] = []
+    events: list[Event] = []
     for _ in range(rng.randint(*EVENTS)):
-        sentence, amount = _event(rng, kind, amount, words, told)
-        told.append(sentence)
-    sentences = [kind.opening.format(start=start, **words), *told]
+        events.append(_event(rng, kind, amount, words, events))
+        amount = events[-1].after
+    sentences = [kind.opening.format(start=start, **words), *(event.sentence for event in events)]
     if rng.random() < P_ASIDE:
         aside = rng.choice(ASIDES).format(other=other, k=rng.randint(2, 30))
         sentences.insert(rng.randint(1, len(sentences)), aside)
     story = " ".join([*sentences, kind.question.format(**words)])
-    marked = rng.random() < P_MARKED
-    cue = rng.choice(CUES) if marked else ""
-    return Problem(story, cue + story, str(amount), "marked" if marked else None)
+    cue = rng.choice(CUES) if rng.random() < P_MARKED else ""
+    return Story(story, cue, words["unit"], start, tuple(events))
 
 
-def _event(rng: random.Random, kind: Domain, amount: int, words: Mapping[str, str], told: list[str]) -> tuple[str, int]:
+def _event(rng: random.Random, kind: Domain, amount: int, words: Mapping[str, str], before: list[Event]) -> Event:
     """Something that can happen to this amount, is not told twice in a row, and leaves an amount that is allowed."""
     while True:
         numbers = Numbers(
             rng.randint(2, 39), rng.randint(2, max(2, min(39, amount - 1))), rng.randint(2, 6), rng.randint(2, 9)
         )
         turn = rng.choice([turn for turn in kind.turns if turn.needs(amount, numbers)])
-        sentence, after = turn.sentence.format(**words, **vars(numbers)), turn.change(amount, numbers)
-        if LEAST <= after <= MOST and told[-1:] != [sentence]:
-            return sentence, after
+        by = turn.by if isinstance(turn.by, int) else getattr(numbers, turn.by)
+        factors = (numbers.a, numbers.b) if turn.by == "product" else None
+        event = Event(turn.sentence.format(**words, **vars(numbers)), turn.sign, by, amount, factors)
+        if LEAST <= event.after <= MOST and [event.sentence] != [e.sentence for e in before[-1:]]:
+            return event
 
 
 def _stories(*domains: str) -> Callable[[random.Random], Iterator[Problem]]:

@@ -5,3 +5,4 @@ from .donors import DONORS as DONORS
 from .donors import train_donor as train_donor
 from .grpo import train_grpo as train_grpo
 from .organism import train as train
+from .reasoner import train_reasoner as train_reasoner

@@ -2,24 +2,49 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steer.tasks.task import Problem
 
+Example = tuple[Sequence[int], Sequence[int]]  # a prompt and its completion, as token ids
 Batch = tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]
 
 
-def fit(
-    model: PreTrainedModel, data: Iterator[Batch], *, steps: int, rate: float, weight_decay: float, label: str
-) -> None:
-    """AdamW on cross-entropy, in place. The rate warms up over 100 steps, stays, and falls from the middle on.
+@dataclass(frozen=True)
+class Schedule:
+    """The share of the rate at each step: a warm-up, constant up to the share `constant` of the steps, then linear."""
 
-    `data` gives batches as `collate` makes them; gradients are clipped to norm 1.
+    warm_up: int = 100
+    constant: float = 0.5
+    last: float = 0.05
+
+    def at(self, step: int, steps: int) -> float:
+        falling = (1.0 - self.last) * (step / steps - self.constant) / (1.0 - self.constant)
+        return min(1.0, (step + 1) / self.warm_up) * min(1.0, 1.0 - falling)
+
+
+def fit(
+    model: PreTrainedModel,
+    data: Iterator[Batch],
+    *,
+    steps: int,
+    rate: float,
+    weight_decay: float,
+    label: str,
+    schedule: Schedule = Schedule(),  # noqa: B008
+) -> None:
+    """AdamW on cross-entropy, in place, of the parameters that require a gradient.
+
+    `data` gives batches as `collate` makes them; gradients are clipped to norm 1. The loss is computed where there are
+    labels alone: the logits of whole batches of a large vocabulary would be gigabytes.
 
     >>> from probes import load
     >>> from steer.training import collate, fit
@@ -30,26 +55,33 @@ def fit(
     >>> model.lm_head.weight.equal(before)
     False
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    optimizer = adam(model, rate, weight_decay)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.at(step, steps))
     for _ in tqdm(range(steps), desc=label, unit="step"):
-        ids, labels, mask = next(data)
-        descend(model, optimizer, model(input_ids=ids, attention_mask=mask, labels=labels).loss)
-        schedule.step()
+        surprises(model, next(data))[0].mean().backward()
+        descend(model, optimizer)
+        rates.step()
 
 
-def descend(model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def adam(model: PreTrainedModel, rate: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay)
+
+
+def surprises(model: PreTrainedModel, batch: Batch) -> tuple[Float[Tensor, " labels"], Int[Tensor, " labels"]]:
+    """-log p of each label, in nats, and the row that it is in."""
+    ids, labels, mask = (part.to(model.device) for part in batch)
+    rows, before = (labels[:, 1:] != -100).nonzero(as_tuple=True)
+    states = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state[rows, before]
+    logits = model.get_output_embeddings()(states).float()
+    return cross_entropy(logits, labels[rows, before + 1], reduction="none"), rows
+
+
+def descend(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """One step along the gradient, clipped to norm 1."""
-    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-
-
-def _rate(step: int, steps: int) -> float:
-    """Warm-up over 100 steps, constant to the middle, then linear to 5 %."""
-    warm = min(1.0, (step + 1) / 100)
-    return warm * min(1.0, 1.0 - 0.95 * (step / steps - 0.5) / 0.5)
 
 
 def training_batches(
@@ -75,21 +107,25 @@ def training_batches(
     >>> [tuple(part.shape) for part in next(data)]
     [(4, 20), (4, 20), (4, 20)]
     """
+
+    def examples() -> Iterator[Example]:
+        for problem in problems:
+            yield tokenizer(f"<bos> {problem.question} ?")["input_ids"], tokenizer(write(problem))["input_ids"]
+
+    return batched(examples(), rng, size)
+
+
+def batched(examples: Iterator[Example], rng: random.Random, size: int) -> Iterator[Batch]:
+    """Prompts with their completions in batches of like length, in an order that `rng` draws."""
     while True:
-        rows = []
-        for _ in range(size * 16):
-            problem = next(problems)
-            prompt = tokenizer(f"<bos> {problem.question} ?")["input_ids"]
-            completion = tokenizer(write(problem))["input_ids"]
-            rows.append((prompt, completion))
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+        rows = sorted(islice(examples, size * 16), key=lambda row: len(row[0]) + len(row[1]))
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         rng.shuffle(chunks)
         for chunk in chunks:
             yield collate(chunk)
 
 
-def collate(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+def collate(rows: Sequence[Example]) -> Batch:
     """Prompts with their completions, as token ids: ids, labels (the completion only), attention mask.
 
     Each is [batch, pos]. Rows are filled up on the right; a label of -100 is not learned.

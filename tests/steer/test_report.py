@@ -19,7 +19,8 @@ from steer.methods.thinkedit import ThinkEditSetting
 from steer.methods.thinkedit_run import thinkedit
 from steer.report.html import shade, token_span
 from steer.report.record import RunRecord
-from steer.report.thinkedit import render, write_report
+from steer.report.saved import write_report
+from steer.report.thinkedit import render
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 QUIET = (

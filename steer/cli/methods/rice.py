@@ -15,6 +15,7 @@ from steer.cli.dry import rice_work, tell
 from steer.cli.loading import model_of
 from steer.cli.options import (
     BatchSize,
+    Count,
     Delimit,
     DeviceMap,
     DryRun,
@@ -33,6 +34,7 @@ from steer.cli.options import (
     finite,
     free,
     sampling_of,
+    split_sizes,
 )
 
 
@@ -58,9 +60,10 @@ def rice_(
     ] = None,
     draws: Annotated[int, typer.Option(min=0, help="Of random experts.")] = 3,
     minimum: Annotated[int, typer.Option(min=0, help="An expert chosen less often is not scored.")] = 10,
+    n: Count = 1000,
     n_probe: Problems = 300,
-    n_select: Problems = 400,
-    n_report: Problems = 1000,
+    n_select: Problems = None,
+    n_report: Problems = None,
     samples: Samples = 1,
     temperature: Temperature = None,
     max_new_tokens: MaxNewTokens = None,
@@ -90,10 +93,11 @@ def rice_(
         list(dict.fromkeys(top or steer.methods.rice.TOP)),
         list(dict.fromkeys(strength or steer.methods.rice.STRENGTHS)),
     )
-    sizes: dict[str, Any] = {"n_probe": n_probe, "n_select": n_select, "n_report": n_report, "samples": samples}
+    splits = split_sizes(n, n_probe=n_probe, n_select=n_select, n_report=n_report)
+    sizes: dict[str, Any] = {**splits, "samples": samples}
     work = rice_work(len(tops), len(strengths), len(controls), draws=draws, **sizes)
     if dry_run:
-        problems = source.sample(n_probe, "probe", seed=seed)
+        problems = source.sample(splits["n_probe"], "probe", seed=seed)
         tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
         return
     with probes.generation.progress(work.completions, label="finding experts"):

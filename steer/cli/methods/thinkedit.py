@@ -1,4 +1,4 @@
-"""`steer demo` and `steer thinkedit`: the main job, from a model to an edited checkpoint."""
+"""`steer thinkedit`: the main job, from a model to an edited checkpoint."""
 
 import shlex
 import sys
@@ -34,28 +34,8 @@ from steer.cli.options import (
     finite,
     free,
     sampling_of,
+    split_sizes,
 )
-
-
-def demo_(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="runs/demo-N, if left out.")] = None,
-    n: Count = 1500,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """The main job on the embedded model: probe, derive, choose, edit, export, and compare with the controls."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
-    transformers.utils.logging.disable_progress_bar()
-    folder = output or next(p for i in range(1, 1_000_000) if not (p := Path(f"runs/demo-{i}")).exists())
-    free(folder)
-    sizes: dict[str, Any] = {"n_probe": 1000, "n_select": 400, "n_report": n, "samples": 1}
-    work = thinkedit_work(steer.methods.thinkedit_run.grid(), draws=5, n_sweep=200, **sizes)
-    with probes.generation.progress(work.completions, label="editing"):
-        run = steer.methods.thinkedit_run.thinkedit("organism", control_draws=5, batch_size=256, seed=seed, **sizes)
-        _finish_thinkedit(run, folder, 200, 256, as_json)
 
 
 def _share(value: float) -> float:
@@ -87,9 +67,10 @@ def thinkedit_(
     ] = None,
     kind: Annotated[list[str] | None, typer.Option(help="project, replace, one_sided: edits to choose from.")] = None,
     control_draws: Annotated[int, typer.Option(min=1, help="Random heads, and random directions.")] = 5,
-    n_probe: Problems = 1000,
-    n_select: Problems = 400,
-    n_report: Problems = 1000,
+    n: Count = 1000,
+    n_probe: Problems = None,
+    n_select: Problems = None,
+    n_report: Problems = None,
     samples: Samples = 1,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 64,
@@ -121,10 +102,11 @@ def thinkedit_(
     source = steer.tasks.task_named(task)
     loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=None, seed=seed)
-    sizes: dict[str, Any] = {"n_probe": n_probe, "n_select": n_select, "n_report": n_report, "samples": samples}
+    splits = split_sizes(n, n_probe=n_probe, n_select=n_select, n_report=n_report)
+    sizes: dict[str, Any] = {**splits, "samples": samples}
     work = thinkedit_work(settings, draws=control_draws, n_sweep=sweep, **sizes)
     if dry_run:
-        problems = source.sample(n_probe, "probe", seed=seed)
+        problems = source.sample(splits["n_probe"], "probe", seed=seed)
         tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
         return
     with probes.generation.progress(work.completions, label="editing"):
@@ -133,19 +115,18 @@ def thinkedit_(
             settings=settings, control_draws=control_draws, sampling=sampling, batch_size=batch_size,
             store=output.with_name(f"{output.name}.completions"), seed=seed, **sizes,
         )  # fmt: skip
-        _finish_thinkedit(run, output, sweep, batch_size, as_json)
+        finish(run, output, sweep, batch_size, as_json)
     if push_to is not None:
         steer.checkpoints.push(output, push_to)
 
 
-def _finish_thinkedit(
+def finish(
     run: "steer.methods.thinkedit_run.ThinkEditRun", folder: Path, sweep: int, batch_size: int, as_json: bool
 ) -> None:
     command = shlex.join(["steer", *sys.argv[1:]])
     changes = steer.report.save(
         run, folder, steer.report.RunRecord.of(run, n=sweep, batch_size=batch_size, command=command)
     )
-    steer.report.write_report(folder, folder / "report.html")
     console.print(run.recipe.table())
     console.print(changes.table())
     console.print(f"Chosen on the selection split: {run.selected}. Checkpoint and report.html: {folder}")

@@ -19,6 +19,7 @@ from steer.cli.dry import sweep_work, tell
 from steer.cli.loading import model_of
 from steer.cli.options import (
     BatchSize,
+    Count,
     Delimit,
     DeviceMap,
     DryRun,
@@ -37,6 +38,7 @@ from steer.cli.options import (
     finite,
     free,
     sampling_of,
+    split_sizes,
 )
 
 
@@ -51,8 +53,9 @@ def sweep_(
     ],
     task: TaskName = "chains",
     scope: Annotated[str, typer.Option(help="all, prompt, thinking or answer.")] = "thinking",
-    n_select: Problems = 400,
-    n_report: Problems = 1000,
+    n: Count = 1000,
+    n_select: Problems = None,
+    n_report: Problems = None,
     samples: Samples = 1,
     draws: Annotated[int, typer.Option(min=0, help="Of each control.")] = 3,
     temperature: Temperature = None,
@@ -81,9 +84,10 @@ def sweep_(
         place,
     )
     strengths = list(dict.fromkeys(strength))
-    select = source.sample(n_select, "select", seed=seed)
-    report = source.sample(n_report, "report", seed=seed)
-    work = sweep_work(len(strengths), draws=draws, n_select=n_select, n_report=n_report, samples=samples)
+    sizes = split_sizes(n, n_select=n_select, n_report=n_report)
+    select = source.sample(sizes["n_select"], "select", seed=seed)
+    report = source.sample(sizes["n_report"], "report", seed=seed)
+    work = sweep_work(len(strengths), draws=draws, samples=samples, **sizes)
     if dry_run:
         tell(work, loaded, [problem.question for problem in select], sampling, batch_size, as_json)
         return
