@@ -43,7 +43,6 @@ def sweep_work(strengths: int, *, draws: int, n_select: int, n_report: int, samp
 def thinkedit_work(
     settings: "Sequence[steer.methods.thinkedit.ThinkEditSetting]",
     *,
-    draws: int,
     n_probe: int,
     n_select: int,
     n_report: int,
@@ -52,7 +51,7 @@ def thinkedit_work(
 ) -> Work:
     """On the report split: plain, published, edited, lowest heads, one-sided if there is one, two kinds of null; and
     for the report, two sweeps of strength and three examples, plain and edited."""
-    arms = 4 + any(setting.kind == "one_sided" for setting in settings) + 2 * draws
+    arms = 4 + any(setting.kind == "one_sided" for setting in settings) + 2
     defaults = {name: x.default for name, x in signature(steer.report.RunRecord.of).parameters.items()}
     doses = len(defaults["strengths"]), len(defaults["layer_strengths"])
     swept = sum(1 + strengths * (1 + defaults["draws"]) for strengths in doses) * min(n_sweep, n_select)

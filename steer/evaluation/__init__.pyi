@@ -3,6 +3,7 @@ from ._compare import Comparison as Comparison
 from ._compare import compare as compare
 from ._evaluate import Arm as Arm
 from ._evaluate import Draw as Draw
+from ._evaluate import Shared as Shared
 from ._evaluate import evaluate as evaluate
 from ._evaluate import solve as solve
 from ._sweep import LabelledDirection as LabelledDirection

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import cast
@@ -24,8 +25,23 @@ from steer.tasks.grading import is_correct
 from steer.tasks.task import Grader, Problem, Task
 
 Draw = None | Recipe | PreTrainedModel | DecodingControl | PromptStyle | Sequence[Completion]
-Arm = Draw | Sequence[Draw]
 PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """An arm of several draws that share the problems out among them: a null that costs what one draw costs.
+
+    >>> from steer.decoding import Budget
+    >>> from steer.evaluation import Shared
+    >>> Shared([Budget(thinking=2), Budget(thinking=4)])  # every second problem each
+    Shared(draws=[Budget(thinking=2, solution=None), Budget(thinking=4, solution=None)])
+    """
+
+    draws: Sequence[Draw]
+
+
+Arm = Draw | Sequence[Draw] | Shared
 
 
 def evaluate(
@@ -44,7 +60,8 @@ def evaluate(
 
     None is the model as it is; a recipe is applied at run time; a model is run; a control decides over tokens beside
     the model; a `PromptStyle` puts the questions otherwise; completions made elsewhere are graded. A list of these
-    is one arm of several draws: each solves all problems, and they are pooled as samples.
+    is one arm of several draws: each solves all problems, and they are pooled as samples; those of `Shared` share the
+    problems out among them.
 
     All arms draw with the same noise per problem and sample, so that they are compared in pairs. With `store`, a
     folder, completions are kept there, a file for each draw, and what it holds is not generated again. Raises
@@ -62,34 +79,36 @@ def evaluate(
     """
     if PLAIN in arms:
         raise ValueError(f"The arm {PLAIN!r} is the baseline: give it as baseline=..., not among the arms.")
-    if empty := [name for name, arm in arms.items() if isinstance(arm, Sequence) and not arm]:
+    if empty := [name for name, arm in arms.items() if not _draws(arm)]:
         raise ValueError(f"The arm {empty[0]!r} is an empty list: it has no draw to pool.")
 
-    def outcomes_of(name: str, draw: Draw) -> Outcomes:
-        if draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle):
-            subject = draw if isinstance(draw, PreTrainedModel) else model
-            with applied(model, draw, must_run=False) if isinstance(draw, Recipe) else nullcontext():
-                completions: Sequence[Completion] = solve(
-                    subject,
-                    problems,
-                    sampling=sampling,
-                    samples=samples,
-                    batch_size=batch_size,
-                    control=draw if isinstance(draw, DecodingControl) else None,
-                    style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
-                    store=within(store, _file_of(name, subject, draw)),
-                    grader=task.grader,
-                    label=name,
-                )
-        else:
-            completions = draw
-        return Outcomes.of(completions, problems, task)
+    def completions_of(name: str, draw: Draw, problems: Sequence[Problem]) -> Sequence[Completion]:
+        if not (draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle)):
+            return draw
+        subject = draw if isinstance(draw, PreTrainedModel) else model
+        with applied(model, draw, must_run=False) if isinstance(draw, Recipe) else nullcontext():
+            return solve(
+                subject,
+                problems,
+                sampling=sampling,
+                samples=samples,
+                batch_size=batch_size,
+                control=draw if isinstance(draw, DecodingControl) else None,
+                style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
+                store=within(store, _file_of(name, subject, draw)),
+                grader=task.grader,
+                label=name,
+            )
 
-    outcomes = {PLAIN: outcomes_of(PLAIN, baseline)}
+    outcomes = {PLAIN: Outcomes.of(completions_of(PLAIN, baseline, problems), problems, task)}
     for name, arm in arms.items():
         draws = _draws(arm)
-        made = [outcomes_of(name if len(draws) == 1 else f"{name} {i}", draw) for i, draw in enumerate(draws)]
-        outcomes[name] = Outcomes.pooled(made)
+        names = [name if len(draws) == 1 else f"{name} {i}" for i in range(len(draws))]
+        shares = [problems[i :: len(draws)] if isinstance(arm, Shared) else problems for i in range(len(draws))]
+        made = [completions_of(*part) for part in zip(names, draws, shares, strict=True) if part[2]]
+        if isinstance(arm, Shared):
+            made = [[completion for part in made for completion in part]]
+        outcomes[name] = Outcomes.pooled([Outcomes.of(part, problems, task) for part in made])
     return Evaluation(task, tuple(problems), outcomes)
 
 
@@ -163,6 +182,8 @@ def _file_of(name: str, subject: PreTrainedModel, draw: Draw) -> str:
 
 def _draws(arm: Arm) -> Sequence[Draw]:
     """Of completions there is one draw, which is all of them; other lists are of draws."""
-    if isinstance(arm, Sequence) and not all(isinstance(item, Completion) for item in arm):
+    if isinstance(arm, Shared):
+        return arm.draws
+    if isinstance(arm, Sequence) and not (arm and all(isinstance(item, Completion) for item in arm)):
         return cast("Sequence[Draw]", arm)
     return [cast("Draw", arm)]

@@ -20,7 +20,7 @@ from probes.model.loading import load
 from probes.tables import Shown, Table
 from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
-from steer.evaluation._evaluate import Arm, evaluate, solve, within
+from steer.evaluation._evaluate import Arm, Shared, evaluate, solve, within
 from steer.evaluation.evaluation import Evaluation
 from steer.folding._export import export
 from steer.folding._fold import check_folds, fold_error, folded
@@ -153,8 +153,9 @@ def thinkedit(
     `settings` that folds is chosen by accuracy on the *select* problems; every arm is measured on the *report*
     problems. Short and long are cut at `cutoffs` thinking tokens (the paper's are 100 and 1000), or else at the
     quantiles `share` and 1 - `share`. Arms: plain, published, edited, the best one-sided (run time only), and as
-    nulls the same edit on random heads, on the lowest-scored heads, and along random directions. With `store`, a
-    folder, completions are kept there: a run that was killed, started again, goes on where it stopped.
+    nulls the same edit on random heads, on the lowest-scored heads, and along random directions; `control_draws` of
+    each random one share the problems out among them. With `store`, a folder, completions are kept there: a run that
+    was killed, started again, goes on where it stopped.
 
     Raises ValueError where a class is too small, the model has no thinking delimiters, or its family is unknown.
 
@@ -225,14 +226,13 @@ def _edit(reading: LengthReading, heads: Sequence[Head], setting: ThinkEditSetti
     return reading.edit(heads, kind=setting.kind, weight=setting.weight)
 
 
-def _nulls(reading: LengthReading, selected: ThinkEditSetting, draws: int, seed: int) -> dict[str, list[Recipe]]:
+def _nulls(reading: LengthReading, selected: ThinkEditSetting, draws: int, seed: int) -> dict[str, Shared]:
     """The chosen edit on heads drawn from the others, and on the chosen heads along random directions."""
     heads = reading.heads(selected)
     others = [head for head in reading.scores().top(reading.short_writes.numel()) if head not in heads]
     rng = random.Random(seed)
+    chosen = [rng.sample(others, min(len(heads), len(others))) for _ in range(draws)]
     return {
-        "random_heads": [
-            _edit(reading, rng.sample(others, min(len(heads), len(others))), selected) for _ in range(draws)
-        ],
-        "random_direction": [_edit(reading.at_random(seed + i), heads, selected) for i in range(draws)],
+        "random_heads": Shared([_edit(reading, which, selected) for which in chosen]),
+        "random_direction": Shared([_edit(reading.at_random(seed + i), heads, selected) for i in range(draws)]),
     }

@@ -152,7 +152,7 @@ JOBS = {
     "evaluate organism -n 3 --recipe recipe --draws 2": 32 + 3 * (2 + 4),
     f"sweep {CONTRAST} --strength 0.1 --strength 0.2 {SPLITS} --draws 2 -o {{}}/swept": 9 + 18,
     f"rice organism --strength 2 --strength 4 --control wait:1 --n-probe 40 {SPLITS} --draws 2 -o {{}}/r": 40 + 9 + 16,
-    "thinkedit organism --heads 2 --kind replace --n-probe 60 --n-select 3 --n-report 25 --control-draws 1 "
+    "thinkedit organism --heads 2 --kind replace --n-probe 60 --n-select 3 --n-report 25 --control-draws 2 "
     "--sweep 2 -o {}/t": 60 + 15 + 150 + 2 * 38 + 6,
 }
 

@@ -16,7 +16,8 @@ from probes.generation.sampling import Sampling
 from probes.model.delimiters import ThinkingSpan
 from probes.model.loading import load
 from probes.model.sites import Site
-from steer.evaluation._evaluate import evaluate, solve
+from steer.decoding.budgets import Budget
+from steer.evaluation._evaluate import Shared, evaluate, solve
 from steer.evaluation.evaluation import SHORTEST, Evaluation
 from steer.evaluation.outcomes import Outcomes
 from steer.evaluation.statistics import interval_of_mean
@@ -69,6 +70,18 @@ def test_the_share_of_the_shortest_is_rounded_down_whatever_floats_do(share):
     for n in range(20, 500):
         own = Outcomes(np.ones((n, 1), bool), RNG.permutation(n)[:, None], np.zeros((n, 1), bool))
         assert own.shortest(share)[1] == (int(Fraction(str(share)) * n) - 1) / 2
+
+
+def test_draws_that_share_the_problems_solve_what_each_would_solve_of_them():
+    model, task = load("organism"), task_named("chains")
+    problems, draws = task.sample(7, "report"), [Budget(2), Budget(4), Budget(6)]
+    sampling = Sampling.of(model, max_new_tokens=24)
+    arms = {"shared": Shared(draws), "too many": Shared([*draws, *draws, *draws]), **{str(d): d for d in draws}}
+    found = evaluate(model, task, problems, arms, sampling=sampling).arms
+    for i in range(len(problems)):
+        assert found["shared"].length[i] == found[str(draws[i % 3])].length[i] == found["too many"].length[i]
+    with pytest.raises(ValueError, match="has no draw to pool"):
+        evaluate(model, task, problems, {"none": Shared([])}, sampling=sampling)
 
 
 def test_pooled_draws_are_samples_of_one_arm():

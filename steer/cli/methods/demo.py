@@ -27,21 +27,18 @@ class Demo:
     draws: int
     n_sweep: int
     batch_size: int
-    heads: tuple[float, ...]
-    kinds: tuple["steer.methods.thinkedit.Kind", ...]
+    settings: "tuple[ThinkEditSetting, ...]"
     threads: int | None = None
-
-    def settings(self) -> "tuple[ThinkEditSetting, ...]":
-        """Without the centred ranking where the choice is among a few."""
-        every = steer.methods.thinkedit_run.grid(self.heads, self.kinds)
-        return every if len(self.heads) > 1 else tuple(setting for setting in every if setting.ranking == "raw")
 
 
 def demos() -> dict[str, Demo]:
     """By model: of the small one all settings, with sweeps; of the large one, which takes longer, four settings."""
-    run = steer.methods.thinkedit_run
-    tiny = Demo("chains", 1500, 1000, 400, 5, 200, 256, run.HEAD_SHARES, run.KINDS, threads=1)
-    return {"organism": tiny, "reasoner": Demo("stories", 120, 200, 60, 1, 0, 64, (0.06,), ("project", "replace"))}
+    of = steer.methods.thinkedit.ThinkEditSetting
+    four = tuple(of(kind, place, "raw") for kind in ("project", "replace") for place in ("thinking", "first"))
+    return {
+        "organism": Demo("chains", 1500, 1000, 400, 5, 200, 256, steer.methods.thinkedit_run.grid(), threads=1),
+        "reasoner": Demo("stories", 120, 200, 60, 2, 0, 64, four),
+    }
 
 
 def demo_(
@@ -60,7 +57,7 @@ def demo_(
 
     if model not in demos():
         raise ValueError(f"There is no demo of {model!r}, but of {' and '.join(demos())}: see steer thinkedit.")
-    demo, settings = demos()[model], demos()[model].settings()
+    demo = demos()[model]
     if demo.threads is not None:
         torch.set_num_threads(demo.threads)  # tiny matrices: more threads only wait for each other
     transformers.utils.logging.disable_progress_bar()
@@ -69,10 +66,10 @@ def demo_(
     sizes: dict[str, Any] = {
         "n_probe": demo.n_probe, "n_select": demo.n_select, "n_report": n or demo.n, "samples": 1
     }  # fmt: skip
-    work = thinkedit_work(settings, draws=demo.draws, n_sweep=demo.n_sweep, **sizes)
+    work = thinkedit_work(demo.settings, n_sweep=demo.n_sweep, **sizes)
     with probes.generation.progress(work.completions, label="editing"):
         run = steer.methods.thinkedit_run.thinkedit(
-            model, demo.task, settings=settings, control_draws=demo.draws, batch_size=demo.batch_size,
+            model, demo.task, settings=demo.settings, control_draws=demo.draws, batch_size=demo.batch_size,
             store=folder.with_name(f"{folder.name}.completions"), seed=seed, **sizes,
         )  # fmt: skip
         finish(run, folder, demo.n_sweep, demo.batch_size, as_json)

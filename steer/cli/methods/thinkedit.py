@@ -66,7 +66,9 @@ def thinkedit_(
         list[float] | None, typer.Option(callback=_heads, help="Numbers or shares of heads to choose from.")
     ] = None,
     kind: Annotated[list[str] | None, typer.Option(help="project, replace, one_sided: edits to choose from.")] = None,
-    control_draws: Annotated[int, typer.Option(min=1, help="Random heads, and random directions.")] = 5,
+    control_draws: Annotated[
+        int, typer.Option(min=1, help="Of random heads, and of random directions; they share the problems.")
+    ] = 5,
     n: Count = 1000,
     n_probe: Problems = None,
     n_select: Problems = None,
@@ -104,7 +106,7 @@ def thinkedit_(
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=None, seed=seed)
     splits = split_sizes(n, n_probe=n_probe, n_select=n_select, n_report=n_report)
     sizes: dict[str, Any] = {**splits, "samples": samples}
-    work = thinkedit_work(settings, draws=control_draws, n_sweep=sweep, **sizes)
+    work = thinkedit_work(settings, n_sweep=sweep, **sizes)
     if dry_run:
         problems = source.sample(splits["n_probe"], "probe", seed=seed)
         tell(work, loaded, [problem.question for problem in problems], sampling, batch_size, as_json)
