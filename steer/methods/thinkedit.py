@@ -62,6 +62,19 @@ class ThinkEditSetting:
 PUBLISHED = ThinkEditSetting()
 
 
+def n_edited(heads: float, total: int) -> int:
+    """A number of heads as given, or a share of the `total`, at least one. Raises ValueError where there are fewer.
+
+    >>> from steer.methods.thinkedit import n_edited
+    >>> n_edited(0.06, 32), n_edited(5, 32)
+    (2, 5)
+    """
+    count = max(1, round(heads * total)) if heads < 1 else int(heads)
+    if count > total:
+        raise ValueError(f"{count} heads are asked for, but the model has {total}.")
+    return count
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class LengthSplit(Brief):
     """Completions that thought briefly and at length; the cut-offs are in thinking tokens, both excluded.
@@ -231,8 +244,4 @@ class LengthReading(Brief):
 
     def count(self, heads: float) -> int:
         """A number of heads as given, or a share of all heads, at least one."""
-        total = self.short_writes.numel()
-        count = max(1, round(heads * total)) if heads < 1 else int(heads)
-        if count > total:
-            raise ValueError(f"{count} heads are asked for, but the model has {total}.")
-        return count
+        return n_edited(heads, self.short_writes.numel())

@@ -16,6 +16,7 @@ from probes.directions.direction import Direction
 from probes.evidence._separation import separation
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
+from probes.model.architectures import n_heads, n_layers
 from probes.model.loading import load
 from probes.tables import Shown, Table
 from steer.checkpoints._diff import Difference
@@ -25,7 +26,16 @@ from steer.evaluation.evaluation import Evaluation
 from steer.folding._export import export
 from steer.folding._fold import check_folds, fold_error, folded
 from steer.folding.draft import NotFoldable
-from steer.methods.thinkedit import PUBLISHED, Kind, LengthReading, LengthSplit, Position, Ranking, ThinkEditSetting
+from steer.methods.thinkedit import (
+    PUBLISHED,
+    Kind,
+    LengthReading,
+    LengthSplit,
+    Position,
+    Ranking,
+    ThinkEditSetting,
+    n_edited,
+)
 from steer.recipes.recipe import Recipe
 from steer.tasks.named import task_named
 from steer.tasks.task import Task
@@ -168,6 +178,9 @@ def thinkedit(
     model = load(model) if isinstance(model, str) else model
     task = task_named(task) if isinstance(task, str) else task
     sampling = sampling or Sampling.of(model, max_new_tokens=task.max_new_tokens, seed=seed)
+    settings = settings or grid()
+    for setting in settings:  # before anything is generated
+        n_edited(setting.heads, n_layers(model) * n_heads(model))
     stored = partial(within, store)
     attempt = partial(solve, model, sampling=sampling, batch_size=batch_size)
     compare = partial(evaluate, model, task, samples=samples, sampling=sampling, batch_size=batch_size)
@@ -175,7 +188,7 @@ def thinkedit(
     split = _split(probed, cutoffs, share)
     readings = {position: LengthReading.of(model, split, position=position) for position in POSITIONS}
 
-    recipes = {setting: readings[setting.position].recipe(setting) for setting in settings or grid()}
+    recipes = {setting: readings[setting.position].recipe(setting) for setting in settings}
     problems = task.sample(n_select, "select", seed=seed)
     tried = {str(setting): recipe for setting, recipe in recipes.items()}
     selection = compare(problems, tried, store=stored("select"))

@@ -158,6 +158,7 @@ thinkedit organism -o new --short 9 --long 3          | --short 9 is above --lon
 thinkedit organism -o new --short nan --long 3        | '--short': nan is no finite number.
 thinkedit organism -o new --heads 0                   | '--heads': 0 is neither a number of heads nor a share
 thinkedit organism -o new --heads 1.5                 | '--heads': 1.5 is neither a number of heads nor a share
+thinkedit organism -o new --heads 33                  | 33 heads are asked for, but the model has 32.
 thinkedit organism -o new --kind nonsense             | 'nonsense' is not a kind of edit. Known: project
 thinkedit organism -o new --kind one_sided            | --kind one_sided acts at run time
 thinkedit organism -o new --control-draws 0           | '--control-draws': it must be at least 1.
@@ -168,6 +169,7 @@ rice organism -o new --marker +zzz --n-probe 5        | None of zzz occurs in th
 rice organism -o new --top 0                          | '--top': it must be at least 1.
 rice organism -o new --strength inf                   | '--strength': inf is no finite number.
 rice organism -o new --scope where                    | 'where' is no scope.
+demo smollm2                                          | There is no demo of 'smollm2', but of organism and
 demo -o empty                                         | empty exists. Name another output folder
 demo -n 0                                             | '--n' / '-n': it must be at least 1.
 report nothing                                        | nothing holds no run.json
