@@ -106,7 +106,7 @@ def test_the_edit_lengthens_what_was_brief_and_its_control_does_not(thinkedit_na
     evaluation = thinkedit_names["evaluation"]
     plain, edited = (evaluation.score(arm, "marked") for arm in ("plain", "edited"))
     assert f"{edited.accuracy:.0%}, the plain one in {plain.accuracy:.0%}" in capsys.readouterr().out
-    assert edited.length > 1.5 * plain.length > 1.5 * evaluation.score("lowest heads", "marked").length
+    assert edited.length > 1.5 * max(plain.length, evaluation.score("lowest heads", "marked").length)
     assert evaluation.score("edited").accuracy > evaluation.score("plain").accuracy
 
 

@@ -76,6 +76,15 @@ def train_reasoner(
 
     About six minutes on a large GPU; on a CPU days. `load` and `open_delta` take the folders. Raises ImportError where
     peft is not installed, FileExistsError where the folder exists.
+
+    >>> from pathlib import Path
+    >>> from steer.training import train_reasoner
+    >>> Path("taken").mkdir()
+    >>> try:
+    ...     train_reasoner("taken")
+    ... except FileExistsError as error:
+    ...     print(error)
+    taken exists. Name another output folder, or remove it first.
     """
     if find_spec("peft") is None:
         raise ImportError("Adapters are trained with the package peft: pip install 'thinksteer[lora]'.")

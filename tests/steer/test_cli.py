@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from probes.model.loading import ORGANISM, load
 from probes.model.sites import Site
 from steer.cli.main import main
+from steer.cli.methods import demo
 from steer.interventions.activation import Add
 from steer.recipes.recipe import Recipe
 
@@ -34,7 +36,10 @@ def last_json(result):
     return json.loads(out.splitlines()[-1])
 
 
-def test_demo_ends_with_one_json_object(steer, tmp_path):
+def test_demo_ends_with_one_json_object(steer, tmp_path, monkeypatch):
+    whole = demo.demos()["organism"]
+    few = replace(whole, n_probe=300, n_select=60, n_sweep=20, settings=whole.settings[12:20:2])
+    monkeypatch.setattr(demo, "demos", lambda: {"organism": few})
     facts = last_json(steer("demo", "-n", "150", "-o", "out", "--json"))
     assert set(facts["direction"]) == {"auroc", "layer", "norm_over_stream_norm"}
     assert 0.5 < facts["direction"]["auroc"] <= 1
