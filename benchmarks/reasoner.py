@@ -19,7 +19,7 @@ import reasoner_methods
 METHODS = (
     "plain", "thinkedit", "alpha", "length", "efficient", "seals", "behaviour", "representation",
     "representation_organism", "vector", "dial", "decoding", "prompts", "closing", "loop", "cue",
-    "off_target",
+    "off_target", "held_out",
 )  # fmt: skip
 
 

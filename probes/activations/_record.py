@@ -60,9 +60,9 @@ def span_means(
     residual stream whose norm is more than 3 times the median of their sequence and is held, for more than half of its
     square, by one coordinate. They carry a large constant, which says nothing of the text (Sun et al. 2024, Massive
     Activations; Xiao et al. 2024, StreamingLLM); a norm that is large in many coordinates is kept. A span that holds
-    nothing else is read as it is. Batches are cut by length and by a budget of tokens, padded on the right. Layers
-    above the highest site are not computed, and nothing longer than a span's mean is kept. Raises what
-    `probes.model.captured` does for a site that the model does not have.
+    nothing else is read as it is. A sequence is read once, however many spans it has. Batches are cut by length and by
+    a budget of tokens, padded on the right. Layers above the highest site are not computed, and nothing longer than a
+    span's mean is kept. Raises what `probes.model.captured` does for a site that the model does not have.
 
     >>> from probes import Site, load
     >>> from probes.activations import span_means
@@ -74,24 +74,45 @@ def span_means(
     [0, 1] (2, 96) (2,)
     """
     top = max(site.layer for site in sites)
+    owners: dict[tuple[int, ...], list[int]] = {}
+    for number, span in enumerate(spans):
+        owners.setdefault(span.ids, []).append(number)
+    texts = [spans[numbers[0]] for numbers in owners.values()]
     with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
-        for rows in batches(model, spans, batch_tokens):
-            batch = [spans[row] for row in rows]
-            width = max(len(span.ids) for span in batch)
-            ids = torch.tensor([[*s.ids, *[s.ids[-1]] * (width - len(s.ids))] for s in batch], device=model.device)
-            places = torch.arange(width)
-            real = places < torch.tensor([[len(s.ids)] for s in batch])
-            wanted = (places >= torch.tensor([[s.start] for s in batch])) & (
-                places < torch.tensor([[s.stop] for s in batch])
-            )
-            read = SpanBatch(rows, {}, {}, {}, {})
+        for rows in batches(model, texts, batch_tokens):
+            own = [owners[texts[row].ids] for row in rows]
+            ids, real = _padded([texts[row].ids for row in rows])
+            wanted, there = _wanted([[spans[number] for number in numbers] for numbers in own], ids.shape[1])
+            read = SpanBatch([number for numbers in own for number in numbers], {}, {}, {}, {})
             with ExitStack() as stack:
                 for site in sites:
-                    reduce_spans = partial(_reduce, site=site, real=real, wanted=wanted, keep=keep_sinks, into=read)
+                    reduce_spans = partial(
+                        _reduce, site=site, real=real, wanted=wanted, there=there, keep=keep_sinks, into=read
+                    )
                     stack.enter_context(hook_site(model, site, reduce_spans))
-                forward_through(model, top, ids, real.long().to(ids.device))
+                forward_through(model, top, ids.to(model.device), real.long().to(model.device))
             yield read
-            bar.update(len(rows))
+            bar.update(len(read.rows))
+
+
+def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+    """Rows filled up on the right, and which of their positions are real."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
+    return ids, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+
+
+def _wanted(
+    spans: Sequence[Sequence[Span]], width: int
+) -> tuple[Bool[Tensor, "batch spans pos"], Int[Tensor, " all_spans"]]:
+    """The positions of each row's spans, of which rows have as many as the one with most: their first fills up. And
+    where, in rows and spans laid end to end, those are that were asked for."""
+    most = max(map(len, spans))
+    filled = [[*own, *[own[0]] * (most - len(own))] for own in spans]
+    starts, stops = (torch.tensor([[getattr(s, end) for s in own] for own in filled]) for end in ("start", "stop"))
+    places = torch.arange(width)
+    there = [most * row + i for row, own in enumerate(spans) for i in range(len(own))]
+    return (places >= starts[..., None]) & (places < stops[..., None]), torch.tensor(there)
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,30 +181,30 @@ def record(
 def kept(
     x: Float[Tensor, "batch pos width"],
     norms: Float[Tensor, "batch pos"],
-    wanted: Bool[Tensor, "batch pos"],
+    wanted: Bool[Tensor, "batch *spans pos"],
     real: Bool[Tensor, "batch pos"],
     site: Site,
-) -> Bool[Tensor, "batch pos"]:
+) -> Bool[Tensor, "batch *spans pos"]:
     """Those of the `wanted` positions that are no attention sinks; all where none is left. `norms` are those of x."""
-    sink = torch.zeros_like(wanted)
+    sink = torch.zeros_like(real)
     sink[:, 0] = True
     if site.name in ("resid_pre", "resid_mid", "resid_post"):  # elsewhere a norm far above the others is no constant
         median = norms.masked_fill(~real, torch.nan).nanmedian(1, keepdim=True).values
         sink |= (norms > SINK * median) & (x.abs().amax(-1).square() > norms.square() / 2)
-    left = wanted & ~sink
-    return left.where(left.any(1, keepdim=True), wanted)
+    left = wanted & ~(sink if wanted.ndim == sink.ndim else sink[:, None])
+    return left.where(left.any(-1, keepdim=True), wanted)
 
 
-def _reduce(x: Tensor, *, site: Site, real: Tensor, wanted: Tensor, keep: bool, into: SpanBatch) -> None:
-    wide, real, wanted = x.float(), real.to(x.device), wanted.to(x.device)
+def _reduce(x: Tensor, *, site: Site, real: Tensor, wanted: Tensor, there: Tensor, keep: bool, into: SpanBatch) -> None:
+    wide, real, wanted, there = x.float(), real.to(x.device), wanted.to(x.device), there.to(x.device)
     norms = wide.norm(dim=-1)
-    held = norms * wanted
+    held = norms[:, None] * wanted
     chosen = wanted if keep else kept(wide, norms, wanted, real, site)
-    weights = chosen.float() / chosen.sum(1, keepdim=True)
-    into.means[site] = torch.einsum("bp,bpw->bw", weights, wide)
-    into.norms[site] = (weights * norms).sum(1)
-    into.left_out[site] = wanted.sum(1) - chosen.sum(1)
-    into.shares[site] = held.amax(1) / held.sum(1)
+    weights = chosen.float() / chosen.sum(-1, keepdim=True)
+    into.means[site] = (weights @ wide).flatten(0, 1)[there]
+    into.norms[site] = (weights * norms[:, None]).sum(-1).flatten()[there]
+    into.left_out[site] = (wanted.sum(-1) - chosen.sum(-1)).flatten()[there]
+    into.shares[site] = (held.amax(-1) / held.sum(-1)).flatten()[there]
 
 
 def batches(model: PreTrainedModel, spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:

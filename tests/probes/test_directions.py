@@ -84,7 +84,8 @@ def test_batches_of_any_size_read_each_text_once_and_alike(family, batch_tokens)
     alone = [next(span_means(model, [span], sites)) for span in spans]
     seen, sizes = [], []
     for batch in span_means(model, spans, sites, batch_tokens=batch_tokens):
-        sizes.append(len(batch.rows) * max(len(spans[row].ids) for row in batch.rows))
+        texts = {spans[row].ids for row in batch.rows}
+        sizes.append(len(texts) * max(map(len, texts)))
         for i, row in enumerate(batch.rows):
             seen.append(row)
             for site in sites:
@@ -297,3 +298,29 @@ def test_a_length_probe_finds_what_was_planted_and_says_how_well_it_does():
     assert cosine > 0.99
     with pytest.raises(ValueError, match="A length probe needs 20 completions .* but 3 of 3 do"):
         fit_length(model, done[:3], site)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_sequence_is_read_once_however_many_spans_it_has_and_each_is_what_it_is_alone(name):
+    model, rng = build(name), chance.Random(name)
+    rows = [tuple(rng.randrange(5, 60) for _ in range(rng.randrange(6, 20))) for _ in range(5)]
+    spans = []
+    for _ in range(40):
+        ids = rng.choice(rows)
+        start = rng.randrange(len(ids))
+        spans.append(Span(ids, start, rng.randrange(start, len(ids)) + 1))
+    sites = [Site(1, "resid_post"), Site(0, "z", head=1), Site(2, "mlp_out")]
+    seen = []
+    model.base_model.embed_tokens.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    together = {site: {} for site in sites}
+    for batch in span_means(model, spans, sites, batch_tokens=40):
+        for site in sites:
+            facts = zip(batch.means[site], batch.norms[site], batch.left_out[site], batch.shares[site], strict=True)
+            together[site] |= dict(zip(batch.rows, facts, strict=True))
+    assert sum(seen) == len({span.ids for span in spans})
+    for number, span in enumerate(spans):
+        (alone,) = span_means(model, [span], sites)
+        for site in sites:
+            facts = (alone.means[site][0], alone.norms[site][0], alone.left_out[site][0], alone.shares[site][0])
+            for one, other in zip(together[site][number], facts, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
