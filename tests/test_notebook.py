@@ -150,7 +150,10 @@ def test_the_third_notebook_sets_one_recipe_beside_its_controls_and_baselines(ev
     assert result.score("at most 40 thinking tokens").length <= 43  # and three tokens that close
     controls = ("random direction", "shuffled labels", "random direction, same KL")
     assert set(controls) <= set(swept.report.arms)
-    assert all(swept.report.score(name).difference < swept.report.score("0.5").difference for name in controls)
+    assert all(
+        swept.report.score(name).difference < swept.report.score(f"strength {swept.selected:+g}").difference
+        for name in controls
+    )
 
 
 def test_the_weight_space_notebook_adds_what_was_learned_and_turns_the_dial():
