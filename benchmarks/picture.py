@@ -21,6 +21,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from probes.figures import Point, pareto_front
+from probes.figures.style import error_bars
 
 HERE = Path(__file__).parent
 TABLES = {  # headings of RESULTS.md, and how the picture calls them
@@ -132,8 +133,7 @@ def _scatter(drawn: go.Figure, which: list[Dot], name: str, colour: str, mark: s
     x, y = [dot.point.length for dot in which], [dot.point.accuracy for dot in which]
 
     def bars(values: list, ranges: list) -> dict:
-        above, below = ([abs(r[side] - v) for v, r in zip(values, ranges, strict=True)] for side in (1, 0))
-        return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 0.7, "width": 0}
+        return error_bars(values, ranges) | {"thickness": 0.7, "width": 0}
 
     drawn.add_scatter(
         x=x, y=y, mode="markers", name=name, legendgroup=name,

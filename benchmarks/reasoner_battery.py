@@ -1,7 +1,6 @@
 """What arms that win change besides: neutral text, prompts that need no reasoning, a domain never trained on."""
 
 import argparse
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from probes.generation import generate
 from probes.model import tokenizer_of
 from probes.tables import Table
 from probes.thinking import Span
-from steer import Recipe, applied, task_named
-from steer.deltas import dialled, open_delta
+from steer import task_named
+from steer.deltas import open_delta
 from steer.evaluation import interval_of_mean
 from steer.methods.thinkedit import LengthReading, ThinkEditSetting
 from steer.runtime import log_probabilities
@@ -52,7 +51,7 @@ def off_target(options: argparse.Namespace) -> dict:
     """Perplexity of neutral text, and answers to prompts that need no reasoning."""
     bench = Bench.of(options)
     rows = [
-        (name, *neutral(bench, arm), *unreasoned(bench, arm)) for name, arm in {"plain": None, **winners(bench)}.items()
+        (name, neutral(bench, arm), *unreasoned(bench, arm)) for name, arm in {"plain": None, **winners(bench)}.items()
     ]
     columns = (
         "arm", "perplexity of neutral text [95 % of its ratio to plain]", "thinking tokens", "answer tokens",
@@ -70,33 +69,29 @@ def off_target(options: argparse.Namespace) -> dict:
 def held_out(options: argparse.Namespace) -> dict:
     """The winners, on the domain that the model was not taught."""
     bench = Bench.of(options)
-    minutes = replace(bench, task=task_named("stories-minutes"), folder=bench.folder.with_name("minutes"))
+    minutes = replace(
+        bench, task=task_named("stories-minutes"), folder=bench.folder.with_name(f"{bench.folder.name}-minutes")
+    )
     minutes.folder.mkdir(exist_ok=True)
     return {"arms": told("Minutes", minutes.report(winners(bench)))}
 
 
-def _with(bench: Bench, arm: Draw):
-    if isinstance(arm, tuple):
-        return dialled(bench.model, *arm)
-    return applied(bench.model, arm, must_run=False, must_fire=False) if isinstance(arm, Recipe) else nullcontext()
-
-
-def neutral(bench: Bench, arm: Draw) -> tuple[np.ndarray]:
+def neutral(bench: Bench, arm: Draw) -> np.ndarray:
     """Mean nats a token of each paragraph, from its second token on."""
     texts = (Path(__file__).parent / "neutral.txt").read_text().strip().split("\n\n")
     rows = [tuple(tokenizer_of(bench.model)(text)["input_ids"]) for text in texts]
     found = []
-    with _with(bench, arm):
+    with bench.under(arm, must_fire=False):
         for ids in rows:
             logp = log_probabilities(bench.model, [Span(ids, 0, len(ids))], None)[0]
             found.append(-logp[:-1].gather(1, torch.tensor(ids[1:], device=logp.device)[:, None]).mean().item())
-    return (np.array(found),)
+    return np.array(found)
 
 
 def unreasoned(bench: Bench, arm: Draw) -> tuple[str, str, str, str]:
     """Lengths and format of greedy answers to prompts that need no reasoning."""
     greedy = replace(bench.sampling, temperature=0.0)
-    with _with(bench, arm):
+    with bench.under(arm, must_fire=False):
         done = generate(bench.model, list(ASKED), sampling=greedy, batch_size=len(ASKED))
     tokenizer = tokenizer_of(bench.model)
     answers = [len(tokenizer(c.answer, add_special_tokens=False)["input_ids"]) for c in done]

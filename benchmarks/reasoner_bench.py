@@ -1,8 +1,8 @@
 """What every table of the reasoner shares: its problems, a store that resumes, arms, and how they are told."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -75,11 +75,7 @@ class Bench:
         self, name: str, problems: Sequence[Problem], draw: Draw = None, *, samples: int = 1
     ) -> list[Completion]:
         """One draw: the model as it is, with a recipe, under a control, otherwise prompted, or with other weights."""
-        delta, strength = (draw if isinstance(draw, tuple) else (draw, 1.0)) if _is_delta(draw) else (None, 1.0)
-        with (
-            dialled(self.model, delta, strength) if delta is not None else nullcontext(),
-            applied(self.model, draw, must_run=False) if isinstance(draw, Recipe) else nullcontext(),
-        ):
+        with self.under(draw):
             clean = "".join(c if c.isalnum() or c in "+-." else "_" for c in name)
             return solve(
                 self.model, problems, sampling=self.sampling, samples=samples, batch_size=self.batch_size,
@@ -87,6 +83,17 @@ class Bench:
                 style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
                 store=self.folder / f"{clean}-{fingerprint(self.model)}.jsonl", grader=self.task.grader, label=name,
             )  # fmt: skip
+
+    @contextmanager
+    def under(self, draw: Draw, *, must_fire: bool = True) -> Iterator[None]:
+        """The model with a recipe at work, or with other weights; as it is for all other draws."""
+        with ExitStack() as stack:
+            if isinstance(draw, Recipe):
+                stack.enter_context(applied(self.model, draw, must_run=False, must_fire=must_fire))
+            elif isinstance(draw, WeightDelta | tuple):
+                delta, strength = draw if isinstance(draw, tuple) else (draw, 1.0)
+                stack.enter_context(dialled(self.model, delta, strength))
+            yield
 
     def pooled(self, name: str, make: Callable[[int], Draw], draws: int = DRAWS) -> list[Completion]:
         """A null of several draws that share the problems out among them, so that they are n together."""
@@ -110,10 +117,6 @@ class Bench:
 
     def asked_otherwise(self, name: str, change: Callable[[Problem], str]) -> list[Completion]:
         return self.solved(name, [replace(problem, question=change(problem)) for problem in self.problems])
-
-
-def _is_delta(draw: object) -> bool:
-    return isinstance(draw, WeightDelta | tuple)
 
 
 def told(title: str, report: Evaluation) -> dict:
