@@ -55,7 +55,9 @@ def thinkedit_work(
     defaults = {name: x.default for name, x in signature(steer.report.RunRecord.of).parameters.items()}
     doses = len(defaults["strengths"]), len(defaults["layer_strengths"])
     swept = sum(1 + strengths * (1 + defaults["draws"]) for strengths in doses) * min(n_sweep, n_select)
-    return Work(n_probe + samples * ((1 + len(set(settings))) * n_select + arms * n_report) + swept + 6)
+    kinds = len({setting.kind for setting in settings})
+    chosen = steer.evaluation.selection.n_solved(len(set(settings)), n_select, n_kinds=kinds)
+    return Work(n_probe + samples * (chosen + arms * n_report) + swept + 6)
 
 
 def rice_work(
@@ -63,7 +65,8 @@ def rice_work(
 ) -> Work:
     """On the report split: plain, each strength, the controls, renormalised, random experts, lowest scores."""
     report = 1 + strengths + controls + 1 + draws + 1
-    return Work(n_probe + samples * ((1 + tops * strengths) * n_select + report * n_report))
+    chosen = steer.evaluation.selection.n_solved(tops * strengths, n_select)
+    return Work(n_probe + samples * (chosen + report * n_report))
 
 
 def tell(

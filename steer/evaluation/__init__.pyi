@@ -13,6 +13,8 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import Score as Score
 from .outcomes import Outcomes as Outcomes
 from .outcomes import repetition as repetition
+from .selection import Selection as Selection
+from .selection import select as select
 from .statistics import adjusted as adjusted
 from .statistics import interval_of_mean as interval_of_mean
 from .statistics import mcnemar as mcnemar

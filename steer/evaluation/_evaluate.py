@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import cast
@@ -82,34 +83,48 @@ def evaluate(
     if empty := [name for name, arm in arms.items() if not _draws(arm)]:
         raise ValueError(f"The arm {empty[0]!r} is an empty list: it has no draw to pool.")
 
-    def completions_of(name: str, draw: Draw, problems: Sequence[Problem]) -> Sequence[Completion]:
-        if not (draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle)):
-            return draw
-        subject = draw if isinstance(draw, PreTrainedModel) else model
-        with applied(model, draw, must_run=False) if isinstance(draw, Recipe) else nullcontext():
-            return solve(
-                subject,
-                problems,
-                sampling=sampling,
-                samples=samples,
-                batch_size=batch_size,
-                control=draw if isinstance(draw, DecodingControl) else None,
-                style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
-                store=within(store, _file_of(name, subject, draw)),
-                grader=task.grader,
-                label=name,
-            )
-
-    outcomes = {PLAIN: Outcomes.of(completions_of(PLAIN, baseline, problems), problems, task)}
+    attempt = partial(solve_with, model, task, sampling=sampling, samples=samples, batch_size=batch_size, store=store)
+    outcomes = {PLAIN: Outcomes.of(attempt(PLAIN, baseline, problems), problems, task)}
     for name, arm in arms.items():
         draws = _draws(arm)
         names = [name if len(draws) == 1 else f"{name} {i}" for i in range(len(draws))]
         shares = [problems[i :: len(draws)] if isinstance(arm, Shared) else problems for i in range(len(draws))]
-        made = [completions_of(*part) for part in zip(names, draws, shares, strict=True) if part[2]]
+        made = [attempt(*part) for part in zip(names, draws, shares, strict=True) if part[2]]
         if isinstance(arm, Shared):
             made = [[completion for part in made for completion in part]]
         outcomes[name] = Outcomes.pooled([Outcomes.of(part, problems, task) for part in made])
     return Evaluation(task, tuple(problems), outcomes)
+
+
+def solve_with(
+    model: PreTrainedModel,
+    task: Task,
+    name: str,
+    draw: Draw,
+    problems: Sequence[Problem],
+    *,
+    sampling: Sampling,
+    samples: int,
+    batch_size: int,
+    store: Path | None,
+) -> Sequence[Completion]:
+    """The problems under one draw; completions made elsewhere are what they are."""
+    if not (draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle)):
+        return draw
+    subject = draw if isinstance(draw, PreTrainedModel) else model
+    with applied(model, draw, must_run=False) if isinstance(draw, Recipe) else nullcontext():
+        return solve(
+            subject,
+            problems,
+            sampling=sampling,
+            samples=samples,
+            batch_size=batch_size,
+            control=draw if isinstance(draw, DecodingControl) else None,
+            style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
+            store=within(store, _file_of(name, subject, draw)),
+            grader=task.grader,
+            label=name,
+        )
 
 
 @checked

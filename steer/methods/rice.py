@@ -32,6 +32,7 @@ from steer.checkpoints.card import Section
 from steer.decoding.control import DecodingControl
 from steer.evaluation._evaluate import Arm, evaluate, solve, within
 from steer.evaluation.evaluation import Evaluation
+from steer.evaluation.selection import Selection, select
 from steer.evaluation.statistics import interval_of_mean
 from steer.folding._export import export
 from steer.interventions.routing import Reinforce
@@ -119,7 +120,7 @@ class RiceRun(Shown):
     association: Association
     selected: RiceSetting
     recipe: Recipe
-    selection: Evaluation
+    selection: Selection
     report: Evaluation
 
     @property
@@ -136,12 +137,12 @@ class RiceRun(Shown):
         left = f" Left out, as they never occur: {', '.join(a.left_out)}." if a.left_out else ""
         words = (
             f"Score: sum of sign × nPMI over {marked}, among {a.tokens} tokens.{left} Setting: {self.selected}, chosen "
-            f"by accuracy among {len(self.selection.arms) - 1} on a split of its own. Sampling: {self.sampling}."
+            f"by accuracy among {self.selection.n_settings} on a split of its own. Sampling: {self.sampling}."
         )
         sections = [
             Section("Before and after", "On problems that no selection saw, paired by problem.", self.report.table()),
             Section("Experts", words, a.table()),
-            Section("Selection", "All settings, on the selection split.", self.selection.table()),
+            Section("Selection", "All settings, each in its last round.", self.selection.table()),
         ]
         return export(
             self.model, self.recipe, folder, sections=sections, extras={"rice.json": json.dumps(self.to_dict()) + "\n"}
@@ -229,9 +230,12 @@ def rice(
 
     settings = [RiceSetting(count, strength) for count, strength in product(top, strengths)]
     recipes = {s: recipe(model, association.top(s.top), s.strength, scope=scope) for s in settings}
-    arms: dict[str, Arm] = {str(setting): recipe for setting, recipe in recipes.items()}
-    selection = compare(task.sample(n_select, "select", seed=seed), arms, store=stored("select"))
-    selected = max(settings, key=lambda setting: selection.score(str(setting)).accuracy)
+    tried = {str(setting): setting for setting in settings}
+    selection = select(
+        model, task, task.sample(n_select, "select", seed=seed), {name: recipes[s] for name, s in tried.items()},
+        sampling=sampling, samples=samples, batch_size=batch_size, store=stored("select"),
+    )  # fmt: skip
+    selected = tried[selection.best()[0]]
 
     shown: dict[str, Arm] = {str(s): recipe for s, recipe in recipes.items() if s.top == selected.top}
     other = nulls(model, association, selected, scope=scope, draws=draws, seed=seed)

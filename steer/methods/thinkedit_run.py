@@ -23,6 +23,7 @@ from steer.checkpoints._diff import Difference
 from steer.checkpoints.card import Section
 from steer.evaluation._evaluate import Arm, Shared, evaluate, solve, within
 from steer.evaluation.evaluation import Evaluation
+from steer.evaluation.selection import Selection, select
 from steer.folding._export import export
 from steer.folding._fold import check_folds, fold_error, folded
 from steer.folding.draft import NotFoldable
@@ -78,7 +79,7 @@ class ThinkEditRun(Shown):
     selected: ThinkEditSetting
     recipe: Recipe
     heads: tuple[Head, ...]
-    selection: Evaluation
+    selection: Selection
     report: Evaluation
     auroc: float
 
@@ -96,7 +97,7 @@ class ThinkEditRun(Shown):
         birth = (
             f"Length direction at {d.site}: {p.estimator}, {p.n_positive} long less {p.n_negative} short completions, "
             f"norm {d.norm / d.stream_norm:.2f} of the stream's, AUROC {self.auroc:.3f} on held-out completions. "
-            f"Setting: {self.selected}, chosen by accuracy among {len(self.selection.arms) - 1} on a split of its own. "
+            f"Setting: {self.selected}, chosen by accuracy among {self.selection.n_settings} on a split of its own. "
             f"Sampling: {self.sampling}. Versions: {p.versions}. Data: {p.data}."
         )
         sections = [
@@ -106,7 +107,7 @@ class ThinkEditRun(Shown):
                 self.report.table(),
             ),
             Section("Provenance", birth),
-            Section("Selection", "All settings, on the selection split.", self.selection.table()),
+            Section("Selection", "All settings, each in its last round.", self.selection.table()),
         ]
         return export(self.model, self.recipe, folder, sections=sections, extras=extras)
 
@@ -160,12 +161,12 @@ def thinkedit(
     """ThinkEdit (Sun et al. 2025) on a model and a task, beside its nulls.
 
     Three splits that share no problem: completions of the *probe* problems give directions and heads; the best of
-    `settings` that folds is chosen by accuracy on the *select* problems; every arm is measured on the *report*
-    problems. Short and long are cut at `cutoffs` thinking tokens (the paper's are 100 and 1000), or else at the
-    quantiles `share` and 1 - `share`. Arms: plain, published, edited, the best one-sided (run time only), and as
-    nulls the same edit on random heads, on the lowest-scored heads, and along random directions; `control_draws` of
-    each random one share the problems out among them. With `store`, a folder, completions are kept there: a run that
-    was killed, started again, goes on where it stopped.
+    `settings` that folds is chosen by accuracy on the *select* problems, in rounds (`steer.evaluation.select`); every
+    arm is measured on the *report* problems. Short and long are cut at `cutoffs` thinking tokens (the paper's are 100
+    and 1000), or else at the quantiles `share` and 1 - `share`. Arms: plain, published, edited, the best one-sided
+    (run time only), and as nulls the same edit on random heads, on the lowest-scored heads, and along random
+    directions; `control_draws` of each random one share the problems out among them. With `store`, a folder,
+    completions are kept there: a run that was killed, started again, goes on where it stopped.
 
     Raises ValueError where a class is too small, the model has no thinking delimiters, or its family is unknown.
 
@@ -190,9 +191,13 @@ def thinkedit(
 
     recipes = {setting: readings[setting.position].recipe(setting) for setting in settings}
     problems = task.sample(n_select, "select", seed=seed)
-    tried = {str(setting): recipe for setting, recipe in recipes.items()}
-    selection = compare(problems, tried, store=stored("select"))
-    best = sorted(recipes, key=lambda setting: -selection.score(str(setting)).accuracy)
+    tried = {str(setting): setting for setting in settings}
+    selection = select(
+        model, task, problems, {name: recipes[setting] for name, setting in tried.items()},
+        kinds={name: setting.kind for name, setting in tried.items()}, sampling=sampling, samples=samples,
+        batch_size=batch_size, store=stored("select"),
+    )  # fmt: skip
+    best = [tried[name] for name in selection.best()]
     selected = _first_that_folds(model, best, recipes)
     one_sided = next((setting for setting in best if setting.kind == "one_sided"), None)
 

@@ -7,6 +7,7 @@ from typing import Any
 from probes.fields import from_plain, keys_of, plain
 from probes.files import check_keys
 from steer.evaluation.evaluation import Evaluation, Score
+from steer.evaluation.selection import Selection
 from steer.methods.thinkedit_run import ThinkEditRun
 
 
@@ -28,7 +29,9 @@ class ArmRecord:
 
 @dataclass(frozen=True)
 class ArmsRecord:
-    """Arms by name. `subgroup` names the marked problems; `problems` and `samples` are those of the report split."""
+    """Arms by name. `subgroup` names the marked problems; `problems` and `samples` are those of the report split.
+
+    Of the selection each arm's score is that of its last round."""
 
     subgroup: str | None
     problems: int
@@ -64,12 +67,13 @@ class ArmsRecord:
         return cls(group, rows["problems"], rows["samples"], **parts)
 
 
-def _scores(evaluation: Evaluation, group: str | None) -> dict[str, ArmRecord]:
-    marked = group is not None and group in evaluation.groups()  # a small selection split may hold none
-    return {
-        arm: ArmRecord(evaluation.score(arm), evaluation.score(arm, group) if marked else None)
-        for arm in evaluation.arms
-    }
+def _scores(found: Evaluation | Selection, group: str | None) -> dict[str, ArmRecord]:
+    records = {}
+    for arm in found.arms:
+        problems = (found.last(arm) if isinstance(found, Selection) else found).problems
+        marked = group is not None and any(problem.subgroup == group for problem in problems)  # few may hold none
+        records[arm] = ArmRecord(found.score(arm), found.score(arm, group) if marked else None)
+    return records
 
 
 def _read_arms(part: str, values: object, group: str | None) -> dict[str, ArmRecord]:

@@ -142,7 +142,7 @@ def _splits(run: ThinkEditRun) -> dict[str, str]:
     return {
         "probe": f"{len(split.short)} completions that think in fewer than {split.below:g} tokens, and "
         f"{len(split.long)} in more than {split.above:g}: directions, head scores",
-        "select": f"{select} problems: the choice among {len(run.selection.arms) - 1} settings, the sweeps",
+        "select": f"{select} problems: the choice among {run.selection.n_settings} settings, the sweeps",
         "report": f"{report} problems: the arms, the completions, the AUROC of the edited layer",
     }
 

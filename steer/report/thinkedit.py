@@ -212,13 +212,13 @@ def _arms(arms: ArmsRecord) -> str:
     ]
     names = "".join(f"<li><b>{escape(arm)}</b>: {escape(ARMS[arm])}</li>" for arm in arms.report if arm in ARMS)
     selected = [
-        [arm, number(s.accuracy), signed(s.difference, s.difference_interval), number(s.length, 2)]
+        [arm, s.n, number(s.accuracy), signed(s.difference, s.difference_interval), number(s.length, 2)]
         for arm, s in ((name, scores.overall) for name, scores in arms.selection.items())
     ]
-    others = table(["setting", "accuracy", "against plain", "thinking tokens"], selected)
+    others = table(["setting", "problems", "accuracy", "against plain", "thinking tokens"], selected)
     text = "Paired with the plain model by problem; no choice has seen these problems."
     measured = f'<div id="arms-table">{table(columns, rows)}</div>'
-    selection = folded_away("All settings, on the select split", split_tag("select") + others)
+    selection = folded_away("All settings, on the select split, each in its last round", split_tag("select") + others)
     return split_tag("report") + paragraph(text) + measured + f'<ul class="soft">{names}</ul>' + selection
 
 
