@@ -270,11 +270,20 @@ def representation_organism(options: argparse.Namespace) -> dict:
     problems = task.sample(options.n, "probe")[:128]
     right = [f"{p.question} {p.answer}" for p in problems]
     wrong = [f"{p.question} {(int(p.answer) + 3) % 10}" for p in problems]
-    return curves(bench, right, wrong, choice)
+    return curves(bench, right, wrong, choice, ratios=(-1.0, -0.5, -0.2, 0.0, 0.2, 0.5, 1.0), shown=0.5)
 
 
-def curves(bench: Bench, right: list[str], wrong: list[str], choice: Callable[[Problem], Choice]) -> dict:
-    model, facts, ratios = bench.model, {}, (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2)
+def curves(
+    bench: Bench,
+    right: list[str],
+    wrong: list[str],
+    choice: Callable[[Problem], Choice],
+    *,
+    ratios: tuple[float, ...] = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2),
+    shown: float = 0.1,
+) -> dict:
+    """The mass of the right answer chooses a layer, at `shown`; at ± that, chains are written."""
+    model, facts = bench.model, {}
     select, report = ([choice(p) for p in which] for which in (bench.few, bench.problems))
     found = {
         "reading": reprs.directions(model, right, estimator="reading"),
@@ -289,7 +298,7 @@ def curves(bench: Bench, right: list[str], wrong: list[str], choice: Callable[[P
     arms, span = {}, range(n_layers(model) // 4, n_layers(model))
     for name, directions in found.items():
         mass = {
-            layer: effect_curve(model, lambda r, d=directions[layer]: at(d, r), select, [0.1]).effects[0].mass
+            layer: effect_curve(model, lambda r, d=directions[layer]: at(d, r), select, [shown]).effects[0].mass
             for layer in span[:: max(1, len(span) // 6)]
         }
         layer = max(mass, key=mass.get)
@@ -301,9 +310,11 @@ def curves(bench: Bench, right: list[str], wrong: list[str], choice: Callable[[P
             "curve": [vars(e) for e in curve.effects],
             "null": [vars(e) for e in null.effects],
         }
-        arms |= {f"{name}, layer {layer} {r:+g}": at(directions[layer], r) for r in (-0.1, 0.1)}
+        arms |= {f"{name}, layer {layer} {r:+g}": at(directions[layer], r) for r in (-shown, shown)}
     d = found["contrast"][facts["contrast"]["layer"]]
-    arms["random directions +0.1"] = bench.pooled("repr random", lambda i: at(random_direction(d, seed=i), 0.1))
+    arms[f"random directions {shown:+g}"] = bench.pooled(
+        f"repr random {shown:+g}", lambda i: at(random_direction(d, seed=i), shown)
+    )
     facts["arms"] = told("Representation Engineering", bench.report(arms))
     return facts
 
