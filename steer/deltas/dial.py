@@ -19,7 +19,7 @@ def dialled(model: PreTrainedModel, delta: WeightDelta, strength: float) -> Iter
     """The model with W + strength · delta in each tensor of the delta *(CoT-Valve, Ma et al. 2025)*.
 
     Between 0 and 1 strength interpolates, beyond 1 it extrapolates. Sums are made in float64 and rounded once to the
-    model's dtype. The old values of the touched tensors are kept, and put back bit for bit however the block ends.
+    model's dtype. The touched tensors are put aside, and back however the block ends.
     Fused experts are taken apart and put together by transformers' own conversion.
     Raises ValueError for tensors that the model does not have, of another shape, quantised, not on a device, or not
     finite, and for the embeddings of another vocabulary.
@@ -39,13 +39,12 @@ def dialled(model: PreTrainedModel, delta: WeightDelta, strength: float) -> Iter
     saved: list[tuple[Tensor, Tensor]] = []
     try:
         for name, parameter in changed.items() if strength else ():
-            new = _turned(model, name, parameter.detach(), delta, strength)
-            saved.append((parameter.detach(), parameter.detach().clone()))
-            parameter.detach().copy_(new)  # the same memory, unknown to autograd
+            saved.append((parameter, parameter.data))
+            parameter.data = _turned(model, name, parameter.detach(), delta, strength).contiguous()
         yield model
     finally:
         for parameter, old in saved:
-            parameter.copy_(old)
+            parameter.data = old
 
 
 def _parameters(model: PreTrainedModel, delta: WeightDelta) -> dict[str, Tensor]:

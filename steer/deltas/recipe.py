@@ -81,7 +81,7 @@ def recipe_delta(model: PreTrainedModel, recipe: Recipe) -> WeightDelta:
     recipe.check(model)
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     tensors: dict[str, Tensor] = {}
-    for parameter, after in drafted(model, recipe).copies.items():
+    for parameter, after in drafted(model, recipe, rounded=False).copies.items():
         change = after.double() - parameter.double()
         tensors |= on_disk(model, names[id(parameter)], change)
     return WeightDelta.of(RecipeDelta(recipe, tensors))

@@ -1,7 +1,7 @@
 """Write a recipe into the weights, so that the plain checkpoint behaves as if steered."""
 
-import copy
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from probes.model.quantised import check_in_memory, check_unwrapped, is_quantise
 from probes.model.sites import Site, SiteName
 from steer.checkpoints.conversions import unmade
 from steer.folding.affine import fold_affine
-from steer.folding.draft import Draft, NeedsBias, NotFoldable
+from steer.folding.draft import Draft, NeedsBias, NotFoldable, twin_of
 from steer.folding.routing import fold_routing
 from steer.interventions.affine import Affine, Linear
 from steer.interventions.routing import RoutingEdit
@@ -69,11 +69,14 @@ def fold(model: PreTrainedModel, recipe: Recipe) -> FoldReport:
     draft = drafted(model, recipe)
     draft.write()
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return FoldReport(tuple(sorted(names[id(parameter)] for parameter in draft.copies)))
+    return FoldReport(tuple(sorted(names[id(parameter)] for parameter in draft.changed)))
 
 
 def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """A copy of the model with the recipe in its weights; a bias is declared where a shift needs one.
+    """The model once more, with the recipe in its weights; a bias is declared where a shift needs one.
+
+    Only what changes takes memory; the other tensors are the model's own. So train or quantise neither of the two in
+    place while the other is in use: `copy.deepcopy` takes them apart.
 
     Raises `NotFoldable` where no change of weights is equal, ValueError for another model's recipe.
 
@@ -88,7 +91,7 @@ def folded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """
     recipe.check(model)
     check_weights(model)
-    twin = copy.deepcopy(model)
+    twin = twin_of(model)
     try:
         draft = drafted(twin, recipe)
     except NeedsBias:
@@ -120,13 +123,13 @@ def check_folds(model: PreTrainedModel, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def declare_bias(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that computes the same function, whose config declares attention biases, and whose biases are zero.
+    """The same function, in a model whose config declares attention biases, and whose biases are zero.
 
-    All else, dtypes of parameters and buffers among it, is as in the model. Raises `NotFoldable` where the family's
+    Its other tensors are the model's own, and all else is as in the model. Raises `NotFoldable` where the family's
     config cannot declare one.
     """
     _bias_key(model)
-    return _declared(copy.deepcopy(model))
+    return _declared(twin_of(model))
 
 
 def _declared(twin: PreTrainedModel) -> PreTrainedModel:
@@ -169,8 +172,8 @@ def fold_error(model: PreTrainedModel, twin: PreTrainedModel, recipe: Recipe, id
 
 
 @torch.no_grad()
-def drafted(model: PreTrainedModel, recipe: Recipe) -> Draft:
-    """What the recipe makes of the weights; the model is not touched."""
+def drafted(model: PreTrainedModel, recipe: Recipe, *, rounded: bool = True) -> Draft:
+    """What the recipe makes of the weights, each layer rounded once it is done; the model is not touched."""
     check_weights(model)
     draft = Draft()
     affines: dict[Site, Affine] = {}
@@ -181,8 +184,11 @@ def drafted(model: PreTrainedModel, recipe: Recipe) -> Draft:
             continue
         site, affine = step.intervention.site, _affine_of(model, step)
         affines[site] = affines[site].then(affine) if site in affines else affine
-    for site in sorted(affines, key=_rank):
-        fold_affine(model, site, affines[site], draft)
+    for _, sites in groupby(sorted(affines, key=_rank), key=lambda site: site.layer):
+        for site in sites:
+            fold_affine(model, site, affines[site], draft)
+        if rounded:
+            draft.round()
     return draft
 
 

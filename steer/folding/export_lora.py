@@ -1,6 +1,5 @@
 """Export a recipe that changes `o_proj` alone as a PEFT LoRA adapter: a few vectors for each layer it changes."""
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from steer.checkpoints.hub import check_repository, push
 from steer.checkpoints.proof import Meant, prove_written
 from steer.folding._fold import check_weights, drafted
 from steer.folding.card import recipe_sections
-from steer.folding.draft import NotFoldable
+from steer.folding.draft import NotFoldable, twin_of
 from steer.recipes.recipe import Recipe
 
 
@@ -99,7 +98,7 @@ def low_rank(model: PreTrainedModel, recipe: Recipe) -> dict[int, LowRank]:
     recipe.check(model)
     check_weights(model)
     twin = _biased(model)
-    draft = drafted(twin, recipe).copies
+    draft = drafted(twin, recipe, rounded=False).copies
     layers, ours = {}, set()
     for layer in range(n_layers(twin)):
         weight, bias = o_proj_of(twin, layer).get_parameter("weight"), o_proj_bias(twin, layer)
@@ -133,7 +132,7 @@ _SHIFT = (
 
 def _biased(model: PreTrainedModel) -> PreTrainedModel:
     """The model once more, sharing every tensor, in which each `o_proj` has a bias to draft a shift in."""
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin = twin_of(model)
     for layer in range(n_layers(twin)):
         if o_proj_bias(twin, layer) is None:
             o_proj = o_proj_of(twin, layer)

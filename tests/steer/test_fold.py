@@ -11,6 +11,7 @@ from probes.model.hooks import captured
 from probes.model.loading import load
 from probes.model.sites import Site
 from steer.checkpoints.writing import write_model
+from steer.deltas import dialled, recipe_delta
 from steer.folding._fold import declare_bias, fold, fold_error, folded
 from steer.folding.draft import NotFoldable
 from steer.interventions.activation import Ablate, Add, Clamp, Rotate, Scale
@@ -187,6 +188,22 @@ def test_a_folded_model_keeps_the_dtype_of_every_parameter_and_buffer(model, tar
     path = path_of(twin, Site(1, "z"))
     assert {name for name in ours if not torch.equal(theirs[name], ours[name])} <= {f"{path}.weight", f"{path}.bias"}
     write_model(edited, tmp_path)  # which proves that dtypes are as they are in memory
+
+
+@torch.no_grad()
+def test_a_folded_model_shares_what_it_does_not_change(model):
+    """And whoever folds or dials the twin changes the twin alone."""
+    recipe = Recipe.of(model, [Ablate(Site(1, "result", 2), torch.ones(32))])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    twin = folded(model, recipe)
+    ours, theirs = model.state_dict(), twin.state_dict()
+    apart = {name for name in ours if ours[name].data_ptr() != theirs[name].data_ptr()}
+    assert apart == {f"{path_of(model, Site(1, 'z'))}.weight"}
+    other = Recipe.of(twin, [Ablate(Site(0, "result", 1), torch.ones(32))])
+    delta = recipe_delta(twin, other)
+    fold(twin, other)
+    with dialled(twin, delta, 2.0):
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @torch.no_grad()
