@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,15 +12,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from probes.activations.moments import Moments
+from probes.activations.reduction import Block, Reduction
 from probes.model.architectures import check_room, rope_groups
 from probes.model.hooks import forward_through, hook_site
 from probes.model.sites import Site
 from probes.tables import Brief
 from probes.thinking.spans import Span
 
-SINK = 3.0
-"""A position of the stream whose norm is more than so many medians of its sequence's, and of whose squared norm one
-coordinate holds more than half, is an attention sink."""
+BATCH_TOKENS = 16_384
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +50,7 @@ def span_means(
     sites: Sequence[Site],
     *,
     keep_sinks: bool = False,
-    batch_tokens: int = 16_384,
+    batch_tokens: int = BATCH_TOKENS,
     label: str = "reading",
 ) -> Iterator[SpanBatch]:
     """Batch by batch, the mean over each span of the activation and of its norm at each site.
@@ -73,26 +72,43 @@ def span_means(
     ...     print(batch.rows, tuple(batch.means[site].shape), tuple(batch.norms[site].shape))
     [0, 1] (2, 96) (2,)
     """
+    for rows, blocks in _read(model, spans, sites, keep_sinks=keep_sinks, batch_tokens=batch_tokens, label=label):
+        read = SpanBatch(rows, {}, {}, {}, {})
+        for block in blocks:
+            for i, site in enumerate(block.sites):
+                read.means[site], read.norms[site] = block.means[i], block.norms[i]
+                read.left_out[site], read.shares[site] = block.left_out[i], block.shares[i]
+        yield read
+
+
+def _read(
+    model: PreTrainedModel,
+    spans: Sequence[Span],
+    sites: Sequence[Site],
+    *,
+    keep_sinks: bool,
+    batch_tokens: int,
+    label: str,
+) -> Iterator[tuple[list[int], list[Block]]]:
+    """Batch by batch, the numbers of the spans that were read, and what was."""
     top = max(site.layer for site in sites)
     owners: dict[tuple[int, ...], list[int]] = {}
     for number, span in enumerate(spans):
         owners.setdefault(span.ids, []).append(number)
     texts = [spans[numbers[0]] for numbers in owners.values()]
+    reduction = Reduction(keep_sinks=keep_sinks)
     with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
         for rows in batches(model, texts, batch_tokens):
             own = [owners[texts[row].ids] for row in rows]
             ids, real = _padded([texts[row].ids for row in rows])
-            wanted, there = _wanted([[spans[number] for number in numbers] for numbers in own], ids.shape[1])
-            read = SpanBatch([number for numbers in own for number in numbers], {}, {}, {}, {})
-            with ExitStack() as stack:
-                for site in sites:
-                    reduce_spans = partial(
-                        _reduce, site=site, real=real, wanted=wanted, there=there, keep=keep_sinks, into=read
-                    )
-                    stack.enter_context(hook_site(model, site, reduce_spans))
+            reduction.begin([[spans[number] for number in numbers] for numbers in own], real)
+            with ExitStack() as hooks:
+                for site in dict.fromkeys(sites):
+                    hooks.enter_context(hook_site(model, site, reduction.at(site)))
                 forward_through(model, top, ids.to(model.device), real.long().to(model.device))
-            yield read
-            bar.update(len(read.rows))
+            read = [number for numbers in own for number in numbers]
+            yield read, reduction.finish()
+            bar.update(len(read))
 
 
 def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
@@ -100,19 +116,6 @@ def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "batch pos"], 
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
     return ids, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
-
-
-def _wanted(
-    spans: Sequence[Sequence[Span]], width: int
-) -> tuple[Bool[Tensor, "batch spans pos"], Int[Tensor, " all_spans"]]:
-    """The positions of each row's spans, of which rows have as many as the one with most: their first fills up. And
-    where, in rows and spans laid end to end, those are that were asked for."""
-    most = max(map(len, spans))
-    filled = [[*own, *[own[0]] * (most - len(own))] for own in spans]
-    starts, stops = (torch.tensor([[getattr(s, end) for s in own] for own in filled]) for end in ("start", "stop"))
-    places = torch.arange(width)
-    there = [most * row + i for row, own in enumerate(spans) for i in range(len(own))]
-    return (places >= starts[..., None]) & (places < stops[..., None]), torch.tensor(there)
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,48 +166,23 @@ def record(
     >>> moments[site].activation.mean.shape, f"{moments[site].norm.mean.item():.1f}"
     (torch.Size([96]), '55.8')
     """
-    total: dict[Site, Recorded] = {}
     several = torch.tensor([span.stop - span.start > 1 for span in spans])
-    for batch in span_means(model, spans, sites, keep_sinks=keep_sinks, label=label):
-        for site in sites:
-            shares = batch.shares[site].cpu()[several[batch.rows]]
-            new = Recorded(
-                Moments.of(batch.means[site]),
-                Moments.of(batch.norms[site][:, None]),
-                int(batch.left_out[site].sum()),
-                Moments.of(shares[:, None]),
-            )
-            total[site] = total[site] + new if site in total else new
-    return total
-
-
-def kept(
-    x: Float[Tensor, "batch pos width"],
-    norms: Float[Tensor, "batch pos"],
-    wanted: Bool[Tensor, "batch *spans pos"],
-    real: Bool[Tensor, "batch pos"],
-    site: Site,
-) -> Bool[Tensor, "batch *spans pos"]:
-    """Those of the `wanted` positions that are no attention sinks; all where none is left. `norms` are those of x."""
-    sink = torch.zeros_like(real)
-    sink[:, 0] = True
-    if site.name in ("resid_pre", "resid_mid", "resid_post"):  # elsewhere a norm far above the others is no constant
-        median = norms.masked_fill(~real, torch.nan).nanmedian(1, keepdim=True).values
-        sink |= (norms > SINK * median) & (x.abs().amax(-1).square() > norms.square() / 2)
-    left = wanted & ~(sink if wanted.ndim == sink.ndim else sink[:, None])
-    return left.where(left.any(-1, keepdim=True), wanted)
-
-
-def _reduce(x: Tensor, *, site: Site, real: Tensor, wanted: Tensor, there: Tensor, keep: bool, into: SpanBatch) -> None:
-    wide, real, wanted, there = x.float(), real.to(x.device), wanted.to(x.device), there.to(x.device)
-    norms = wide.norm(dim=-1)
-    held = norms[:, None] * wanted
-    chosen = wanted if keep else kept(wide, norms, wanted, real, site)
-    weights = chosen.float() / chosen.sum(-1, keepdim=True)
-    into.means[site] = (weights @ wide).flatten(0, 1)[there]
-    into.norms[site] = (weights * norms[:, None]).sum(-1).flatten()[there]
-    into.left_out[site] = (wanted.sum(-1) - chosen.sum(-1)).flatten()[there]
-    into.shares[site] = (held.amax(-1) / held.sum(-1)).flatten()[there]
+    sums: dict[tuple[Site, ...], tuple[Any, ...]] = {}
+    for rows, blocks in _read(model, spans, sites, keep_sinks=keep_sinks, batch_tokens=BATCH_TOKENS, label=label):
+        at = several[rows].nonzero()[:, 0]
+        for block in blocks:
+            n, means, norms = len(rows), block.means.double().sum(1), block.norms.double().sum(1)
+            shares = block.shares[:, at.to(block.shares.device)].double().sum(1)
+            new = (n, len(at), means, norms, block.left_out.sum(1), shares)
+            old = sums.get(block.sites)
+            sums[block.sites] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
+    total: dict[Site, Recorded] = {}
+    for block_sites, (n, n_several, means, norms, left_out, shares) in sums.items():
+        for i, (site, left) in enumerate(zip(block_sites, left_out.tolist(), strict=True)):
+            norm, share = Moments(n, norms[i, None]), Moments(n_several, shares[i, None].cpu())
+            read = Recorded(Moments(n, means[i]), norm, left, share)
+            total[site] = total[site] + read if site in total else read
+    return {site: total[site] for site in sites}
 
 
 def batches(model: PreTrainedModel, spans: Sequence[Span], batch_tokens: int) -> Iterator[list[int]]:

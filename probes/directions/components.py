@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.activations._record import kept
+from probes.activations.reduction import kept
 from probes.directions.direction import Direction
 from probes.model.hooks import captured, forward_through
 from probes.model.sites import Site

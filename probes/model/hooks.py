@@ -70,7 +70,7 @@ def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     module, tap = tap_of(model, site)
     matrix = head_matrices(model, site.layer)[:, site.head].float().T if site.name == "result" else None
-    heads = n_heads(model, site.layer)
+    heads = 0 if site.head is None else n_heads(model, site.layer)
     scale = multiplier_of(model) if site.name in ("attn_out", "mlp_out") else 1.0
 
     def edited(value: Tensor) -> Tensor | None:

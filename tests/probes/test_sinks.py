@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from probes import Direction, Site, Span, difference_in_means, direction_between, load, record
-from probes.activations._record import kept
+from probes.activations.reduction import kept
 from probes.directions import contrast_vectors, principal_components
 from probes.model import tokenizer_of
 from probes.thinking import text_span
