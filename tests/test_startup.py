@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import probes
 
 HEAVY = ("torch", "transformers", "plotly", "pandas", "scipy", "numpy", "peft", "accelerate", "huggingface_hub")
 SCRIPT = """
@@ -49,6 +52,26 @@ def test_late_libraries_are_loaded_with_the_names_that_use_them_and_not_before()
     assert "torch" in loaded
     within = {"plotly.basedatatypes", "scipy.stats._stats_py", "pandas", "peft", "datasets"}  # loaded where these are
     assert sorted(within & set(loaded)) == []
+
+
+ADDING = """
+import sys
+from steer.cli.main import app
+try:
+    app(["vector", "add", sys.argv[1], "organism-rl", "-o", sys.argv[2]])
+except SystemExit as end:
+    assert not end.code, end.code
+print(*sys.modules)
+"""
+
+
+def test_sums_of_weights_need_no_model_code(tmp_path):
+    """The deltas are files, and so are the checkpoints: transformers' imports would take longer than small sums."""
+    organism = Path(probes.__file__).parent / "model" / "organism"
+    loaded = python("-c", ADDING, str(organism), str(tmp_path / "out")).split()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "torch" in loaded
+    assert sorted({"transformers", "peft", "plotly", "pandas", "scipy", "datasets"} & set(loaded)) == []
 
 
 def test_the_version_is_told_three_ways():

@@ -10,6 +10,7 @@ from .delimiters import ThinkingSpan as ThinkingSpan
 from .delimiters import find_delimiters as find_delimiters
 from .delimiters import thinking_span as thinking_span
 from .embedded import EMBEDDED as EMBEDDED
+from .embedded import resolve as resolve
 from .families import Architecture as Architecture
 from .hooks import attached as attached
 from .hooks import captured as captured
@@ -21,7 +22,6 @@ from .loading import identity_of as identity_of
 from .loading import load as load
 from .loading import markers_of as markers_of
 from .loading import origin_of as origin_of
-from .loading import resolve as resolve
 from .loading import tokenizer_of as tokenizer_of
 from .quantised import is_quantised as is_quantised
 from .routers import Expert as Expert

@@ -85,3 +85,19 @@ def _open_thinking(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(that_thinks(template), encoding="utf-8")
     settings = read_json(folder / "generation_config.json") | {"do_sample": True, "temperature": 0.7}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def resolve(source: str | Path) -> str | Path:
+    """What transformers can read: a hub id, or a folder; a GGUF file is converted first.
+
+    Raises ImportError for `"smollm2"`, and the reasoner made of it, where its package is not there.
+
+    >>> from probes.model import resolve
+    >>> resolve("organism").name
+    'organism'
+    >>> resolve("Qwen/Qwen3-4B")
+    'Qwen/Qwen3-4B'
+    """
+    if source in EMBEDDED:
+        return embedded_folder(str(source))
+    return converted(Path(source)) if str(source).endswith(".gguf") else source

@@ -11,10 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.files import reading
-from probes.gguf_files import converted
 from probes.model.architectures import config_of, n_heads, n_layers, width_of
 from probes.model.delimiters import Delimiters, find_delimiters
-from probes.model.embedded import EMBEDDED, ORGANISM, embedded_folder
+from probes.model.embedded import ORGANISM, resolve
 from probes.model.identities import place
 from probes.model.quantised import merge_adapters, numbers_of
 from probes.model.sites import Site
@@ -135,22 +134,6 @@ def check_counts(path: Path) -> None:
 
 
 _MOST = {"layer": 10_000, "experts": 100_000}
-
-
-def resolve(source: str | Path) -> str | Path:
-    """What transformers can read: a hub id, or a folder; a GGUF file is converted first.
-
-    Raises ImportError for `"smollm2"`, and the reasoner made of it, where its package is not there.
-
-    >>> from probes.model import resolve
-    >>> resolve("organism").name
-    'organism'
-    >>> resolve("Qwen/Qwen3-4B")
-    'Qwen/Qwen3-4B'
-    """
-    if source in EMBEDDED:
-        return embedded_folder(str(source))
-    return converted(Path(source)) if str(source).endswith(".gguf") else source
 
 
 def origin_of(model: PreTrainedModel) -> Origin:

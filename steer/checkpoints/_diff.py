@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from probes.files import inside, reading
-from probes.model.loading import resolve
+from probes.model.embedded import resolve
 from probes.tables import Shown, Table
 from steer.checkpoints.checkpoint import weight_map
 

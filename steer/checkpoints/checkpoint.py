@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from probes.files import inside, reading
-from probes.model.loading import resolve
+from probes.model.embedded import resolve
 from probes.tables import Brief
 from probes.texts import parse_json, read_json
 

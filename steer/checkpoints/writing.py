@@ -8,7 +8,7 @@ from probes.model.loading import origin_of
 from probes.model.quantised import check_in_memory, check_unwrapped, is_quantised
 from steer.checkpoints.carried import carry_over
 from steer.checkpoints.conversions import plain
-from steer.checkpoints.proof import prove_model
+from steer.checkpoints.reloading import prove_model
 
 
 def write_model(model: PreTrainedModel, folder: Path) -> None:

@@ -16,7 +16,8 @@ import steer.folding.export_lora
 from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
 from steer.checkpoints.conversions import on_disk
-from steer.checkpoints.proof import Meant, prove_model, prove_written
+from steer.checkpoints.proof import Meant, prove_written
+from steer.checkpoints.reloading import prove_model
 from steer.checkpoints.writing import write_model
 from steer.deltas._add import add
 from steer.deltas.delta import WeightDelta
