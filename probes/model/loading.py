@@ -3,11 +3,12 @@
 import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.files import reading
@@ -219,20 +220,34 @@ def identity_of(model: PreTrainedModel) -> dict[str, Any]:
 def fingerprint(model: PreTrainedModel) -> str:
     """A checksum over the name, shape and 256 evenly spaced values of each parameter, in bfloat16.
 
-    The same for float32 and bfloat16 loads of one checkpoint. It tells models apart; it is no proof of origin.
+    The same for float32 and bfloat16 loads of one checkpoint. It tells models apart; it is no proof of origin. It is
+    not remembered, as weights can be written in ways that no counter of torch sees; it is one copy from each device.
 
     >>> import torch
     >>> from probes.model import fingerprint, load
     >>> fingerprint(load("organism")) == fingerprint(load("organism", dtype=torch.bfloat16))
     True
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    named, drawn = sorted(model.named_parameters()), dict[torch.device, list[Tensor]]()
+    for name, parameter in named:
         owner, _, own = name.rpartition(".")
         numbers = numbers_of(model.get_submodule(owner), own) if parameter.is_meta else parameter
         assert numbers is not None
         flat = numbers.detach().flatten()
-        at = torch.linspace(0, len(flat) - 1, min(256, len(flat)), dtype=torch.float64).long()
-        values = flat[at.to(flat.device)].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+        values = flat[_spread(len(flat), flat.device)].to(torch.bfloat16)
+        drawn.setdefault(parameter.device, []).append(values)
+    told = {device: iter(_together(values)) for device, values in drawn.items()}  # one copy from each device
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        values = next(told[parameter.device])
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def _spread(n: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, n - 1, min(256, n), dtype=torch.float64).long().to(device)
+
+
+def _together(parts: list[Tensor]) -> list[Tensor]:
+    return list(torch.cat(parts).cpu().split([len(part) for part in parts]))

@@ -124,16 +124,15 @@ class _Edit:
         return cls(number, placed(step.intervention, device), gate, log)
 
     def __call__(self, x: Tensor) -> Tensor:
-        before = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
         if isinstance(self.intervention, Add):
-            self.log.note(self.number, before, self._norm)
+            self.log.note(self.number, x, self._norm)
             return torch.addcmul(x, self.gate.weight(x.dtype, x.device), self._vector(x.dtype))
         new = self.intervention(x)
         if self.gate.scope.varies:
             wide = widened(x)
             new = (wide + self.gate.weight(wide.dtype, x.device) * (widened(new) - wide)).to(x.dtype)
         new = new.where(self.gate.mask.to(x.device)[..., None], x)
-        self.log.note(self.number, before, torch.linalg.vector_norm(widened(new) - widened(x), dim=-1))
+        self.log.note(self.number, x, new)
         return new
 
     def _vector(self, dtype: torch.dtype) -> Tensor:

@@ -6,14 +6,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.tables import Shown, Table
 from probes.thinking.phases import PHASES, Phases
 from steer.runtime.gates import Touched
+from steer.runtime.noted import Norms, Noted
 
 _NEVER = 2**62
+_TOGETHER = 32  # passes of one shape that are added up together
 
 
 @dataclass(eq=False)
@@ -47,6 +49,39 @@ class _Sums:
         self.last[rows] = torch.maximum(self.last[rows], last)
 
 
+@dataclass(frozen=True, eq=False)
+class _Behind:
+    """The steps behind one gate in one pass, the tokens that it let them touch, and by how much of their strength."""
+
+    steps: tuple[int, ...]
+    mask: Bool[Tensor, "batch new"]
+    multiple: Float[Tensor, "batch new"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A pass that is over, and by step the norms of what it met and of what it changed."""
+
+    phases: Phases
+    behind: dict[Touched, _Behind]
+    norms: Norms
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Passes of one kind are added up together."""
+        ran = [(id(gate), part.steps, part.multiple is None) for gate, part in self.behind.items()]
+        return self.phases.real.shape, ran
+
+
+def _rows(
+    passes: Sequence[_Pass], steps: Sequence[int], which: int, device: torch.device
+) -> Float[Tensor, "steps tokens"]:
+    """The norms of each step, pass after pass; `which` says of what it met, or of what it changed."""
+    found = [p.norms[step][which] for step in steps for p in passes]
+    rows = [norms.to(device, torch.float32) for norms in found if isinstance(norms, Tensor)]
+    return torch.stack(rows).view(len(steps), -1)
+
+
 @dataclass(eq=False, repr=False)
 class FireLog(Shown):
     """Filled while a recipe is applied; all sums stay on the model's device until they are asked for.
@@ -68,16 +103,21 @@ class FireLog(Shown):
     gates: Sequence[Touched]  # of each step
     knows_phases: bool = True
     _phases: Phases | None = field(default=None, repr=False)
-    _sums: _Sums | None = field(default=None, repr=False)
-    _pass: dict[int, tuple[Tensor, Tensor | float]] = field(default_factory=dict, repr=False)
-    _norms: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
+    _total: _Sums | None = field(default=None, repr=False)
+    _noted: Noted = field(default_factory=Noted, repr=False)
+    _over: list[_Pass] = field(default_factory=list, repr=False)  # passes that are to be added up
     _run: list[tuple[Phases, dict[int, Tensor]]] = field(default_factory=list, repr=False)
 
-    def note(self, step: int, before: Float[Tensor, "batch new"], change: Float[Tensor, "batch new"] | float) -> None:
-        """The norms of the activation and of what a step changed in the current pass; or the change's norm per unit of
-        the gate's weight, where it is the same at every token. One decode step has many notes, so they are only kept.
+    def note(self, step: int, x: Float[Tensor, "batch new width"], change: float | Float[Tensor, "..."]) -> None:
+        """A step met `x` in the current pass, and made `change` of it; or adds one vector of this norm.
+
+        One decode step has many notes, so they are only kept.
         """
-        self._pass[step] = (before.detach(), change)
+        self._noted.note(step, x, change)
+
+    def note_norms(self, step: int, before: Float[Tensor, "batch new"], change: Float[Tensor, "batch new"]) -> None:
+        """As `note`, the norms known."""
+        self._noted.note_norms(step, before, change)
 
     def begin(self, phases: Phases) -> None:
         """A new pass; the one before it is over."""
@@ -85,46 +125,61 @@ class FireLog(Shown):
         self._phases = phases
 
     def end_pass(self) -> None:
-        """Add up the pass that is over, if there was one."""
-        now = self._phases
-        if not self._pass or now is None:
+        """Keep what the pass that is over touched, if there was one."""
+        now, norms = self._phases, self._noted.take()
+        if not norms or now is None:
             return
-        masks_of_phases, position = now.masks(), now.position
-        if self._sums is None:
-            self._sums = _Sums.none(len(self.steps), position.device)
-        masks = {}
-        for gate, steps in self._by_gate.items():
-            if ran := [step for step in steps if step in self._pass]:
-                masks[id(gate)] = gate.mask
-                self._add(gate, ran, (gate.mask & masks_of_phases).flatten(1), position.flatten())
+        by_gate = {gate: ran for gate, steps in self._by_gate.items() if (ran := [s for s in steps if s in norms])}
+        behind = {gate: _Behind(tuple(ran), gate.mask, gate.multiple) for gate, ran in by_gate.items()}
+        done = _Pass(now, behind, norms)
+        if self._over and self._over[-1].kind != done.kind:
+            self._add_up()
+        self._over.append(done)
+        if len(self._over) == _TOGETHER or now.real.shape[1] > 1:
+            self._add_up()
         if now.starts and self._run and (now.rows is None or _run_of(self._run[-1][0]) is not now.rows.run):
             self._run.clear()
-        self._run.append((now, masks))
-        self._pass.clear()
+        self._run.append((now, {id(gate): part.mask for gate, part in behind.items()}))
 
     @cached_property
     def _by_gate(self) -> dict[Touched, list[int]]:
         return {gate: [i for i, own in enumerate(self.gates) if own is gate] for gate in self.gates}
 
-    def _add(self, gate: Touched, ran: list[int], hit: Tensor, position: Tensor) -> None:
-        """The steps behind one gate, which touch the same tokens; `hit` is [phases tokens]."""
-        assert self._sums is not None
-        before = torch.stack([self._pass[i][0].to(position.device, torch.float32) for i in ran]).flatten(1)
-        ratios = self._changes(gate, ran, position.device) / before.clamp(min=torch.finfo(torch.float32).tiny)
-        first, last = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
-        self._sums.add(ran, hit.sum(1), ratios[:, None].where(hit, 0), first, last)
+    @property
+    def _sums(self) -> _Sums | None:
+        self._add_up()
+        return self._total
 
-    def _changes(self, gate: Touched, ran: list[int], device: torch.device) -> Float[Tensor, "steps tokens"]:
-        """The norms of what each step changed."""
-        changes = [self._pass[i][1] for i in ran]
-        if all(isinstance(change, float) for change in changes):
-            key = tuple(changes)
-            if key not in self._norms:  # moved to the device once
-                self._norms[key] = torch.tensor(changes, device=device)[:, None]
-            return gate.weight(torch.float32, device).flatten().abs() * self._norms[key]
-        weight = gate.weight(torch.float32, device)[..., 0].abs()
-        rows = [c.detach().to(device, torch.float32) if isinstance(c, Tensor) else weight * c for c in changes]
-        return torch.stack(rows).flatten(1)
+    def _add_up(self) -> None:
+        """The passes that wait, whose rows are then as tokens of one pass."""
+        passes, self._over = self._over, []
+        if not passes:
+            return
+        phase, position = (torch.stack([getattr(p.phases, n) for p in passes]).flatten() for n in ("phase", "position"))
+        in_phase = torch.stack([phase == i for i in range(len(PHASES))])
+        if self._total is None:
+            self._total = _Sums.none(len(self.steps), position.device)
+        for gate, first in passes[0].behind.items():
+            parts = [p.behind[gate] for p in passes]
+            mask = torch.stack([part.mask.to(position.device) for part in parts]).flatten()
+            steps, hit = list(first.steps), mask & in_phase
+            before = _rows(passes, steps, 0, position.device)
+            ratios = self._changes(passes, parts, before) / before.clamp(min=torch.finfo(torch.float32).tiny)
+            start, stop = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
+            self._total.add(steps, hit.sum(1), ratios[:, None].where(hit, 0), start, stop)
+
+    def _changes(
+        self, passes: list[_Pass], parts: list[_Behind], before: Float[Tensor, "steps tokens"]
+    ) -> Float[Tensor, "steps tokens"]:
+        """The norms of what each step changed; of one that adds a vector, by the multiples of its strength."""
+        multiples = [part.multiple.to(before.device) for part in parts if part.multiple is not None]
+        weight = torch.stack(multiples).flatten().float().abs() if multiples else torch.ones_like(before[0])
+        own = [passes[0].norms[step][1] for step in parts[0].steps]
+        rows = [
+            weight * change if isinstance(change, float) else _rows(passes, [step], 1, before.device)[0]
+            for step, change in zip(parts[0].steps, own, strict=True)
+        ]
+        return torch.stack(rows)
 
     @property
     def ran(self) -> bool:

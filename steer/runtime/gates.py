@@ -21,8 +21,9 @@ class Touched(Protocol):
     @property
     def mask(self) -> Bool[Tensor, "batch new"]: ...
 
-    def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
-        """The strength's multiple at each token of this pass; 0 where it is not touched."""
+    @property
+    def multiple(self) -> Float[Tensor, "batch new"] | None:
+        """What the strength is multiplied by at each of them; None where it is 1."""
         ...
 
 
@@ -77,7 +78,12 @@ class Gate:
             predicted = x.float() @ controller.vector.to(x.device, torch.float32) + controller.offset
             self._control(controller, predicted.to(self.mask.device))
 
+    @property
+    def multiple(self) -> Float[Tensor, "batch new"] | None:
+        return self._multiple
+
     def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
+        """The strength's multiple at each token of this pass; 0 where it is not touched."""
         if (dtype, device) not in self._weights:
             weight = self.mask if self._multiple is None else self.mask * self._multiple
             self._weights[dtype, device] = weight[..., None].to(device, dtype)

@@ -82,11 +82,10 @@ class SelectionRule:
 class Routed:
     """The tokens of a gate's pass at which a routing edit found its expert: a gate of its own for the log."""
 
+    multiple = None
+
     def __init__(self, gate: Gate) -> None:
         self.gate, self.mask = gate, torch.zeros(0, 0, dtype=torch.bool)
-
-    def weight(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "batch new 1"]:
-        return self.mask[..., None].to(device, dtype)
 
 
 class Rerouting:
@@ -123,7 +122,7 @@ class Rerouting:
             else:
                 routed_edit.mask = scope & (had[..., expert] != has[..., expert])
                 change = torch.linalg.vector_norm(now.dense - before.dense, dim=-1)
-            self.log.note(number, norm, change)
+            self.log.note_norms(number, norm, change)
         return now
 
     def _forced(self, routing: Routing, rule: SelectionRule) -> Routing:
