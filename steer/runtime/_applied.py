@@ -1,6 +1,6 @@
 """Apply a recipe at run time: plain Hugging Face code, with a few hooks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import groupby
@@ -18,7 +18,7 @@ from probes.model.sites import Site
 from probes.rows import Rows
 from probes.thinking.phases import Clock
 from steer.interventions.activation import Add, Intervention, placed
-from steer.interventions.affine import widened
+from steer.interventions.affine import Linear, widened
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
 from steer.runtime.firelog import FireLog
@@ -114,8 +114,11 @@ class _Edit:
     def __init__(self, number: int, intervention: Intervention, gate: Gate, log: FireLog) -> None:
         self.number, self.intervention, self.gate, self.log = number, intervention, gate, log
         self._added: dict[torch.dtype, Tensor] = {}
+        self._change: Callable[[Tensor], Tensor] = intervention
         if isinstance(intervention, Add):
             self._norm = float((intervention.strength * intervention.vector.float()).norm())
+        elif isinstance(intervention, Linear) and intervention.vector is not None:
+            self._change = intervention.affine(len(intervention.vector))  # made once, of low rank
 
     @classmethod
     def of(cls, model: PreTrainedModel, number: int, step: Step, gate: Gate, log: FireLog) -> "_Edit":
@@ -127,7 +130,7 @@ class _Edit:
         if isinstance(self.intervention, Add):
             self.log.note(self.number, x, self._norm)
             return torch.addcmul(x, self.gate.weight(x.dtype, x.device), self._vector(x.dtype))
-        new = self.intervention(x)
+        new = self._change(x)
         if self.gate.scope.varies:
             wide = widened(x)
             new = (wide + self.gate.weight(wide.dtype, x.device) * (widened(new) - wide)).to(x.dtype)
