@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from probes import Direction, Site, difference_in_means, load
 from probes.activations import Head
 from probes.directions import log_probability_of, random_direction
+from probes.generation import Completion
 from probes.model import n_layers, tokenizer_of
 from probes.model.tokens import encode_prompt, words_ids
 from probes.thinking import Span, segment_spans, segments
@@ -21,7 +22,7 @@ from probes.thinking.spans import POSITIONS
 from steer import Add, Controller, Recipe, Scope, task_named
 from steer.decoding import Budget, BudgetForcing, CloseBias, PromptStyle
 from steer.deltas import open_delta, random_like, shuffled_layers
-from steer.evaluation import LabelledDirection, nulls
+from steer.evaluation import LabelledDirection, interval_of_mean, nulls
 from steer.methods import behaviours, efficiency, seal
 from steer.methods import representation_engineering as reprs
 from steer.methods.thinkedit import PUBLISHED, LengthReading, ThinkEditSetting
@@ -230,11 +231,24 @@ def behaviour(options: argparse.Namespace) -> dict:
     def made(direction: Direction, s: float) -> Recipe:
         return Recipe.of(bench.model, [Add.of(direction, s)], scope="thinking")
 
-    arms = {f"reflection {s:+g}": made(vectors[layer], s) for s in (-0.2, -0.1, 0.1, 0.2)}
+    arms = {
+        name: bench.solved(name, bench.problems, made(vectors[layer], s))
+        for s in (-0.2, -0.1, 0.1, 0.2)
+        for name in [f"reflection {s:+g}"]
+    }
     arms["random directions +0.2"] = bench.pooled(
         "behaviour random", lambda i: made(random_direction(vectors[layer], seed=i), 0.2)
     )
-    return {"arms": told(f"Reflection, layer {layer}", bench.report(arms)), "layer": layer, "spans": len(labelled)}
+    shown = {arm: reflections(bench.model, done) for arm, done in {"plain": bench.plain, **arms}.items()}
+    arms_told = told(f"Reflection, layer {layer}", bench.report(arms))
+    return {"arms": arms_told, "layer": layer, "spans": len(labelled), "reflections": shown}
+
+
+def reflections(model: PreTrainedModel, completions: list[Completion]) -> list[float]:
+    """Thoughts that reflect, in a hundred completions, and 95 % over completions."""
+    counts = [sum(s.label == "reflection" for s in segments(model, c, "seal")) for c in completions]
+    rates = 100 * np.array(counts, dtype=float)
+    return [round(float(x), 1) for x in (rates.mean(), *interval_of_mean(rates))]
 
 
 def representation(options: argparse.Namespace) -> dict:

@@ -35,7 +35,7 @@ from steer.runtime import FireLog
 
 ROUNDS, NEW_TOKENS, BATCHES = 20, 24, (1, 8)
 PROMPT = "Explain in a few sentences why the sky is blue."
-TARGETS = {"ours": 1.03, "ours, thinking": 1.06}
+TARGETS = {"ours": 1.02, "ours, thinking": 1.02}
 Write = Callable[[], Tensor]
 
 
@@ -89,7 +89,7 @@ def arms_of(model: PreTrainedModel, batch: int) -> dict[str, Write]:
             return write()
 
     def without_log(recipe: Recipe) -> Tensor:
-        nothing = {"note": lambda *_: None, "end_pass": lambda *_: None}
+        nothing = {"note": lambda *_: None, "end_pass": lambda *_: None}  # neither kept nor added up
         with patch.multiple(FireLog, **nothing), applied(model, recipe, must_fire=False):
             return write()
 
