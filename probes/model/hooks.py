@@ -1,6 +1,6 @@
 """Hooks at sites, routers and inputs: the only file that knows a module may return a tuple."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -160,16 +160,50 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
         cache = kwargs.get("past_key_values")
         if cache is not None:
             cache.reorder_cache = _refuse_beams
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"A scope reads an attention mask [batch, pos], but this one has {mask.dim()} dimensions, as with a "
-                "static cache: use the default, dynamic one."
-            )
-        see(ids, mask, 0 if cache is None else int(cache.get_seq_length()), rows_of(model))
+        n_past = length.of(cache, ids.shape[1])
+        see(ids, _real_tokens(kwargs.get("attention_mask"), ids, n_past), n_past, rows_of(model))
+
+    length = _Length()
 
     with hooked(model, model, before, side="input", place="the model's input"):
         yield
+
+
+class _Length:
+    """How many tokens a cache holds. A static one on a GPU counts there, and is asked only for passes of several tokens:
+    between them the count is kept here."""
+
+    def __init__(self) -> None:
+        self.cache: object = None
+        self.n = 0
+
+    def of(self, cache: Any, new: int) -> int:
+        if cache is None:
+            return 0
+        held = self.n if self.cache is cache and new == 1 else None
+        told = cache.get_seq_length()
+        on_device = isinstance(told, Tensor) and told.device.type != "cpu"
+        n_past = held if on_device and held is not None else int(told)
+        self.cache, self.n = cache, n_past + new
+        return n_past
+
+
+def _real_tokens(mask: Any, ids: Int[Tensor, "batch new"], n_past: int) -> Int[Tensor, "batch total"] | None:
+    """A mask whose last columns say which of the new tokens are real: the one that is given, or, of those made for a
+    static cache, by what each token sees itself."""
+    if isinstance(mask, Mapping):
+        mask = next((mask[kind] for kind in ("full_attention", *mask) if mask.get(kind) is not None), None)
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return mask
+    new = ids.shape[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[3] < n_past + new:
+        kind = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else f"the form of a {type(mask).__name__}"
+        raise ValueError(
+            f"A scope reads an attention mask [batch, pos], or [batch, 1, new, pos] as a static cache has, but this one "
+            f"has {kind}: use the default, dynamic cache."
+        )
+    own = mask[:, 0].diagonal(offset=n_past, dim1=1, dim2=2)
+    return (own if own.dtype is torch.bool else own == 0).long()
 
 
 def _refuse_beams(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Any recipe does the same to a row alone, in any batch, beside any pads, with a cache or without, in any chunks."""
+"""Any recipe does the same to a row alone, in any batch, beside any pads, with a dynamic cache, a static one or none."""
 
 import os
 from functools import cache
@@ -102,7 +102,7 @@ def cases(draw):
         "rows": draw(st.lists(conversations(), min_size=1, max_size=3)),
         "side": draw(st.sampled_from(["left", "right"])),
         "chunk": draw(st.integers(1, 3)),
-        "use_cache": draw(st.booleans()),
+        "cache": draw(st.sampled_from(["dynamic", "static", None])),
     }
 
 
@@ -147,11 +147,12 @@ def touched(fired, recipe):
     return [fired.positions(step) for step in range(len(recipe.steps))]
 
 
-def generated(model, recipe, prompts, use_cache):
+def generated(model, recipe, prompts, cache):
     ids, mask = padded(prompts, "left")
     with applied(model, recipe, must_fire=False):
         out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=use_cache, pad_token_id=0,
+            ids, attention_mask=mask, max_new_tokens=4, do_sample=False, use_cache=cache is not None, pad_token_id=0,
+            cache_implementation=cache,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
@@ -170,9 +171,9 @@ def check(case):
             torch.testing.assert_close(logits[i], row[0], atol=1e-4 * scale, rtol=1e-4)
             assert [step[i] for step in places] == [step[0] for step in own]
 
-    together, margins = generated(model, recipe, prompts, case["use_cache"])
+    together, margins = generated(model, recipe, prompts, case["cache"])
     for i, prompt in enumerate(prompts):
-        single, logits = generated(model, recipe, [prompt], not case["use_cache"])
+        single, logits = generated(model, recipe, [prompt], None if case["cache"] else "dynamic")
         steps = min(single.shape[1], together.shape[1])
         differ = (single[0, :steps] != together[i, :steps]).nonzero()
         if len(differ):

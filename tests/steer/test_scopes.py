@@ -247,13 +247,32 @@ def test_assisted_decoding_is_refused_where_the_cache_is_cut_back(scope):
         model.generate(ids, max_new_tokens=20, do_sample=False, assistant_model=draft)
 
 
-def test_a_static_cache_is_refused():
+@torch.no_grad()
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_static_cache_is_followed_as_a_dynamic_one(thinker, scope):
+    """Beside pads, from a mask of four dimensions: the same tokens are touched, and the same logits come."""
+    ids, mask = padded(list(ROWS.values()))
+    found = []
+    for cache in ("static", "dynamic"):
+        with applied(thinker, recipe(thinker, scope), must_fire=False) as log:
+            out = thinker.generate(
+                ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0,
+                cache_implementation=cache, logits_processor=scripted(ids.shape[1]), output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        found.append((torch.stack(out.logits), log.positions()))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4, rtol=1e-4)
+    assert found[0][1] == found[1][1]
+
+
+@torch.no_grad()
+def test_a_mask_that_tells_no_token_is_refused():
     model, ids = build("llama"), torch.tensor([[1, 7, 8, 5, 3]])
     with (
         applied(model, recipe(model, "thinking"), must_fire=False),
-        pytest.raises(ValueError, match="as with a static cache"),
+        pytest.raises(ValueError, match="has 3 dimensions"),
     ):
-        model.generate(ids, max_new_tokens=3, cache_implementation="static", do_sample=False)
+        model(ids, attention_mask=torch.ones(1, 5, 5))
 
 
 def test_a_header_that_the_model_writes_within_its_turn_opens_none():
