@@ -137,7 +137,7 @@ def build(name: str) -> PreTrainedModel:
         vocab_size=1000, hidden_size=64, intermediate_size=192, num_hidden_layers=30, num_attention_heads=4
     )
     config.architectures = ["LlamaForCausalLM"]  # TransformerLens asks for it
-    return LlamaForCausalLM(config).eval()
+    return load(LlamaForCausalLM(config), tokenizer=any_tokenizer())
 
 
 def spans(model: PreTrainedModel, texts: int, *, seed: int = 0) -> list[Span]:

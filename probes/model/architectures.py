@@ -33,14 +33,16 @@ def architecture_of(model: nn.Module) -> Architecture:
     >>> row.taps["resid_mid"]
     Tap(path='post_attention_layernorm', side='input')
     """
+    row: Architecture | None = model.__dict__.get("_thinksteer_row")  # which `load` looked up
+    if row is not None:
+        return row
     model_type = config_of(model).model_type
-    row: Architecture | None = getattr(model, "_thinksteer_row", None) or ARCHITECTURES.get(model_type)
-    if row is None:
+    if model_type not in ARCHITECTURES:
         raise ValueError(
             f"No architecture row for model_type {model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. "
             "probes.load tries the generic row on an unlisted family; or add a row to probes/model/families.py."
         )
-    return row
+    return ARCHITECTURES[model_type]
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:

@@ -170,8 +170,8 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
 
 
 class _Length:
-    """How many tokens a cache holds. A static one on a GPU counts there, and is asked only for passes of several tokens:
-    between them the count is kept here."""
+    """How many tokens a cache holds. A static one on a GPU counts there, and is asked only in passes of several tokens;
+    between these the count is kept here."""
 
     def __init__(self) -> None:
         self.cache: object = None
@@ -199,8 +199,8 @@ def _real_tokens(mask: Any, ids: Int[Tensor, "batch new"], n_past: int) -> Int[T
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[3] < n_past + new:
         kind = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else f"the form of a {type(mask).__name__}"
         raise ValueError(
-            f"A scope reads an attention mask [batch, pos], or [batch, 1, new, pos] as a static cache has, but this one "
-            f"has {kind}: use the default, dynamic cache."
+            f"A scope reads an attention mask [batch, pos], or one [batch, 1, new, pos] of a static cache, but this "
+            f"one has {kind}: use the default, dynamic cache."
         )
     own = mask[:, 0].diagonal(offset=n_past, dim1=1, dim2=2)
     return (own if own.dtype is torch.bool else own == 0).long()

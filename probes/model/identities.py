@@ -47,6 +47,7 @@ def place(model: PreTrainedModel) -> None:
     family = config_of(model).model_type
     own = ARCHITECTURES.get(family)
     if own is not None and not _missing(model, own.layers) and not _missing(model, own.final_norm):
+        setattr(model, "_thinksteer_row", own)
         return
     at = _decoder(model)
     rows = [own] if own is not None else list(GENERIC)

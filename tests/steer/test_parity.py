@@ -1,4 +1,4 @@
-"""Any recipe does the same to a row alone, in any batch, beside any pads, with a dynamic cache, a static one or none."""
+"""Any recipe does the same to a row alone, in any batch, beside any pads, in any chunks, whatever the cache."""
 
 import os
 from functools import cache
