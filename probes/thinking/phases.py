@@ -164,7 +164,7 @@ class Clock:
         tail = window[:, window.shape[1] - self._tail :]
         self._memory.state = _State(
             control_of(turn_phase[:, -1], armed, filled[:, -1], ended_now),
-            self._bits(tail),
+            self._tables(tail.device).seen(tail),
             tail,
             position[:, -1],
             thoughts[:, -1],
@@ -207,14 +207,6 @@ class Clock:
         tail = ids.new_full((batch, self._tail), _PAD)
         control = control_of(nothing, ~no, no, no)
         return _State(control, found.begin(batch), tail, nothing - 1, nothing, (nothing,) * len(self.markers))
-
-    def _bits(self, tail: Tensor) -> Tensor:
-        """What these last tokens, -1 for none, leave of the delimiters that they begin."""
-        found = self._tables(tail.device)
-        bits = found.begin(len(tail))
-        for ids in tail.split(1, dim=1):
-            bits, _, _ = found.read(ids, bits, ids >= 0)
-        return bits
 
     @property
     def _tail(self) -> int:

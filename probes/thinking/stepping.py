@@ -81,6 +81,13 @@ class Tables:
         """The bits of rows of which nothing was seen."""
         return self.one.expand(batch, len(self.weights))
 
+    def seen(self, tail: Int[Tensor, "batch tail"]) -> Int[Tensor, "batch patterns"]:
+        """What a row's last tokens, -1 for none, leave of the patterns that they begin."""
+        bits = self.begin(len(tail))
+        for ids in tail.split(1, dim=1):
+            bits, _, _ = self.read(ids, bits, ids >= 0)
+        return bits
+
     def read(
         self, ids: Int[Tensor, "batch 1"], bits: Int[Tensor, "batch patterns"], real: Bool[Tensor, "batch 1"] | None
     ) -> tuple[Int[Tensor, "batch patterns"], Bool[Tensor, "batch patterns"], Int[Tensor, " batch"]]:
