@@ -153,6 +153,8 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
     Beam search is refused: it swaps the rows of a cache, and whoever follows them would not know.
     """
 
+    length = _Length()
+
     def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
@@ -162,8 +164,6 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
             cache.reorder_cache = _refuse_beams
         n_past = length.of(cache, ids.shape[1])
         see(ids, _real_tokens(kwargs.get("attention_mask"), ids, n_past), n_past, rows_of(model))
-
-    length = _Length()
 
     with hooked(model, model, before, side="input", place="the model's input"):
         yield

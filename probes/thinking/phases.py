@@ -159,12 +159,11 @@ class Clock:
             (ends & thinks).cumsum(1) + before[:, None] * fresh
             for ends, before in zip(ended, state.marked, strict=True)
         )
-        last = window[:, -1:]
-        ended_now = torch.stack([last == end for end in (_PAD - 1, *self.ends)]).any(0)[:, 0]
         tail = window[:, window.shape[1] - self._tail :]
+        bits, ended_now = self._tables(tail.device).seen(tail)
         self._memory.state = _State(
             control_of(turn_phase[:, -1], armed, filled[:, -1], ended_now),
-            self._tables(tail.device).seen(tail),
+            bits,
             tail,
             position[:, -1],
             thoughts[:, -1],
@@ -227,13 +226,13 @@ class Clock:
         starts = is_pad & torch.stack([before == end for end in self.ends]).any(0)
         place = torch.arange(new, device=ids.device).expand_as(ids)
         latest, broken = _latest(starts, place), _latest(~is_pad, place)
-        carried = filled_of(state.control)[:, None] & (broken < 0)
+        carried = filled_of(state.control).bool()[:, None] & (broken < 0)
         return is_pad & ((latest > broken) | carried)
 
     def _read(self, window: Tensor, state: "_State", new: int) -> tuple[Tensor, Tensor, Tensor]:
         """Phases of the last `new` tokens of the window, pads included; which tokens open a turn, and whether the next
         header would."""
-        d, was_armed = self.delimiters, armed_of(state.control)
+        d, was_armed = self.delimiters, armed_of(state.control).bool()
         place = torch.arange(new, device=window.device).expand(len(window), new)
         header, user, tool = (_latest(_ends(window, wanted, new), place) for wanted in (d.turn, d.user, d.tool))
         user = user.maximum(tool)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,26 +22,30 @@ from probes.needles import Needle
 Ids = tuple[int, ...]
 REAL, PAD, END, HEADER, USER, TOOL, OPEN, CLOSE = (1 << i for i in range(8))  # what is told of a token
 CODES, BEFORE = 1 << 8, 24
-_NONE, _OTHER = 0, 1  # classes: of no token, and of one that no delimiter holds
+_OTHER = 1  # the class of tokens that no delimiter holds; 0 is that of no token
+Number = TypeVar("Number", int, Tensor)  # of one row, or of a batch of them
 
 
-def control_of(
-    phase: Int[Tensor, " batch"], armed: Bool[Tensor, " batch"], filled: Bool[Tensor, " batch"], end: Tensor
-) -> Int[Tensor, " batch"]:
+def control_of(phase: Number, armed: Number, filled: Number, ended: Number) -> Number:
     """What a row was: its phase, whether a header would open a turn, whether it is filled, or ended just now."""
-    return CODES * (phase + 3 * (armed.long() + 2 * (filled.long() + 2 * end.long())))
+    return CODES * (phase + 3 * (armed + 2 * (filled + 2 * ended)))
 
 
-def phase_of(control: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def phase_of(control: Number) -> Number:
     return (control // CODES) % 3
 
 
-def armed_of(control: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-    return (control // (3 * CODES)) % 2 == 1
+def armed_of(control: Number) -> Number:
+    """1 or 0, as of the next two."""
+    return (control // (3 * CODES)) % 2
 
 
-def filled_of(control: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-    return (control // (6 * CODES)) % 2 == 1
+def filled_of(control: Number) -> Number:
+    return (control // (6 * CODES)) % 2
+
+
+def ended_of(control: Number) -> Number:
+    return (control // (12 * CODES)) % 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +86,13 @@ class Tables:
         """The bits of rows of which nothing was seen."""
         return self.one.expand(batch, len(self.weights))
 
-    def seen(self, tail: Int[Tensor, "batch tail"]) -> Int[Tensor, "batch patterns"]:
-        """What a row's last tokens, -1 for none, leave of the patterns that they begin."""
-        bits = self.begin(len(tail))
+    def seen(self, tail: Int[Tensor, "batch tail"]) -> tuple[Int[Tensor, "batch patterns"], Int[Tensor, " batch"]]:
+        """What a row's last tokens, -1 for none, leave of the patterns that they begin; and, 1 or 0, whether the very
+        last is an end."""
+        bits, flags = self.begin(len(tail)), tail.new_zeros(len(tail))
         for ids in tail.split(1, dim=1):
-            bits, _, _ = self.read(ids, bits, ids >= 0)
-        return bits
+            bits, _, flags = self.read(ids, bits, ids >= 0)
+        return bits, flags // END % 2
 
     def read(
         self, ids: Int[Tensor, "batch 1"], bits: Int[Tensor, "batch patterns"], real: Bool[Tensor, "batch 1"] | None
@@ -149,8 +155,11 @@ def _tables(
             known[row] = len(rows)
             rows.append(row)
         classes[token] = known[row]
-    turns = [[_turn(before, code, bool(d.user), over) for before, code in product(range(BEFORE), range(CODES))]
-             for over in (False, True)]  # fmt: skip
+    befores = [CODES * before for before in range(BEFORE)]
+    turns = [
+        [_turn(before, code, bool(d.user), over) for before, code in product(befores, range(CODES))]
+        for over in (False, True)
+    ]
     following = torch.tensor(turns)
     return Tables(
         classes, torch.tensor(rows), torch.tensor([weight for _, weight in patterns]), following[..., :5].contiguous(),
@@ -187,14 +196,13 @@ def _move(wanted: Ids | Needle, token: int | None) -> tuple[int, int, int, int]:
 
 def _turn(before: int, code: int, users: bool, over: bool) -> list[int]:
     """What a row is after a token: control, phase, thinks, fresh, real, and whether the token opens a turn."""
-    phase, armed, filled, ended = before % 3, before // 3 % 2, before // 6 % 2, before // 12 % 2
-    filled = int(bool(code & REAL and code & PAD and (ended or filled)) or (over and bool(code & END)))
-    real = int(bool(code & REAL) and not filled)
+    armed, was_over = bool(armed_of(before)), ended_of(before) or filled_of(before)
+    filled = bool(code & REAL and code & PAD and was_over) or (over and bool(code & END))
+    real = bool(code & REAL) and not filled
     header, opened, closed = (bool(real and code & bit) for bit in (HEADER, OPEN, CLOSE))
     user = bool(real and code & (USER | TOOL))
-    opens = header and (user or bool(armed) or not users)
-    phase = 0 if opens else 2 if closed else 1 if opened else phase
-    armed = int(not header and (user or bool(armed)))
-    control = CODES * (phase + 3 * (armed + 2 * (filled + 2 * int(bool(real and code & END)))))
+    opens = header and (user or armed or not users)
+    phase = 0 if opens else 2 if closed else 1 if opened else phase_of(before)
+    control = control_of(phase, int(not header and (user or armed)), int(filled), int(real and bool(code & END)))
     told = phase if real else -1
-    return [control, told, int(told == 1), int(not opens), real, int(opens)]
+    return [control, told, int(told == 1), int(not opens), int(real), int(opens)]

@@ -116,10 +116,11 @@ def select(
         if rounds:
             left = _going_on(_ranked(rounds[-1]), count, kinds)
         part = problems[done:upto]
+        ids = {problem.id for problem in part}
         for name in (PLAIN, *(arm for arm in arms if arm in left)):
             draw = arms.get(name)
             if isinstance(draw, Sequence):
-                draw = [completion for completion in draw if completion.id in {problem.id for problem in part}]
+                draw = [completion for completion in draw if completion.id in ids]
             made[name] += solve_with(
                 model, task, name, draw, part, sampling=sampling, samples=samples, batch_size=batch_size, store=store
             )

@@ -73,7 +73,7 @@ class _Pass:
         return self.phases.real.shape, ran
 
 
-def _rows(
+def _norms_of(
     passes: Sequence[_Pass], steps: Sequence[int], which: int, device: torch.device
 ) -> Float[Tensor, "steps tokens"]:
     """The norms of each step, pass after pass; `which` says of what it met, or of what it changed."""
@@ -163,7 +163,7 @@ class FireLog(Shown):
             parts = [p.behind[gate] for p in passes]
             mask = torch.stack([part.mask.to(position.device) for part in parts]).flatten()
             steps, hit = list(first.steps), mask & in_phase
-            before = _rows(passes, steps, 0, position.device)
+            before = _norms_of(passes, steps, 0, position.device)
             ratios = self._changes(passes, parts, before) / before.clamp(min=torch.finfo(torch.float32).tiny)
             start, stop = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
             self._total.add(steps, hit.sum(1), ratios[:, None].where(hit, 0), start, stop)
@@ -176,7 +176,7 @@ class FireLog(Shown):
         weight = torch.stack(multiples).flatten().float().abs() if multiples else torch.ones_like(before[0])
         own = [passes[0].norms[step][1] for step in parts[0].steps]
         rows = [
-            weight * change if isinstance(change, float) else _rows(passes, [step], 1, before.device)[0]
+            weight * change if isinstance(change, float) else _norms_of(passes, [step], 1, before.device)[0]
             for step, change in zip(parts[0].steps, own, strict=True)
         ]
         return torch.stack(rows)
