@@ -161,10 +161,9 @@ def _tables(
         for over in (False, True)
     ]
     following = torch.tensor(turns)
-    return Tables(
-        classes, torch.tensor(rows), torch.tensor([weight for _, weight in patterns]), following[..., :5].contiguous(),
-        following[..., 4:].bool(), torch.tensor(1), tuple(ways),
-    )  # fmt: skip
+    weights = torch.tensor([weight for _, weight in patterns], dtype=torch.long)  # none, where nothing is delimited
+    turned, told = following[..., :5].contiguous(), following[..., 4:].bool()
+    return Tables(classes, torch.tensor(rows), weights, turned, told, torch.tensor(1), tuple(ways))
 
 
 def _tokens_of(wanted: Ids | Needle) -> set[int]:
