@@ -50,7 +50,7 @@ FAMILIES = {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
     },
 }  # fmt: skip
-# Sparse families without a row: the generic one holds, and their routers are read.
+# Sparse families without a row: it is found, and their routers are read.
 UNLISTED_MOE = {
     "glm4_moe": SPARSE | {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
                           "first_k_dense_replace": 1, "head_dim": 8},

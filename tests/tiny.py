@@ -25,21 +25,28 @@ SIZES: dict[str, Any] = BASE | {
     "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97, "num_kv_shared_layers": 0,
     "image_size": 32, "patch_size": 16, "depth": 1, "out_hidden_size": 32, "embed_dim": 32,
 }  # fmt: skip
+_MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 # What else a type must be told.
 TOLD: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "gpt_neo": {"num_layers": 3, "attention_types": [[["global", "local", "global"], 1]], "num_heads": 4},
     "falcon": {"head_dim": None},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "nemotron_h": {"n_groups": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "zaya": {"num_experts_per_tok": 1},
     "xlstm": {"v_head_dim": None},
     "xlnet": {"d_head": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "falcon_h1": {"mamba_d_ssm": 64},
-    "zamba2": {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "mamba"], "mamba_headdim": 16},
+    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba"], "mamba_headdim": 16, "n_mamba_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "qwen3_next": _MIXED, "qwen3_5": _MIXED, "qwen3_5_text": _MIXED, "qwen3_5_moe": _MIXED, "qwen3_5_moe_text": _MIXED,
+    "kimi_linear": _MIXED, "bailing_hybrid": _MIXED,
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from probes.activations.moments import Moments
 from probes.activations.reduction import Block, Reduction
-from probes.model.architectures import check_room, rope_groups
 from probes.model.hooks import forward_through, hook_site
+from probes.model.positions import check_room, rope_groups
 from probes.model.sites import Site
 from probes.tables import Brief
 from probes.thinking.spans import Span

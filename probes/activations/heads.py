@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.activations._record import record
-from probes.model.architectures import attn_gain, head_matrices, n_heads, n_layers
+from probes.model.architectures import attn_gain, head_matrices, layers_with_heads, n_heads, n_layers
 from probes.model.sites import Site
 from probes.tables import Shown, Table
 from probes.thinking.spans import Span
@@ -92,8 +92,8 @@ def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_m
 def head_writes(
     model: PreTrainedModel, spans: Sequence[Span], vectors: Mapping[int, Float[Tensor, " d_model"]]
 ) -> Float[Tensor, "n_layers n_heads"]:
-    """Mean over spans of ⟨head's mean write, vector of its layer⟩; NaN in layers without a vector, and where a layer
-    has fewer heads than another.
+    """Mean over spans of ⟨head's mean write, vector of its layer⟩; NaN in layers without a vector or without heads,
+    and where a layer has fewer heads than another. Raises ValueError where no layer has heads.
 
     The write is linear in z, so it is never built: z's mean is taken first, and u_h = W_hᵀ v once for each head. In
     activation units where the vectors are unit vectors; it ranks the heads that ThinkEdit edits *(Sun et al. 2025)*.
@@ -108,9 +108,10 @@ def head_writes(
     (torch.Size([4, 8]), 'L0H2')
     """
     out = torch.full((n_layers(model), n_heads(model)), float("nan"), dtype=torch.float64)
-    moments = record(model, spans, [Site(layer, "z") for layer in vectors], label="reading heads")
-    for layer, vector in vectors.items():
-        matrices = head_matrices(model, layer).double()
+    layers = [layer for layer in vectors if layer in layers_with_heads(model)] or list(vectors)[:1]
+    moments = record(model, spans, [Site(layer, "z") for layer in layers], label="reading heads")
+    for layer in layers:
+        vector, matrices = vectors[layer], head_matrices(model, layer).double()
         z = moments[Site(layer, "z")].activation.mean.to(matrices.device).unflatten(0, (n_heads(model, layer), -1))
         u = torch.einsum("dhk,d->hk", matrices, vector.double().to(matrices.device))
         out[layer, : len(z)] = (z * u).sum(-1).cpu()

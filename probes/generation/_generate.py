@@ -15,9 +15,9 @@ from probes.generation.completions import Completion
 from probes.generation.sampling import CUT, Decoding, Sampling
 from probes.generation.settings import one_draw_a_token
 from probes.generation.store import Store
-from probes.model.architectures import check_room, passes_rope_limit, rope_groups
 from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
+from probes.model.positions import check_room, passes_rope_limit, rope_groups
 from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
 from probes.words import checked
 

@@ -14,7 +14,6 @@ from .embedded import resolve as resolve
 from .families import Architecture as Architecture
 from .hooks import attached as attached
 from .hooks import captured as captured
-from .identities import broken_identity as broken_identity
 from .loading import Origin as Origin
 from .loading import delimiters_of as delimiters_of
 from .loading import fingerprint as fingerprint
@@ -23,6 +22,7 @@ from .loading import load as load
 from .loading import markers_of as markers_of
 from .loading import origin_of as origin_of
 from .loading import tokenizer_of as tokenizer_of
+from .placing.identities import broken_identity as broken_identity
 from .quantised import is_quantised as is_quantised
 from .routers import Expert as Expert
 from .routers import Routing as Routing

@@ -1,15 +1,15 @@
 """What a loaded model is made of, asked of its family's row: blocks, heads, matrices, widths, paths of sites."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from probes.model.families import ARCHITECTURES, Architecture, Tap
-from probes.model.quantised import computed_weight, numbers_of, own_weight
-from probes.model.sites import Site, SiteName
+from probes.model.quantised import computed_weight, device_of, numbers_of, own_weight
+from probes.model.sites import SITE_NAMES, Site, SiteName
 from probes.words import checked
 
 
@@ -21,7 +21,7 @@ def config_of(model: nn.Module) -> PretrainedConfig:
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The row of the model's family, or the generic row that `load` found to hold.
+    """The row of the model's family, or the row that `load` found to hold.
 
     Raises ValueError, naming the families we know, where there is neither.
 
@@ -40,9 +40,14 @@ def architecture_of(model: nn.Module) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise ValueError(
             f"No architecture row for model_type {model_type!r}. Known: {', '.join(sorted(ARCHITECTURES))}. "
-            "probes.load tries the generic row on an unlisted family; or add a row to probes/model/families.py."
+            "probes.load looks for the row of an unlisted family; or add one to probes/model/families.py."
         )
     return ARCHITECTURES[model_type]
+
+
+def row_at(model: nn.Module, layer: int) -> Architecture:
+    """The row of one block."""
+    return architecture_of(model).at(layer)
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -64,7 +69,8 @@ def n_layers(model: nn.Module) -> int:
 def n_heads(model: nn.Module, layer: int | None = None) -> int:
     """Attention heads of a layer: as its attention counts them, else as the config does; the most of any, of none.
 
-    A head is what writes its own slice of `z`: in differential attention that is a pair of the config's heads.
+    A head is what writes its own slice of `z`: in differential attention that is a pair of the config's heads. A layer
+    without attention (a state space, a convolution, linear attention) has 0.
 
     >>> from probes import load
     >>> from probes.model import n_heads
@@ -74,7 +80,9 @@ def n_heads(model: nn.Module, layer: int | None = None) -> int:
     """
     if layer is None:
         return max(n_heads(model, one) for one in range(n_layers(model)))
-    row = architecture_of(model)
+    row = row_at(model, layer)
+    if row.o_proj is None:
+        return 0
     attention = block_of(model, layer).get_submodule(row.o_proj.rpartition(".")[0])
     counted = getattr(attention, "num_heads", None)
     heads = int(counted if isinstance(counted, int) else config_of(model).num_attention_heads)
@@ -89,18 +97,42 @@ def block_of(model: nn.Module, layer: int) -> nn.Module:
     return blocks[layer]
 
 
+def layers_with_heads(model: nn.Module) -> list[int]:
+    """All but those whose mixer is no attention."""
+    return [layer for layer in range(n_layers(model)) if row_at(model, layer).o_proj is not None]
+
+
+def path_of_o_proj(model: nn.Module, layer: int) -> str:
+    """Where it is in its block. Raises ValueError, naming the layers that have heads, where this one has none."""
+    path = row_at(model, layer).o_proj
+    if path is None:
+        block_of(model, layer)
+        able = ", ".join(str(one) for one in layers_with_heads(model))
+        raise ValueError(
+            f"Layer {layer} of this {config_of(model).model_type} has no attention heads that can be told apart. "
+            + (f"The layers that have: {able}." if able else "No layer has.")
+        )
+    return path
+
+
 def o_proj_of(model: nn.Module, layer: int) -> nn.Module:
     """The output projection of attention: a Linear, or GPT-2's Conv1D."""
-    return block_of(model, layer).get_submodule(architecture_of(model).o_proj)
+    return block_of(model, layer).get_submodule(path_of_o_proj(model, layer))
+
+
+def device_at(model: nn.Module, layer: int) -> torch.device:
+    """Where a block computes."""
+    modules = block_of(model, layer).modules()
+    return device_of(next(module for module in modules if any(True for _ in module.parameters(recurse=False))))
 
 
 def o_proj_bias(model: nn.Module, layer: int) -> nn.Parameter | None:
     return dict(o_proj_of(model, layer).named_parameters()).get("bias")
 
 
-def output_first(model: nn.Module, path: str, weight: Tensor) -> Float[Tensor, "*experts d_out d_in"]:
+def output_first(row: Architecture, path: str, weight: Tensor) -> Float[Tensor, "*experts d_out d_in"]:
     """The matrix at `path` of a block as `[d_out, d_in]`, whichever way it is stored: a view."""
-    return weight.mT if path in architecture_of(model).input_first else weight
+    return weight.mT if path in row.input_first else weight
 
 
 def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_heads d_head"]:
@@ -109,9 +141,9 @@ def head_matrices(model: nn.Module, layer: int) -> Float[Tensor, "d_model n_head
     Where the weight is quantised, a float32 copy of what the module computes. Raises ValueError where an adapter or
     another thing is around it.
     """
-    module, path = o_proj_of(model, layer), architecture_of(model).o_proj
+    module, path = o_proj_of(model, layer), path_of_o_proj(model, layer)
     stored = own_weight(module, f"{path} of layer {layer}")
-    weight = computed_weight(module) if stored is None else output_first(model, path, stored)
+    weight = computed_weight(module) if stored is None else output_first(row_at(model, layer), path, stored)
     by_head: Tensor = weight.unflatten(1, (n_heads(model, layer), -1))
     return by_head
 
@@ -127,6 +159,8 @@ def width_of(model: nn.Module, site: Site) -> int:
     >>> [width_of(model, Site.parse(name)) for name in ("L0.resid_post", "L0.z", "L0H7.z", "L0H7.result")]
     [96, 128, 16, 96]
     """
+    if row_at(model, site.layer).o_proj is None and site.name not in ("z", "result"):
+        return int(config_of(model).hidden_size)
     module = o_proj_of(model, site.layer)
     names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")  # Conv1D, Linear
     d_in, d_model = (getattr(module, name) for name in names)
@@ -147,57 +181,9 @@ def is_parallel(model: nn.Module) -> bool:
     return key == "always" or (key is not None and bool(getattr(config_of(model), key)))
 
 
-def rope_groups(model: nn.Module, lengths: Sequence[int], new: int = 0) -> list[list[int]]:
-    """Which rows may share a batch, where rotary frequencies depend on its longest row: indices, in their order.
-
-    With *longrope* (Phi-3) rows within the original context and rows beyond it have two sets of frequencies; with
-    *dynamic* scaling rows beyond it have one for each length. A row that comes to pass the limit while `new` tokens are
-    written shares a batch with rows of its own length alone, which pass it at the same step. One group where
-    frequencies are fixed.
-    """
-    limits = _rope_limits(model)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, length in enumerate(lengths):
-        regime = [
-            0 if length + new <= limit else -1 if kind == "longrope" and length > limit else length
-            for kind, limit in limits.items()
-        ]
-        groups.setdefault(tuple(regime), []).append(i)
-    return list(groups.values())
-
-
-def passes_rope_limit(model: nn.Module, longest: int) -> bool:
-    """Does a row of so many tokens pass the length from which on rotary frequencies depend on the longest row?"""
-    return any(longest > limit for limit in _rope_limits(model).values())
-
-
-def _rope_limits(model: nn.Module) -> dict[str, int]:
-    config = config_of(model)
-    known: Any = getattr(config, "rope_parameters", None) or {}
-    limits: dict[str, int] = {}
-    for rope in (known, *known.values()):
-        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
-        if kind in ("longrope", "dynamic"):
-            limits[kind] = int(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
-    return limits
-
-
-def check_room(model: nn.Module, longest: int, new: int = 0) -> None:
-    """Raise ValueError where learned positions (GPT-2's) are fewer than the longest row and its `new` tokens."""
-    learned = [
-        module.num_embeddings
-        for name, module in model.named_modules()
-        if name.endswith((".wpe", ".embed_positions", ".position_embeddings")) and isinstance(module, nn.Embedding)
-    ]
-    if learned and longest + new > min(learned):
-        asked = f"a row of {longest:,} tokens" + (f" and up to {new:,} new ones" if new else "")
-        room = f" Set max_new_tokens to at most {min(learned) - longest:,}." if new and longest < min(learned) else ""
-        raise ValueError(f"The model has positions for {min(learned):,} tokens, and no more, but {asked} came.{room}")
-
-
 def attn_gain(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
     """The gain of the norm between `o_proj` and the stream; None where there is no norm."""
-    row = architecture_of(model)
+    row = row_at(model, layer)
     if row.attn_norm is None:
         return None
     return _gain(block_of(model, layer).get_submodule(row.attn_norm), row)
@@ -206,6 +192,8 @@ def attn_gain(model: nn.Module, layer: int) -> Float[Tensor, " d_model"] | None:
 def final_norm_of(model: nn.Module, vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """A direction as the unembedding sees it: through the final norm, but for its scale and its bias."""
     row = architecture_of(model)
+    if not row.final_norm:
+        return vector
     gain = _gain(model.get_submodule(row.final_norm), row)
     vector = vector.to(gain.device)
     return gain * (vector - vector.mean() if row.centred else vector)
@@ -213,12 +201,14 @@ def final_norm_of(model: nn.Module, vector: Float[Tensor, " d_model"]) -> Float[
 
 def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
     """The module, and the side of it, where `site` is in this model."""
-    taps = architecture_of(model).taps
+    taps = row_at(model, site.layer).taps
     if site.name == "resid_mid" and is_parallel(model):
         raise ValueError(
             f"{config_of(model).model_type} has no resid_mid: attention and MLP read the same stream, and both are "
             "added to it at once. Read resid_pre, attn_out or resid_post."
         )
+    if site.name in ("z", "result"):
+        path_of_o_proj(model, site.layer)
     if site.head is not None and not site.head < n_heads(model, site.layer):
         last = n_heads(model, site.layer) - 1
         raise IndexError(f"Head {site.head} is out of range: layer {site.layer} has heads 0 to {last}.")
@@ -226,8 +216,20 @@ def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
         raise ValueError(f"{site} is no activation but a router's choice: read it with probes.activations.experts.")
     if site.name == "result" and site.head is None:
         raise ValueError(f"{site} needs a head: write L{site.layer}H0.result.")
+    block = block_of(model, site.layer)
+    if site.name not in taps:
+        have = ", ".join(name for name in SITE_NAMES if name in taps)
+        raise ValueError(
+            f"Layer {site.layer} of this {config_of(model).model_type} has no {site.name}: no module of its block "
+            f"reads it or puts it out. It has {have}."
+        )
     tap = taps[site.name]
-    return block_of(model, site.layer).get_submodule(tap.path), tap
+    return block.get_submodule(tap.path), tap
+
+
+def has_site(model: nn.Module, layer: int, name: SiteName) -> bool:
+    """Is there an activation of that name in the layer?"""
+    return name in row_at(model, layer).taps and not (name == "resid_mid" and is_parallel(model))
 
 
 def path_of(model: nn.Module, site: Site) -> str:
@@ -258,6 +260,7 @@ def site_of(model: nn.Module, text: str) -> Site:
     if not text.startswith(row.layers + "."):
         return Site.parse(text)
     layer, _, path = text[len(row.layers) + 1 :].partition(".")
+    row = row.at(int(layer)) if layer.isdigit() and int(layer) < n_layers(model) else row
     names = [name for name, tap in row.taps.items() if tap == Tap(path, "output") and name != "result"]
     if not layer.isdigit() or not names:
         known = ", ".join(sorted({tap.path or "(block)" for tap in row.taps.values() if tap.side == "output"}))
@@ -267,13 +270,13 @@ def site_of(model: nn.Module, text: str) -> Site:
 
 @checked
 def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
-    """The site of that name in every layer.
+    """The site of that name in every layer that has it.
 
     >>> from probes.model import load, sites_in
     >>> [str(site) for site in sites_in(load("organism"), "resid_post")]
     ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
-    return [Site(layer, name) for layer in range(n_layers(model))]
+    return [Site(layer, name) for layer in range(n_layers(model)) if name == "routing" or has_site(model, layer, name)]
 
 
 def _gain(norm: nn.Module, row: Architecture) -> Tensor:

@@ -26,7 +26,10 @@ class Architecture:
     key that scales what is added to the stream. `parallel` is the config key under which attention and MLP read one
     stream, so that there is no `resid_mid`; `"always"` where they do in every model of the family. `declares_bias` is
     the config key that gives `o_proj` a bias. `centred` tells a final norm that takes the mean out, `differential`
-    attention whose heads are pairs of those the config counts.
+    attention whose heads are pairs of those the config counts, `normed` that what goes on in the stream is what the
+    norms put out, times a number; what stands at the sites that are `overwritten` is changed in place later on. A block
+    has the sites that `taps` name, and heads if there is an `o_proj`; where blocks differ, as in a hybrid, `blocks` is
+    a row for each, and the row itself that of the first with heads.
 
     >>> from probes.model import architecture_of, load
     >>> row = architecture_of(load("organism"))
@@ -41,7 +44,7 @@ class Architecture:
     taps: Mapping[SiteName, Tap]
     layers: str = "model.layers"
     final_norm: str = "model.norm"
-    o_proj: str = "self_attn.o_proj"
+    o_proj: str | None = "self_attn.o_proj"
     mlp_writers: tuple[str, ...] = ("mlp.down_proj",)
     expert_biases: tuple[str, ...] = ()
     input_first: tuple[str, ...] = ()
@@ -53,6 +56,13 @@ class Architecture:
     declares_bias: str | None = None
     centred: bool = False
     differential: bool = False
+    normed: bool = False
+    overwritten: frozenset[SiteName] = frozenset()
+    blocks: tuple["Architecture", ...] = ()
+
+    def at(self, layer: int) -> "Architecture":
+        """The row of one block."""
+        return self.blocks[layer] if self.blocks else self
 
 
 PRE_NORM = Architecture(
@@ -167,10 +177,3 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v3": SPARSE_BIASED,
     "gpt_oss": GPT_OSS,
 }
-# What an unlisted family may look like; each is taken only if the identities hold (probes/model/identities.py).
-GENERIC: tuple[Architecture, ...] = (
-    replace(PRE_NORM, mlp_writers=()),
-    replace(SANDWICH_NORM, mlp_writers=(), declares_bias=None),
-    replace(POST_NORM, mlp_writers=(), declares_bias=None),
-    replace(PRE_NORM, mlp_writers=(), parallel="always"),
-)

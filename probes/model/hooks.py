@@ -1,6 +1,6 @@
 """Hooks at sites, routers and inputs: the only file that knows a module may return a tuple."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from probes.model.architectures import block_of, head_matrices, multiplier_of, n_heads, tap_of
-from probes.model.passes import Name, hooked, named_edit, rows_of
+from probes.model.architectures import block_of, has_site, head_matrices, multiplier_of, n_heads, row_at, tap_of
+from probes.model.passes import Name, hooked, named_edit, rows_of, shape_of
+from probes.model.positions import Length, real_tokens
 from probes.model.routers import Routing, block_at, read_routing
 from probes.model.sites import Site
 from probes.rows import Rows
@@ -24,8 +25,8 @@ def attached(model: nn.Module, site: Site, edit: Edit, *, name: Name | None = No
 
     At a site with a head, `edit` sees that head alone: `width` is d_head at `z`, d_model at `result`. A stream that is
     edited stays edited: at `resid_mid`, where a hook on the norm would reach the MLP alone, the change is made to what
-    attention adds. `name` tells what is done, for a store of completions. Raises ValueError where the family has no
-    such site, IndexError where layer or head is out of range.
+    attention adds, or the MLP. `name` tells what is done, for a store of completions. Raises ValueError where the layer
+    has no such site, IndexError where layer or head is out of range.
 
     >>> from probes import Site, attached, generate, load
     >>> model = load("organism")
@@ -49,7 +50,15 @@ def hook_site(model: nn.Module, site: Site, see: Callable[[Tensor], None]) -> It
 @contextmanager
 def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     tap_of(model, site)  # refused where attention and MLP run in parallel
-    before: list[Tensor] = []
+    row, before = row_at(model, site.layer), list[Tensor]()
+    if row.normed:  # what reads the stream is all that does
+        with _on_tap(model, site, edit):
+            yield
+        return
+    if not has_site(model, site.layer, "attn_out"):
+        with _on_mid_and_mlp(model, site, edit):
+            yield
+        return
 
     def edit_added(added: Tensor) -> Tensor | None:
         pre = before.pop()
@@ -67,13 +76,38 @@ def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 
 
 @contextmanager
+def _on_mid_and_mlp(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
+    """The change is made to what the MLP reads, and to what it adds."""
+    changes: list[Tensor | None] = []
+
+    def edit_mid(mid: Tensor) -> Tensor | None:
+        new = edit(mid)
+        changes.append(None if new is None else new - mid)
+        return new
+
+    def add_change(added: Tensor) -> Tensor | None:
+        change = changes.pop()
+        return None if change is None else added + change
+
+    with _on_tap(model, site, edit_mid), _on_tap(model, Site(site.layer, "mlp_out"), add_change):
+        yield
+
+
+@contextmanager
 def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
     module, tap = tap_of(model, site)
     matrix = head_matrices(model, site.layer)[:, site.head].float().T if site.name == "result" else None
     heads = 0 if site.head is None else n_heads(model, site.layer)
     scale = multiplier_of(model) if site.name in ("attn_out", "mlp_out") else 1.0
+    overwritten = site.name in row_at(model, site.layer).overwritten
 
     def edited(value: Tensor) -> Tensor | None:
+        if value.dim() == 2:  # rows one after another
+            new = whole(value.unflatten(0, shape_of(model)))
+            return None if new is None else new.flatten(0, 1)
+        return whole(value.clone() if overwritten else value)
+
+    def whole(value: Tensor) -> Tensor | None:
         if site.head is not None:
             return _edit_head(value, site.head, heads, edit)
         if scale == 1.0:
@@ -145,6 +179,9 @@ def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Ten
         yield cache
 
 
+_CACHES = ("past_key_values", "cache_params")
+
+
 @contextmanager
 def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
     """While open, `see` gets each forward pass' new token ids, its attention mask, the cached length, and which rows of
@@ -153,57 +190,20 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
     Beam search is refused: it swaps the rows of a cache, and whoever follows them would not know.
     """
 
-    length = _Length()
+    length = Length()
 
     def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("A scope reads token ids, but the model was called with inputs_embeds.")
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         if cache is not None:
             cache.reorder_cache = _refuse_beams
         n_past = length.of(cache, ids.shape[1])
-        see(ids, _real_tokens(kwargs.get("attention_mask"), ids, n_past), n_past, rows_of(model))
+        see(ids, real_tokens(kwargs.get("attention_mask"), ids, n_past), n_past, rows_of(model))
 
     with hooked(model, model, before, side="input", place="the model's input"):
         yield
-
-
-class _Length:
-    """How many tokens a cache holds. A static one on a GPU counts there, and is asked only in passes of several tokens;
-    between these the count is kept here."""
-
-    def __init__(self) -> None:
-        self.cache: object = None
-        self.n = 0
-
-    def of(self, cache: Any, new: int) -> int:
-        if cache is None:
-            return 0
-        held = self.n if self.cache is cache and new == 1 else None
-        told = cache.get_seq_length()
-        on_device = isinstance(told, Tensor) and told.device.type != "cpu"
-        n_past = held if on_device and held is not None else int(told)
-        self.cache, self.n = cache, n_past + new
-        return n_past
-
-
-def _real_tokens(mask: Any, ids: Int[Tensor, "batch new"], n_past: int) -> Int[Tensor, "batch total"] | None:
-    """A mask whose last columns say which of the new tokens are real: the one that is given, or, of those made for a
-    static cache, by what each token sees itself."""
-    if isinstance(mask, Mapping):
-        mask = next((mask[kind] for kind in ("full_attention", *mask) if mask.get(kind) is not None), None)
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-        return mask
-    new = ids.shape[1]
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[3] < n_past + new:
-        kind = f"{mask.dim()} dimensions" if isinstance(mask, Tensor) else f"the form of a {type(mask).__name__}"
-        raise ValueError(
-            f"A scope reads an attention mask [batch, pos], or one [batch, 1, new, pos] of a static cache, but this "
-            f"one has {kind}: use the default, dynamic cache."
-        )
-    own = mask[:, 0].diagonal(offset=n_past, dim1=1, dim2=2)
-    return (own if own.dtype is torch.bool else own == 0).long()
 
 
 def _refuse_beams(*_: Any) -> None:

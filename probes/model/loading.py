@@ -15,7 +15,7 @@ from probes.files import reading
 from probes.model.architectures import config_of, n_heads, n_layers, width_of
 from probes.model.delimiters import Delimiters, find_delimiters
 from probes.model.embedded import ORGANISM, resolve
-from probes.model.identities import place
+from probes.model.placing.discovery import place
 from probes.model.quantised import merge_adapters, numbers_of
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS
@@ -68,7 +68,7 @@ def load(
     and hardly to think). `delimiters` override what opens and closes the thinking, which is else found in the
     tokenizer. The id or folder of an adapter gives its base with the adapter merged into the weights. A family without
     a row in `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does
-    hold (`probes.model.identities`), else refused with a ValueError; so are a model without a head, and a wrapped one.
+    hold (`broken_identity`), else refused with a ValueError; so are a model without a head, and a wrapped one.
 
     >>> from probes import load
     >>> model = load("organism")

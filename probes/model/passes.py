@@ -25,8 +25,8 @@ Hook = Callable[..., Any]
 class _Ear:
     """A hook's place, in words, and whether it was heard in this pass."""
 
-    def __init__(self, place: str) -> None:
-        self.place, self.heard = place, False
+    def __init__(self, place: str, must: bool) -> None:
+        self.place, self.must, self.heard = place, must, False
 
 
 class _Watch:
@@ -37,6 +37,7 @@ class _Watch:
         self.names: list[Name | None] = []
         self.ears: list[_Ear] = []
         self.runner: Thread | None = None
+        self.shape: tuple[int, int] = (0, 0)
         self.users = 0
         self.closing = ExitStack()
 
@@ -56,6 +57,11 @@ def edits_of(model: nn.Module) -> tuple[str | None, ...]:
 def rows_of(model: nn.Module) -> Rows | None:
     """Which rows of a run the pass holds that the model makes now; None where nobody said."""
     return _ROWS.get(model)
+
+
+def shape_of(model: nn.Module) -> tuple[int, int]:
+    """How many rows and tokens the pass has that the model makes now, while it is hooked."""
+    return _WATCHES[model].shape
 
 
 @contextmanager
@@ -82,15 +88,15 @@ def named_edit(model: nn.Module, name: Name | None) -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    model: nn.Module, module: nn.Module, hook: Hook, *, side: Literal["input", "output"], place: str
+    model: nn.Module, module: nn.Module, hook: Hook, *, side: Literal["input", "output"], place: str, must: bool = True
 ) -> Iterator[None]:
     """While open, `hook` is on `module`, a part of `model`: before it with its keywords, or after it.
 
     A copy of the model that is made meanwhile is a plain one. Compiled modules run as they were written. At the end of
-    a pass of the model in which the hook was not heard, ValueError is raised, naming its `place`; and where a second
-    thread runs the model.
+    a pass of the model in which a hook that `must` be was not heard, ValueError is raised, naming its `place`; and
+    where a second thread runs the model.
     """
-    ear = _Ear(place)
+    ear = _Ear(place, must)
 
     def own(called: nn.Module, *rest: Any) -> Any:
         if called is not module:
@@ -135,15 +141,18 @@ def _put_on(watch: _Watch, model: "ref[nn.Module]") -> None:
     whole = model()
     assert whole is not None
 
-    def begin(called: nn.Module, _args: object) -> None:
+    def begin(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if called is model():
+            given = args[0] if args else kwargs.get("input_ids")
+            given = kwargs.get("inputs_embeds") if given is None else given
+            watch.shape = (0, 0) if given is None else (given.shape[0], given.shape[1])
             _begin(called, watch)
 
     def end(called: nn.Module, _args: object, _output: object) -> None:
         if called is model():
             _end(watch)
 
-    for handle in (whole.register_forward_pre_hook(begin), whole.register_forward_hook(end)):
+    for handle in (whole.register_forward_pre_hook(begin, with_kwargs=True), whole.register_forward_hook(end)):
         watch.closing.callback(handle.remove)
 
 
@@ -170,7 +179,7 @@ def _begin(model: nn.Module, watch: _Watch) -> None:
 
 
 def _end(watch: _Watch) -> None:
-    deaf = [ear.place for ear in watch.ears if not ear.heard]
+    deaf = [ear.place for ear in watch.ears if ear.must and not ear.heard]
     if deaf:
         raise ValueError(
             f"The model ran, but not through the hook at {deaf[0]}: a kernel or another forward stands in for the "

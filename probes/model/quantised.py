@@ -96,7 +96,9 @@ def wrapping(module: nn.Module) -> str | None:
         return f"parametrised ({', '.join(n for n, _ in module.get_submodule('parametrizations').named_children())})"
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # a hook of accelerate moves what it is given
         return f"given another forward ({kind})"
-    plain = type(module) in (nn.Linear, Conv1D) or type(module).__module__.partition(".")[0] in _MAKERS
+    home = type(module).__module__
+    plain = type(module) in (nn.Linear, Conv1D) or home.partition(".")[0] in _MAKERS
+    plain = plain or (isinstance(module, nn.Linear) and home.startswith("transformers.models."))  # Falcon's own
     known = plain or _holds_codes(module) or not hasattr(module, "in_features")
     return None if known else f"of a class that is not known ({kind})"
 

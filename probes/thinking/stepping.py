@@ -155,15 +155,21 @@ def _tables(
             known[row] = len(rows)
             rows.append(row)
         classes[token] = known[row]
-    befores = [CODES * before for before in range(BEFORE)]
-    turns = [
-        [_turn(before, code, bool(d.user), over) for before, code in product(befores, range(CODES))]
-        for over in (False, True)
-    ]
-    following = torch.tensor(turns)
     weights = torch.tensor([weight for _, weight in patterns], dtype=torch.long)  # none, where nothing is delimited
-    turned, told = following[..., :5].contiguous(), following[..., 4:].bool()
-    return Tables(classes, torch.tensor(rows), weights, turned, told, torch.tensor(1), tuple(ways))
+    return Tables(classes, torch.tensor(rows), weights, *_turns(bool(d.user)), torch.tensor(1), tuple(ways))
+
+
+@lru_cache(maxsize=2)
+def _turns(users: bool) -> tuple[Tensor, Tensor]:
+    """`turns` and `told` of `Tables`."""
+    befores = [CODES * before for before in range(BEFORE)]
+    following = torch.tensor(
+        [
+            [_turn(before, code, users, over) for before, code in product(befores, range(CODES))]
+            for over in (False, True)
+        ]
+    )
+    return following[..., :5].contiguous(), following[..., 4:].bool()
 
 
 def _tokens_of(wanted: Ids | Needle) -> set[int]:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from probes.model.architectures import (
     architecture_of,
     config_of,
+    device_at,
     o_proj_bias,
-    o_proj_of,
     width_of,
 )
 from probes.model.loading import origin_of
@@ -221,7 +221,7 @@ def _affine_of(model: PreTrainedModel, step: Step) -> Affine:
     if not isinstance(intervention, Linear):
         raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
     affine = intervention.affine(width_of(model, site))
-    device = o_proj_of(model, site.layer).get_parameter("weight").device
+    device = device_at(model, site.layer)
     return Affine(*(tensor.float().to(device) for tensor in (affine.down, affine.up, affine.shift)))
 
 

@@ -4,7 +4,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.model.architectures import (
-    architecture_of,
     block_of,
     config_of,
     multiplier_of,
@@ -12,6 +11,8 @@ from probes.model.architectures import (
     o_proj_bias,
     o_proj_of,
     output_first,
+    path_of_o_proj,
+    row_at,
 )
 from probes.model.sites import Site
 from steer.folding.draft import Draft, NeedsBias, NotFoldable
@@ -20,7 +21,7 @@ from steer.interventions.affine import Affine
 
 def fold_affine(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft) -> None:
     """Into the draft; raises `NotFoldable` where no matrix of its own writes the site."""
-    row = architecture_of(model)
+    row = row_at(model, site.layer)
     match site.name:
         case "z":
             _fold_input(model, site, affine, draft)
@@ -28,7 +29,7 @@ def fold_affine(model: PreTrainedModel, site: Site, affine: Affine, draft: Draft
             _fold_head(model, site, affine, draft)
         case "attn_out":
             _refuse_norm(row.attn_norm, site)
-            _fold_output(model, site, affine, draft, writers=(row.o_proj,))
+            _fold_output(model, site, affine, draft, writers=(row.o_proj,) if row.o_proj else ())
         case "mlp_out":
             _refuse_norm(row.mlp_norm, site)
             _fold_output(model, site, affine, draft, writers=row.mlp_writers, loose=row.expert_biases)
@@ -64,7 +65,7 @@ def _fold_output(
         raise NotFoldable(f"{site} has no one bias to hold a shift: keep it as a run-time intervention.")
     for path in present:
         stored = draft[named[path] if path in named else named[f"{path}.weight"]]
-        weight = output_first(model, path, stored)
+        weight = output_first(row_at(model, site.layer), path, stored)
         weight += affine.up.T @ (affine.down.T @ weight)  # [... d_model d_in]
     for bias in biases:
         value = draft[bias]
@@ -100,7 +101,7 @@ def _bias_for(model: PreTrainedModel, site: Site, affine: Affine) -> nn.Paramete
 def _columns(model: PreTrainedModel, site: Site, draft: Draft) -> Tensor:
     """The part of `o_proj` that reads the site, `[d_model, width]`: a view of the draft."""
     stored = draft[o_proj_of(model, site.layer).get_parameter("weight")]
-    weight = output_first(model, architecture_of(model).o_proj, stored)
+    weight = output_first(row_at(model, site.layer), path_of_o_proj(model, site.layer), stored)
     if site.head is None:
         return weight
     out: Tensor = weight.unflatten(1, (n_heads(model, site.layer), -1))[:, site.head]

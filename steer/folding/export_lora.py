@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.files import staged_folder
-from probes.model.architectures import architecture_of, n_layers, o_proj_bias, o_proj_of, output_first, path_of
+from probes.model.architectures import (
+    architecture_of,
+    layers_with_heads,
+    o_proj_bias,
+    o_proj_of,
+    output_first,
+    path_of,
+    path_of_o_proj,
+    row_at,
+)
 from probes.model.loading import origin_of
 from probes.model.sites import Site
 from probes.tables import Brief
@@ -100,14 +109,14 @@ def low_rank(model: PreTrainedModel, recipe: Recipe) -> dict[int, LowRank]:
     twin = _biased(model)
     draft = drafted(twin, recipe, rounded=False).copies
     layers, ours = {}, set()
-    for layer in range(n_layers(twin)):
+    for layer in layers_with_heads(twin):
         weight, bias = o_proj_of(twin, layer).get_parameter("weight"), o_proj_bias(twin, layer)
         assert bias is not None
         ours |= {weight, bias}
         delta, shift = (draft[p] - p.float() if p in draft else torch.zeros_like(p).float() for p in (weight, bias))
         if delta.any() or shift.any():
-            path = architecture_of(model).o_proj
-            b, a = _factored(output_first(model, path, delta), float(weight.float().norm()))
+            turned = output_first(row_at(model, layer), path_of_o_proj(model, layer), delta)
+            b, a = _factored(turned, float(weight.float().norm()))
             layers[layer] = LowRank(a.cpu(), b.cpu(), shift.cpu())
     named = (*twin.named_parameters(), *twin.named_buffers())
     if others := [name for name, p in named if p in draft and p not in ours]:
@@ -133,10 +142,10 @@ _SHIFT = (
 def _biased(model: PreTrainedModel) -> PreTrainedModel:
     """The model once more, sharing every tensor, in which each `o_proj` has a bias to draft a shift in."""
     twin = twin_of(model)
-    for layer in range(n_layers(twin)):
+    for layer in layers_with_heads(twin):
         if o_proj_bias(twin, layer) is None:
             o_proj = o_proj_of(twin, layer)
-            weight = output_first(twin, architecture_of(twin).o_proj, o_proj.get_parameter("weight"))
+            weight = output_first(row_at(twin, layer), path_of_o_proj(twin, layer), o_proj.get_parameter("weight"))
             o_proj.register_parameter("bias", nn.Parameter(weight.new_zeros(len(weight))))
     return twin
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.model.architectures import architecture_of, block_of, config_of
+from probes.model.architectures import block_of, config_of, row_at
 from probes.model.routers import block_at
 from steer.folding.draft import Draft, NotFoldable
 from steer.interventions.routing import Forbid, Reinforce, RoutingEdit
@@ -25,7 +25,7 @@ def fold_routing(model: PreTrainedModel, edit: RoutingEdit, draft: Draft) -> Non
 
 
 def _fold_reinforce(model: PreTrainedModel, edit: Reinforce, draft: Draft) -> None:
-    row, family = architecture_of(model), config_of(model).model_type
+    row, family = row_at(model, edit.site.layer), config_of(model).model_type
     if edit.renormalise:
         raise NotFoldable(
             f"{edit.site} is reinforced and renormalised, which changes the other experts token by token."

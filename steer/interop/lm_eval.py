@@ -107,7 +107,7 @@ def _row(recipe: Recipe, model: PreTrainedModel | None) -> Architecture:
 
 def _module(row: Architecture, site: Site) -> str:
     base = row.layers.partition(".")[2]  # without base_model_prefix
-    return ".".join(part for part in (base, str(site.layer), row.taps[site.name].path) if part)
+    return ".".join(part for part in (base, str(site.layer), row.at(site.layer).taps[site.name].path) if part)
 
 
 def _site(model: PreTrainedModel, name: str, path: Path) -> Site:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.model.architectures import o_proj_of
+from probes.model.architectures import device_at
 from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
 from probes.model.passes import named_edit
-from probes.model.quantised import device_of
 from probes.model.sites import Site
 from probes.rows import Rows
 from probes.thinking.phases import Clock
@@ -122,7 +121,7 @@ class _Edit:
 
     @classmethod
     def of(cls, model: PreTrainedModel, number: int, step: Step, gate: Gate, log: FireLog) -> "_Edit":
-        device = device_of(o_proj_of(model, _site(step).layer))
+        device = device_at(model, _site(step).layer)
         assert not isinstance(step.intervention, RoutingEdit)
         return cls(number, placed(step.intervention, device), gate, log)
 

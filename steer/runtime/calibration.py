@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from probes.late import optimize
-from probes.model.architectures import rope_groups
+from probes.model.positions import rope_groups
 from probes.thinking.spans import Span
 from steer.interventions.activation import Add, with_fields
 from steer.interventions.routing import Forbid, Force

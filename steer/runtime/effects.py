@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.model.architectures import rope_groups
 from probes.model.loading import tokenizer_of
+from probes.model.positions import rope_groups
 from probes.model.tokens import Prompt, encode_prompt
 from probes.tables import Brief, Shown, Table
 from probes.thinking.spans import Span

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from probes import Sampling, Site, generate, load
 from probes.activations import span_means
-from probes.model.architectures import rope_groups
+from probes.model.positions import rope_groups
 from probes.thinking import Span
 
 LIMIT = 24

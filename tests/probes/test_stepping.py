@@ -47,7 +47,7 @@ def drawn(rng, batch, steps):
     return [torch.tensor([[rng.randrange(14)] for _ in range(batch)]) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("ends", "pad"), ENDINGS)
 @pytest.mark.parametrize("words", WORDS)
 def test_a_step_says_what_a_pass_says(words, ends, pad, seed):
@@ -58,7 +58,7 @@ def test_a_step_says_what_a_pass_says(words, ends, pad, seed):
     prompt = torch.tensor([[rng.randrange(14) for _ in range(6)] for _ in range(5)])
     mask = torch.tensor([[int(i >= row) for i in range(6)] for row in range(5)])
     several = torch.tensor([[rng.randrange(14) for _ in range(3)] for _ in range(5)])
-    steps = [*drawn(rng, 5, 40), several, *drawn(rng, 5, 40)]
+    steps = [*drawn(rng, 5, 30), several, *drawn(rng, 5, 20)]
     follow(*clocks, prompt, steps, mask if seed % 2 else None)
 
 
