@@ -66,7 +66,7 @@ def _sizes(kind: type[PretrainedConfig]) -> dict[str, Any]:
         own.pop("head_dim", None)
     for name, part in kind.sub_configs.items():
         if isinstance(part, type) and issubclass(part, PretrainedConfig) and part is not AutoConfig:
-            own[name] = _sizes(part)
+            own[name] = _sizes(part) | TOLD.get(part.model_type, {})
         elif getattr(default, name, None) is not None:
             inner = getattr(default, name)
             own[name] = {"model_type": inner.model_type, **_sizes(type(inner))}
