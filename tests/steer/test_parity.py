@@ -1,4 +1,5 @@
-"""Any recipe does the same to a row alone, in any batch, beside any pads, in any chunks, whatever the cache."""
+"""Any recipe does the same to a row alone, in any batch, beside any pads, in any chunks, whatever the cache, and
+where the forward is compiled."""
 
 import os
 from functools import cache
@@ -26,6 +27,18 @@ BOS, EOS, OPEN, CLOSE, HEADER = 1, 2, 3, 4, 5
 MARKERS = ((20,), (21, 22))
 WORDS = st.sampled_from([*range(10, 40), 20, 21, 22, 21, 22])
 family_model = cache(build)
+COMPILED = ("llama", "qwen3_moe")  # dense and sparse
+
+
+@cache
+def compiled_model(family, backend):
+    """The same weights, the forward compiled, and run once without a recipe: traced without its hooks."""
+    model = build(family)
+    model.forward = torch.compile(model.forward, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for _ in range(2):
+            run(model, *padded([[BOS, 10, 11, 12], [BOS, 13]], "left"))
+    return model
 
 
 def vectors(width):
@@ -93,11 +106,12 @@ def conversations(draw):
 
 
 @st.composite
-def cases(draw):
-    family = draw(st.sampled_from(FAMILIES))
+def cases(draw, families=FAMILIES, backends=("eager",)):
+    family = draw(st.sampled_from(families))
     model = family_model(family)
     return {
         "family": family,
+        "backend": draw(st.sampled_from(backends if families is COMPILED else [None, *backends])),
         "recipe": draw(recipes(model, family)),
         "rows": draw(st.lists(conversations(), min_size=1, max_size=3)),
         "side": draw(st.sampled_from(["left", "right"])),
@@ -160,10 +174,12 @@ def generated(model, recipe, prompts, cache):
 
 @torch.no_grad()
 def check(case):
-    model, recipe = family_model(case["family"]), case["recipe"]
+    plain, recipe = family_model(case["family"]), case["recipe"]
+    compiled = case["backend"] is not None and case["family"] in COMPILED
+    model = compiled_model(case["family"], case["backend"]) if compiled else plain
     prompts, written = ([list(part) for part in parts] for parts in zip(*case["rows"], strict=True))
     rows = [prompt + more for prompt, more in zip(prompts, written, strict=True)]
-    alone = [whole(model, recipe, [row], "left") for row in rows]
+    alone = [whole(plain, recipe, [row], "left") for row in rows]
     ways = [whole(model, recipe, rows, case["side"]), step_by_step(model, recipe, prompts, written, case["chunk"])]
     for logits, places in ways:
         for i, (row, own) in enumerate(alone):
@@ -173,13 +189,19 @@ def check(case):
 
     together, margins = generated(model, recipe, prompts, case["cache"])
     for i, prompt in enumerate(prompts):
-        single, logits = generated(model, recipe, [prompt], None if case["cache"] else "dynamic")
+        single, logits = generated(plain, recipe, [prompt], None if case["cache"] else "dynamic")
         steps = min(single.shape[1], together.shape[1])
         differ = (single[0, :steps] != together[i, :steps]).nonzero()
         if len(differ):
             top = logits[0, differ[0, 0]].topk(2).values
             assert top[0] - top[1] < 1e-3, (single, together[i])
             event("greedy choices differed, at a margin below 1e-3")  # --hypothesis-show-statistics counts them
+    if compiled:  # and without a recipe it is the plain model again, compiled as before
+        ids, mask = padded(rows, case["side"])
+        real = mask.bool()
+        torch.testing.assert_close(
+            run(model, ids, mask).logits[real], run(plain, ids, mask).logits[real], atol=1e-4, rtol=1e-3
+        )
 
 
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
@@ -201,4 +223,11 @@ def test_a_recipe_means_the_same_however_the_model_is_run(case):
 @settings(max_examples=int(os.environ.get("PARITY_CASES", "10000")), **{**QUICK, "derandomize": False})
 @given(cases())
 def test_a_recipe_means_the_same_in_ten_thousand_cases(case):
+    check(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, **{**QUICK, "derandomize": False})
+@given(cases(COMPILED, ("eager", "inductor")))
+def test_a_recipe_means_the_same_in_a_thousand_cases_of_compiled_forwards(case):
     check(case)
