@@ -4,12 +4,19 @@ import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from probes.files import reading
 from probes.model.architectures import config_of, n_heads, n_layers, width_of
@@ -57,7 +64,9 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     delimiters: tuple[str, str] | Delimiters | None = None,
     dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
     device_map: Any = None,
+    quantize: str | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """A plain Hugging Face causal LM in eval mode, ready for every function here.
@@ -68,7 +77,9 @@ def load(
     and hardly to think). `delimiters` override what opens and closes the thinking, which is else found in the
     tokenizer. The id or folder of an adapter gives its base with the adapter merged into the weights. A family without
     a row in `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does
-    hold (`broken_identity`), else refused with a ValueError; so are a model without a head, and a wrapped one.
+    hold (`broken_identity`), else refused with a ValueError; so are a model without a head, and a wrapped one. `device`
+    puts all of it on one (`"cuda:0"`, `"mps"`), `device_map` shares it out among several, or with the disk, as
+    accelerate does; `quantize` packs the matrices by bitsandbytes as they are read, to be read and steered at run time.
 
     >>> from probes import load
     >>> model = load("organism")
@@ -76,7 +87,11 @@ def load(
     ('Qwen3MoeForCausalLM', '756,000 parameters')
     """
     check_source(source)
+    if device is not None and device_map is not None:
+        raise ValueError("device puts the whole model on one device, and device_map shares it out: give one of them.")
     if isinstance(source, PreTrainedModel):
+        if quantize is not None:
+            raise ValueError("A model that is built is not quantised any more: give load its hub id or its folder.")
         model, name = source, source.config._name_or_path or type(source).__name__
         known: Origin | None = getattr(source, "_thinksteer", None)
         if known is not None:  # loaded before: what is not given anew stays
@@ -88,8 +103,9 @@ def load(
         with reading(path, "folder of a model") if Path(path).is_dir() else nullcontext():
             check_counts(Path(path) / "config.json")
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map=device_map, revision=revision, trust_remote_code=False
-            )
+                path, dtype=dtype, device_map=device_map if device is None or quantize is None else {"": device},
+                revision=revision, trust_remote_code=False, quantization_config=_packing(quantize),
+            )  # fmt: skip
             adapted = merge_adapters(model)
             if not (adapted and Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file()):
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -101,10 +117,25 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=False)
     if model.get_output_embeddings() is None:
         raise ValueError(f"A {type(model).__name__} has no head over the vocabulary: load it as a causal LM.")
+    if device is not None and quantize is None:
+        model.to(device)
     place(model.eval())
     setattr(model, "_thinksteer", Origin(name, revision, tokenizer, delimiters))
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _packing(quantize: str | None) -> BitsAndBytesConfig | None:
+    """How bitsandbytes packs: NF4 computed in bfloat16 *(Dettmers et al. 2023)*, or 8-bit integers."""
+    if quantize is None:
+        return None
+    if quantize not in ("4bit", "8bit"):
+        raise ValueError(f"quantize is {quantize!r}. Known: 4bit, 8bit.")
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(f"quantize={quantize!r} needs bitsandbytes: pip install bitsandbytes.")
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def check_source(source: object) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from probes.model.architectures import head_matrices, o_proj_of
 from probes.model.hooks import attached, captured
+from probes.model.loading import load
 from probes.model.quantised import is_quantised
 from probes.model.sites import Site
 from steer.folding._fold import fold, folded
@@ -76,3 +77,30 @@ def test_folding_into_packed_numbers_is_refused_by_name(pair):
         ):
             write(packed, Recipe.of(packed, [Ablate(Site(0, "attn_out"), torch.ones(32))]))
     assert all(torch.equal(before[name], value) for name, value in packed.state_dict().items())
+
+
+@torch.no_grad()
+def test_load_packs_the_matrices_as_they_are_read():
+    packed = load("smollm2", quantize="4bit")
+    assert type(o_proj_of(packed, 0)) is bitsandbytes.nn.Linear4bit
+    assert is_quantised(packed)
+    site, before = Site(1, "resid_post"), Site(2, "resid_pre")
+    vector = torch.randn(576, generator=torch.Generator().manual_seed(1))
+    with captured(packed, [before]) as plain:
+        packed(IDS)
+    with applied(packed, Recipe.of(packed, [Add(site, vector, 5.0)])) as log, captured(packed, [before]) as steered:
+        packed(IDS)
+    torch.testing.assert_close(steered[before].float(), plain[before].float() + 5 * vector, atol=0.1, rtol=0.02)
+    assert log.tokens == IDS.numel()
+    with pytest.raises(NotFoldable, match="The weights of 'smollm2' are quantised"):
+        folded(packed, Recipe.of(packed, [Ablate(Site(0, "result", 2), vector)]))
+
+
+def test_where_and_how_to_load_is_asked_for_in_words():
+    assert next(load("organism", device="cpu").parameters()).device == torch.device("cpu")
+    with pytest.raises(ValueError, match="device puts the whole model on one device, and device_map shares it out"):
+        load("organism", device="cpu", device_map="auto")
+    with pytest.raises(ValueError, match="quantize is '3bit'. Known: 4bit, 8bit."):
+        load("organism", quantize="3bit")
+    with pytest.raises(ValueError, match="A model that is built is not quantised any more: give load its hub id or"):
+        load(build("llama"), quantize="4bit")
