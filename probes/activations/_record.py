@@ -1,7 +1,6 @@
 """Read activations and reduce them as they are read: per sequence, the mean over a span of positions."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel
 
 from probes.activations.moments import Moments
 from probes.activations.reduction import Block, Reduction
-from probes.model.hooks import forward_through, hook_site
+from probes.model.hooks import forward_through, hook_sites
 from probes.model.positions import check_room, rope_groups
 from probes.model.sites import Site
 from probes.tables import Brief
@@ -102,9 +101,7 @@ def _read(
             own = [owners[texts[row].ids] for row in rows]
             ids, real = _padded([texts[row].ids for row in rows])
             reduction.begin([[spans[number] for number in numbers] for numbers in own], real)
-            with ExitStack() as hooks:
-                for site in dict.fromkeys(sites):
-                    hooks.enter_context(hook_site(model, site, reduction.at(site)))
+            with hook_sites(model, {site: reduction.at(site) for site in sites}):
                 forward_through(model, top, ids.to(model.device), real.long().to(model.device))
             read = [number for numbers in own for number in numbers]
             yield read, reduction.finish()
@@ -178,9 +175,9 @@ def record(
             sums[block.sites] = new if old is None else tuple(a + b for a, b in zip(old, new, strict=True))
     total: dict[Site, Recorded] = {}
     for block_sites, (n, n_several, means, norms, left_out, shares) in sums.items():
-        for i, (site, left) in enumerate(zip(block_sites, left_out.tolist(), strict=True)):
-            norm, share = Moments(n, norms[i, None]), Moments(n_several, shares[i, None].cpu())
-            read = Recorded(Moments(n, means[i]), norm, left, share)
+        columns = (means.unbind(), norms[:, None].unbind(), left_out.tolist(), shares[:, None].cpu().unbind())
+        for site, mean, norm, left, share in zip(block_sites, *columns, strict=True):
+            read = Recorded(Moments(n, mean), Moments(n, norm), left, Moments(n_several, share))
             total[site] = total[site] + read if site in total else read
     return {site: total[site] for site in sites}
 

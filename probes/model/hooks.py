@@ -1,6 +1,6 @@
 """Hooks at sites, routers and inputs: the only file that knows a module may return a tuple."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.model.architectures import block_of, has_site, head_matrices, multiplier_of, n_heads, row_at, tap_of
-from probes.model.passes import Name, hooked, named_edit, rows_of, shape_of
+from probes.model.passes import Hook, Name, Side, all_hooked, hooked, named_edit, rows_of, shape_of
 from probes.model.positions import Length, real_tokens
 from probes.model.routers import Routing, block_at, read_routing
 from probes.model.sites import Site
@@ -44,6 +44,13 @@ def attached(model: nn.Module, site: Site, edit: Edit, *, name: Name | None = No
 def hook_site(model: nn.Module, site: Site, see: Callable[[Tensor], None]) -> Iterator[None]:
     """While open, `see` gets the activation `[batch pos width]` at `site`, where the family's row says it is."""
     with _on_tap(model, site, see):
+        yield
+
+
+@contextmanager
+def hook_sites(model: nn.Module, sees: Mapping[Site, Callable[[Tensor], None]]) -> Iterator[None]:
+    """As `hook_site`, for many sites."""
+    with all_hooked(model, (_at_tap(model, site, see) for site, see in sees.items())):
         yield
 
 
@@ -95,6 +102,12 @@ def _on_mid_and_mlp(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
 
 @contextmanager
 def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
+    with all_hooked(model, [_at_tap(model, site, edit)]):
+        yield
+
+
+def _at_tap(model: nn.Module, site: Site, edit: Edit) -> tuple[nn.Module, Hook, Side, str]:
+    """Where `site` is, and what edits it there, as a hook of torch."""
     module, tap = tap_of(model, site)
     matrix = head_matrices(model, site.layer)[:, site.head].float().T if site.name == "result" else None
     heads = 0 if site.head is None else n_heads(model, site.layer)
@@ -136,9 +149,8 @@ def _on_tap(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
         new = edit(write)
         return None if new is None else output + (new - write).to(output.dtype)
 
-    at_output = after_head if site.name == "result" else after
-    with hooked(model, module, before if tap.side == "input" else at_output, side=tap.side, place=str(site)):
-        yield
+    at_output: Hook = after_head if site.name == "result" else after
+    return module, before if tap.side == "input" else at_output, tap.side, str(site)
 
 
 def _edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | None:
@@ -173,9 +185,7 @@ def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Ten
     def keep(site: Site) -> Callable[[Tensor], None]:
         return lambda x: cache.update({site: x.detach()})
 
-    with ExitStack() as stack:
-        for site in sites:
-            stack.enter_context(hook_site(model, site, keep(site)))
+    with hook_sites(model, {site: keep(site) for site in sites}):
         yield cache
 
 

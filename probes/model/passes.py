@@ -6,7 +6,7 @@ each of these is made right or refused.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Thread, current_thread
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from probes.rows import Rows
 
 Name = str | Callable[[], str]
 Hook = Callable[..., Any]
+Side = Literal["input", "output"]
 
 
 class _Ear:
@@ -88,7 +89,7 @@ def named_edit(model: nn.Module, name: Name | None) -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    model: nn.Module, module: nn.Module, hook: Hook, *, side: Literal["input", "output"], place: str, must: bool = True
+    model: nn.Module, module: nn.Module, hook: Hook, *, side: Side, place: str, must: bool = True
 ) -> Iterator[None]:
     """While open, `hook` is on `module`, a part of `model`: before it with its keywords, or after it.
 
@@ -96,25 +97,37 @@ def hooked(
     a pass of the model in which a hook that `must` be was not heard, ValueError is raised, naming its `place`; and
     where a second thread runs the model.
     """
-    ear = _Ear(place, must)
+    with all_hooked(model, [(module, hook, side, place)], must=must):
+        yield
 
+
+@contextmanager
+def all_hooked(
+    model: nn.Module, hooks: Iterable[tuple[nn.Module, Hook, Side, str]], *, must: bool = True
+) -> Iterator[None]:
+    """As `hooked`, for many in little time: each a module, its hook, its side and its place."""
+    with _watched(model) as watch, ExitStack() as stack:
+        for module, hook, side, place in hooks:
+            ear = _Ear(place, must)
+            own = _own(module, ear, hook)
+            if side == "input":
+                handle = module.register_forward_pre_hook(own, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(own)
+            stack.callback(handle.remove)
+            watch.ears.append(ear)
+            stack.callback(watch.ears.remove, ear)
+        yield
+
+
+def _own(module: nn.Module, ear: _Ear, hook: Hook) -> Hook:
     def own(called: nn.Module, *rest: Any) -> Any:
         if called is not module:
             return None
         ear.heard = True
         return hook(called, *rest)
 
-    with _watched(model) as watch:
-        if side == "input":
-            handle = module.register_forward_pre_hook(own, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(own)
-        watch.ears.append(ear)
-        try:
-            yield
-        finally:
-            watch.ears.remove(ear)
-            handle.remove()
+    return own
 
 
 @contextmanager

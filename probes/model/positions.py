@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from probes.model.architectures import config_of
+from probes.model.architectures import architecture_of, config_of
 
 
 def rope_groups(model: nn.Module, lengths: Sequence[int], new: int = 0) -> list[list[int]]:
@@ -47,10 +47,11 @@ def _rope_limits(model: nn.Module) -> dict[str, int]:
 
 def check_room(model: nn.Module, longest: int, new: int = 0) -> None:
     """Raise ValueError where learned positions (GPT-2's) are fewer than the longest row and its `new` tokens."""
+    beside = model.get_submodule(architecture_of(model).layers.rpartition(".")[0])  # of the blocks
     learned = [
         module.num_embeddings
-        for name, module in model.named_modules()
-        if name.endswith((".wpe", ".embed_positions", ".position_embeddings")) and isinstance(module, nn.Embedding)
+        for name, module in beside.named_children()
+        if name in ("wpe", "embed_positions", "position_embeddings") and isinstance(module, nn.Embedding)
     ]
     if learned and longest + new > min(learned):
         asked = f"a row of {longest:,} tokens" + (f" and up to {new:,} new ones" if new else "")
