@@ -270,13 +270,17 @@ def site_of(model: nn.Module, text: str) -> Site:
 
 @checked
 def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
-    """The site of that name in every layer that has it.
+    """The site of that name in every layer that has it. Raises ValueError, saying why, where none has.
 
     >>> from probes.model import load, sites_in
     >>> [str(site) for site in sites_in(load("organism"), "resid_post")]
     ['L0.resid_post', 'L1.resid_post', 'L2.resid_post', 'L3.resid_post']
     """
-    return [Site(layer, name) for layer in range(n_layers(model)) if name == "routing" or has_site(model, layer, name)]
+    sites = [Site(layer, name) for layer in range(n_layers(model))]
+    found = [site for site in sites if name == "routing" or has_site(model, site.layer, name)]
+    if not found:
+        tap_of(model, sites[0])
+    return found
 
 
 def _gain(norm: nn.Module, row: Architecture) -> Tensor:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -118,7 +118,7 @@ def load(
     if model.get_output_embeddings() is None:
         raise ValueError(f"A {type(model).__name__} has no head over the vocabulary: load it as a causal LM.")
     if device is not None and quantize is None:
-        model.to(device)
+        cast(nn.Module, model).to(device)
     place(model.eval())
     setattr(model, "_thinksteer", Origin(name, revision, tokenizer, delimiters))
     loaded: PreTrainedModel = model.eval()

@@ -32,8 +32,12 @@ def test_every_layer_has_the_sites_that_are_there(model_type):
     model = tiny(model_type)
     with_heads, with_mid = HYBRIDS[model_type]
     assert [layer for layer in range(n_layers(model)) if n_heads(model, layer)] == with_heads
-    assert [site.layer for site in sites_in(model, "z")] == with_heads
-    assert [site.layer for site in sites_in(model, "resid_mid")] == with_mid
+    for name, layers in (("z", with_heads), ("resid_mid", with_mid)):
+        if layers:
+            assert [site.layer for site in sites_in(model, name)] == layers
+        else:
+            with pytest.raises(ValueError, match="Layer 0 of this .* has no "):
+                sites_in(model, name)
     for layer in set(range(n_layers(model))) - set(with_heads):
         named = f"Layer {layer} of this .* has no attention heads that can be told apart. "
         named += f"The layers that have: {', '.join(map(str, with_heads))}." if with_heads else "No layer has."
