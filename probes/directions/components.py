@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -45,7 +46,7 @@ def principal_components(
         wanted = torch.zeros(1, len(x), dtype=torch.bool, device=x.device)
         wanted[0, span.start : span.stop] = True
         real, norms = torch.ones_like(wanted), norms_of(x[None])
-        rows = x[kept(lambda x=x: largest(x[None]), norms, wanted, real, site)[0]]
+        rows = x[kept(partial(largest, x[None]), norms, wanted, real, site)[0]]
         if not count:
             total, second = rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1], rows.shape[1])
         count, total, second = count + len(rows), total + rows.sum(0), second + rows.T @ rows
