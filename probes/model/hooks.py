@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,19 +115,19 @@ def _at_tap(model: nn.Module, site: Site, edit: Edit) -> tuple[nn.Module, Hook, 
     scale = multiplier_of(model) if site.name in ("attn_out", "mlp_out") else 1.0
     overwritten = site.name in row_at(model, site.layer).overwritten
 
+    def scaled(value: Tensor) -> Tensor | None:
+        new = edit(value * scale)  # what is added to the stream
+        return None if new is None else new / scale
+
+    whole = edit if scale == 1.0 else scaled
+    if site.head is not None:
+        whole = partial(_edit_head, head=site.head, heads=heads, edit=edit)
+
     def edited(value: Tensor) -> Tensor | None:
         if value.dim() == 2:  # rows one after another
             new = whole(value.unflatten(0, shape_of(model)))
             return None if new is None else new.flatten(0, 1)
         return whole(value.clone() if overwritten else value)
-
-    def whole(value: Tensor) -> Tensor | None:
-        if site.head is not None:
-            return _edit_head(value, site.head, heads, edit)
-        if scale == 1.0:
-            return edit(value)
-        new = edit(value * scale)  # what is added to the stream
-        return None if new is None else new / scale
 
     def before(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
