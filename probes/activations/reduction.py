@@ -1,8 +1,8 @@
 """Activations of several layers reduced together: over each span the mean, without attention sinks."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,7 +34,7 @@ class Reduction:
 
     def __init__(self, *, keep_sinks: bool) -> None:
         self.keep_sinks = keep_sinks
-        self.waiting: dict[tuple[object, ...], list[_Held]] = {}
+        self.waiting: dict[tuple[object, ...], _Waiting] = {}
 
     def begin(self, spans: Sequence[Sequence[Span]], real: Bool[Tensor, "batch pos"]) -> None:
         """A batch, and the spans of each of its rows.
@@ -54,79 +54,77 @@ class Reduction:
         return lambda x: self.see(site, x)
 
     def see(self, site: Site, x: Float[Tensor, "batch pos width"]) -> None:
-        """A large activation is reduced at once; a small one waits, which nothing may write into meanwhile."""
-        x = x.float()
-        held = self.waiting.setdefault((x.shape[-1], x.device, site.name in STREAM), [])
-        held.append(_Held(site, x, x._version, norms_of(x)))
-        if len(held) >= TOGETHER // (4 * x.numel()):
-            self.reduce(held)
+        """A large activation is reduced at once; a small one is copied, as the next layer may write into it."""
+        room = TOGETHER // (4 * x.numel())
+        if room < 2:
+            self.reduce([site], x.float()[None])
+            return
+        kind = (x.shape[-1], x.device, site.name in STREAM)
+        if kind not in self.waiting:
+            self.waiting[kind] = _Waiting(torch.empty(TOGETHER // 4, device=x.device))
+        held = self.waiting[kind]
+        held.hold(site, x)
+        if len(held.sites) == room:
+            self.reduce(*held.take())
 
     def finish(self) -> list[Block]:
         for held in self.waiting.values():
-            if held:
-                self.reduce(held)
+            if held.sites:
+                self.reduce(*held.take())
         return self.blocks
 
-    def reduce(self, held: list["_Held"]) -> None:
-        """What waits becomes a block. Raises ValueError where it was overwritten."""
-        if any(one.x._version != one.version for one in held):
-            sites = ", ".join(str(one.site) for one in held if one.x._version != one.version)
-            raise ValueError(f"What the model computed at {sites} was overwritten in place before it was read.")
-        device = held[0].x.device
-        real, wanted, there = (tensor.to(device) for tensor in (self.real, self.wanted, self.there))
-        norms = torch.stack([one.norms for one in held])
-        each = norms[..., None, :] * wanted
-        if self.keep_sinks:
-            chosen = wanted.expand(each.shape)
-        else:
-            chosen = kept(lambda: torch.stack([largest(one.x) for one in held]), norms, wanted, real, held[0].site)
+    def reduce(self, sites: Sequence[Site], x: Float[Tensor, "sites batch pos width"]) -> None:
+        real, wanted, there = (tensor.to(x.device) for tensor in (self.real, self.wanted, self.there))
+        norms = x.norm(dim=-1)
+        held = norms[..., None, :] * wanted
+        chosen = wanted.expand(held.shape) if self.keep_sinks else kept(x, norms, wanted, real, sites[0])
         weights = chosen.float() / chosen.sum(-1, keepdim=True)
         self.blocks.append(
             Block(
-                tuple(one.site for one in held),
-                means=torch.stack([w @ one.x for w, one in zip(weights, held, strict=True)]).flatten(1, 2)[:, there],
+                tuple(sites),
+                means=(weights @ x).flatten(1, 2)[:, there],
                 norms=(weights * norms[..., None, :]).sum(-1).flatten(1)[:, there],
                 left_out=(wanted.sum(-1) - chosen.sum(-1)).flatten(1)[:, there],
-                shares=(each.amax(-1) / each.sum(-1)).flatten(1)[:, there],
+                shares=(held.amax(-1) / held.sum(-1)).flatten(1)[:, there],
             )
         )
-        held.clear()
 
 
-class _Held(NamedTuple):
-    """An activation that waits, and the count of writes into its memory when it was seen."""
+@dataclass
+class _Waiting:
+    """Room for activations of one width, laid end to end."""
 
-    site: Site
-    x: Float[Tensor, "batch pos width"]
-    version: int
-    norms: Float[Tensor, "batch pos"]
+    room: Float[Tensor, " numbers"]
+    shape: tuple[int, ...] = ()
+    sites: list[Site] = field(default_factory=list)
 
+    def hold(self, site: Site, x: Float[Tensor, "batch pos width"]) -> None:
+        self.shape = tuple(x.shape)
+        start = len(self.sites) * x.numel()
+        self.room[start : start + x.numel()].view(x.shape).copy_(x)
+        self.sites.append(site)
 
-def norms_of(x: Float[Tensor, "*rows width"]) -> Float[Tensor, " *rows"]:
-    """Euclidean, by a product of matrices: faster than a sum over a short dimension."""
-    return (x.square() @ x.new_ones(x.shape[-1])).sqrt()
-
-
-def largest(x: Float[Tensor, "*rows width"]) -> Float[Tensor, " *rows"]:
-    """Of absolute values, without a copy of them."""
-    return torch.maximum(x.amax(-1), -x.amin(-1))
+    def take(self) -> tuple[list[Site], Float[Tensor, "sites batch pos width"]]:
+        sites, self.sites = self.sites, []
+        return sites, self.room[: len(sites) * prod(self.shape)].view(len(sites), *self.shape)
 
 
 def kept(
-    peaks: Callable[[], Float[Tensor, "*sites batch pos"]],
+    x: Float[Tensor, "*sites batch pos width"],
     norms: Float[Tensor, "*sites batch pos"],
     wanted: Bool[Tensor, "batch *spans pos"],
     real: Bool[Tensor, "batch pos"],
     site: Site,
 ) -> Bool[Tensor, "..."]:
-    """Those of the `wanted` positions that are no attention sinks; all where none is left. `norms` are those of what is
-    read, and `peaks` gives its largest absolute values, where they matter."""
+    """Those of the `wanted` positions that are no attention sinks; all where none is left. `norms` are those of x, and
+    what is returned has its leading dimensions."""
     sink = torch.zeros_like(norms, dtype=torch.bool)
     sink[..., 0] = True
     if site.name in STREAM:  # elsewhere a norm far above the others is no constant
         median = norms.masked_fill(~real, torch.nan).nanmedian(-1, keepdim=True).values
         far = norms > SINK * median
         if not far.is_cpu or far.any():  # few texts have one, but to ask elsewhere would be to wait
-            sink |= far & (peaks().square() > norms.square() / 2)
+            largest = torch.maximum(x.amax(-1), -x.amin(-1))  # of absolute values, without a copy of them
+            sink |= far & (largest.square() > norms.square() / 2)
     left = wanted & ~(sink[..., None, :] if wanted.ndim > real.ndim else sink)
     return left.where(left.any(-1, keepdim=True), wanted)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -10,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.activations.reduction import kept, largest, norms_of
+from probes.activations.reduction import kept
 from probes.directions.direction import Direction
 from probes.model.hooks import captured, forward_through
 from probes.model.sites import Site
@@ -45,8 +44,7 @@ def principal_components(
         x = cache[site][0].double()
         wanted = torch.zeros(1, len(x), dtype=torch.bool, device=x.device)
         wanted[0, span.start : span.stop] = True
-        real, norms = torch.ones_like(wanted), norms_of(x[None])
-        rows = x[kept(partial(largest, x[None]), norms, wanted, real, site)[0]]
+        rows = x[kept(x[None], x.norm(dim=-1)[None], wanted, torch.ones_like(wanted), site)[0]]
         if not count:
             total, second = rows.new_zeros(rows.shape[1]), rows.new_zeros(rows.shape[1], rows.shape[1])
         count, total, second = count + len(rows), total + rows.sum(0), second + rows.T @ rows

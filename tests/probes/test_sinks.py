@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from probes import Direction, Site, Span, difference_in_means, direction_between, load, record
-from probes.activations.reduction import kept, largest, norms_of
+from probes.activations.reduction import kept
 from probes.directions import contrast_vectors, principal_components
 from probes.model import tokenizer_of
 from probes.thinking import text_span
@@ -102,11 +102,11 @@ def test_what_is_left_out():
     x[0, 2, 3] = 100.0  # one coordinate holds its norm
     x[0, 4] *= 50.0  # as far beyond, but in all coordinates
     wanted = real.clone()
-    norms, peaks = norms_of(x), lambda: largest(x)
-    assert kept(peaks, norms, wanted, real, site).tolist() == [[False, True, False, True, True, True]]
-    assert kept(peaks, norms, wanted, real, Site(1, "attn_out")).tolist() == [[False, True, True, True, True, True]]
+    norms = x.norm(dim=-1)
+    assert kept(x, norms, wanted, real, site).tolist() == [[False, True, False, True, True, True]]
+    assert kept(x, norms, wanted, real, Site(1, "attn_out")).tolist() == [[False, True, True, True, True, True]]
     alone = torch.tensor([[True, False, True, False, False, False]])  # nothing but sinks: read as asked
-    assert torch.equal(kept(peaks, norms, alone, real, site), alone)
+    assert torch.equal(kept(x, norms, alone, real, site), alone)
 
 
 def test_a_mean_is_over_what_is_kept(organism):
