@@ -49,6 +49,13 @@ def test_every_layer_has_the_sites_that_are_there(model_type):
             path_of(model, Site(layer, "resid_mid"))
 
 
+@pytest.mark.parametrize("model_type", ["phi", "qwen3_next", "falcon_h1", "olmo3", "minimax", "gemma4_text", "falcon"])
+def test_the_same_row_is_found_in_bfloat16(model_type):
+    whole, half = (tiny_model(model_type).to(dtype) for dtype in (torch.float32, torch.bfloat16))
+    rows = [architecture_of(load(model, tokenizer=build_tokenizer())) for model in (whole, half)]
+    assert rows[0] == rows[1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", ["falcon_h1", "minimax", "qwen3_next", "granitemoehybrid"])
 def test_a_stream_that_is_edited_between_stays_edited(model_type):
