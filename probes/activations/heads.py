@@ -88,6 +88,9 @@ def written_unit(model: PreTrainedModel, layer: int, vector: Float[Tensor, " d_m
     return out
 
 
+Inputs = Mapping[int, Float[Tensor, " d_in"]]  # of o_proj, by layer
+
+
 @torch.no_grad()
 def head_writes(
     model: PreTrainedModel, spans: Sequence[Span], vectors: Mapping[int, Float[Tensor, " d_model"]]
@@ -107,12 +110,25 @@ def head_writes(
     >>> writes.shape, f"L0H{int(writes[0].argmax())}"
     (torch.Size([4, 8]), 'L0H2')
     """
-    out = torch.full((n_layers(model), n_heads(model)), float("nan"), dtype=torch.float64)
     layers = [layer for layer in vectors if layer in layers_with_heads(model)] or list(vectors)[:1]
+    return writes_along(model, mean_inputs(model, spans, layers), vectors)
+
+
+def mean_inputs(model: PreTrainedModel, spans: Sequence[Span], layers: Sequence[int]) -> Inputs:
+    """What `o_proj` reads in each of the layers, the mean over spans: all that mean writes need of them."""
     moments = record(model, spans, [Site(layer, "z") for layer in layers], label="reading heads")
-    for layer in layers:
-        vector, matrices = vectors[layer], head_matrices(model, layer).double()
-        z = moments[Site(layer, "z")].activation.mean.to(matrices.device).unflatten(0, (n_heads(model, layer), -1))
-        u = torch.einsum("dhk,d->hk", matrices, vector.double().to(matrices.device))
+    return {layer: moments[Site(layer, "z")].activation.mean for layer in layers}
+
+
+@torch.no_grad()
+def writes_along(
+    model: PreTrainedModel, inputs: Inputs, vectors: Mapping[int, Float[Tensor, " d_model"]]
+) -> Float[Tensor, "n_layers n_heads"]:
+    """`head_writes` of spans whose mean inputs are known; NaN in layers of which they are not."""
+    out = torch.full((n_layers(model), n_heads(model)), float("nan"), dtype=torch.float64)
+    for layer in inputs.keys() & vectors.keys():
+        matrices = head_matrices(model, layer).double()
+        z = inputs[layer].to(matrices.device).unflatten(0, (n_heads(model, layer), -1))
+        u = torch.einsum("dhk,d->hk", matrices, vectors[layer].double().to(matrices.device))
         out[layer, : len(z)] = (z * u).sum(-1).cpu()
     return out

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.activations.heads import Head, HeadScores, head_writes, written_unit
+from probes.activations.heads import Head, HeadScores, Inputs, mean_inputs, writes_along, written_unit
 from probes.directions.direction import Direction, difference_in_means, random_direction
 from probes.generation.completions import Completion
-from probes.model.architectures import sites_in
+from probes.model.architectures import layers_with_heads, sites_in
 from probes.model.sites import Site, SiteName
 from probes.tables import Brief
 from probes.thinking.spans import POSITIONS, Span
@@ -164,6 +164,7 @@ class LengthReading(Brief):
     units: tuple[Float[Tensor, " d_model"], ...]
     short_writes: Float[Tensor, "n_layers n_heads"]
     long_writes: Float[Tensor, "n_layers n_heads"]
+    inputs: tuple[Inputs, Inputs]  # of the heads, means over short and over long spans
 
     @classmethod
     @checked
@@ -177,20 +178,27 @@ class LengthReading(Brief):
     ) -> "LengthReading":
         short, long = split.spans(position)
         found = difference_in_means(model, long, short, sites_in(model, site))
-        return cls._along(model, split, position, tuple(found.values()))
+        layers = layers_with_heads(model) or [0]  # of which none is refused
+        inputs = (mean_inputs(model, short, layers), mean_inputs(model, long, layers))
+        return cls._along(model, split, position, tuple(found.values()), inputs)
 
     @classmethod
     def _along(
-        cls, model: PreTrainedModel, split: LengthSplit, position: Position, directions: tuple[Direction, ...]
+        cls,
+        model: PreTrainedModel,
+        split: LengthSplit,
+        position: Position,
+        directions: tuple[Direction, ...],
+        inputs: tuple[Inputs, Inputs],
     ) -> "LengthReading":
         units = {d.site.layer: written_unit(model, d.site.layer, d.unit) for d in directions}
-        writes = (head_writes(model, spans, units) for spans in split.spans(position))
-        return cls(model, split, position, directions, tuple(units.values()), *writes)
+        short, long = (writes_along(model, one, units) for one in inputs)
+        return cls(model, split, position, directions, tuple(units.values()), short, long, inputs)
 
     def at_random(self, seed: int) -> "LengthReading":
         """The null: the same reading along random directions of the same norms."""
         drawn = tuple(random_direction(d, seed=seed * 1000 + d.site.layer) for d in self.directions)
-        return self._along(self.model, self.split, self.position, drawn)
+        return self._along(self.model, self.split, self.position, drawn, self.inputs)
 
     @checked
     def scores(self, ranking: Ranking = "raw") -> HeadScores:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import build
 
+from probes.activations import head_writes
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
 from probes.model.architectures import block_of, head_matrices, o_proj_of
@@ -121,6 +122,22 @@ def test_the_centred_ranking_is_short_less_long_and_top_is_by_signed_value():
     assert reading.count(0.5) == 6
     with pytest.raises(ValueError, match="13 heads are asked for, but the model has 12"):
         reading.count(13)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_a_random_reading_is_of_what_was_read_and_runs_no_model(family):
+    model = build(family)
+    short, long = sample(model, 11, 4, seed=1), sample(model, 10, 12, seed=2)
+    reading = LengthReading.of(model, LengthSplit.at([*short, *long], below=9, above=12))
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    null = reading.at_random(3)
+    handle.remove()
+    assert not passes
+    spans = reading.split.spans("thinking")
+    for ours, own in zip((null.short_writes, null.long_writes), spans, strict=True):
+        torch.testing.assert_close(ours, head_writes(model, own, dict(enumerate(null.units))))
+    assert not torch.allclose(null.short_writes, reading.short_writes)
 
 
 @torch.no_grad()
