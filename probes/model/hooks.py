@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -124,8 +125,8 @@ def _at_tap(model: nn.Module, site: Site, edit: Edit) -> tuple[nn.Module, Hook, 
         whole = partial(_edit_head, head=site.head, heads=heads, edit=edit)
 
     def edited(value: Tensor) -> Tensor | None:
-        if value.dim() == 2:  # rows one after another
-            new = whole(value.unflatten(0, shape_of(model)))
+        if value.dim() == 2 and len(value) == prod(shape := shape_of(model)):  # rows one after another
+            new = whole(value.unflatten(0, shape))
             return None if new is None else new.flatten(0, 1)
         return whole(value.clone() if overwritten else value)
 
@@ -190,9 +191,6 @@ def captured(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Ten
         yield cache
 
 
-_CACHES = ("past_key_values", "cache_params")
-
-
 @contextmanager
 def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
     """While open, `see` gets each forward pass' new token ids, its attention mask, the cached length, and which rows of
@@ -207,7 +205,7 @@ def hook_inputs(model: nn.Module, see: See) -> Iterator[None]:
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             raise ValueError("A scope reads token ids, but the model was called with inputs_embeds.")
-        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        cache = next((c for name in ("past_key_values", "cache_params") if (c := kwargs.get(name)) is not None), None)
         if cache is not None:
             cache.reorder_cache = _refuse_beams
         n_past = length.of(cache, ids.shape[1])
