@@ -102,10 +102,15 @@ def load(
         path = resolve(source)
         with reading(path, "folder of a model") if Path(path).is_dir() else nullcontext():
             check_counts(Path(path) / "config.json")
+            words: dict[str, Any] = {"device_map": device_map}
+            if quantize is not None:  # a key that is there counts, whatever it says
+                words = {
+                    "device_map": device_map if device is None else {"": device},
+                    "quantization_config": _packing(quantize),
+                }
             model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, device_map=device_map if device is None or quantize is None else {"": device},
-                revision=revision, trust_remote_code=False, quantization_config=_packing(quantize),
-            )  # fmt: skip
+                path, dtype=dtype, revision=revision, trust_remote_code=False, **words
+            )
             adapted = merge_adapters(model)
             if not (adapted and Path(path).is_dir() and not (Path(path) / "tokenizer_config.json").is_file()):
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -125,10 +130,8 @@ def load(
     return loaded
 
 
-def _packing(quantize: str | None) -> BitsAndBytesConfig | None:
+def _packing(quantize: str) -> BitsAndBytesConfig:
     """How bitsandbytes packs: NF4 computed in bfloat16 *(Dettmers et al. 2023)*, or 8-bit integers."""
-    if quantize is None:
-        return None
     if quantize not in ("4bit", "8bit"):
         raise ValueError(f"quantize is {quantize!r}. Known: 4bit, 8bit.")
     if find_spec("bitsandbytes") is None:
