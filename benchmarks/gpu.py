@@ -155,15 +155,12 @@ def reading(model: PreTrainedModel) -> dict:
 def folding(model: PreTrainedModel) -> dict:
     heads = range(0, model.config.num_attention_heads * model.config.num_hidden_layers, 25)
     places = [divmod(head, model.config.num_attention_heads) for head in heads]
-    recipe = Recipe.of(model, [Ablate(Site(*at(place)), torch.randn(model.config.hidden_size)) for place in places])
+    vector = torch.randn(model.config.hidden_size)
+    recipe = Recipe.of(model, [Ablate(Site(layer, "result", head), vector) for layer, head in places])
     began = time.monotonic()
     folded(model, recipe)
     waited()
     return {"heads": len(places), "seconds": time.monotonic() - began}
-
-
-def at(place: tuple[int, int]) -> tuple[int, str, int]:
-    return place[0], "result", place[1]
 
 
 @torch.no_grad()

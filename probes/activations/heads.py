@@ -110,7 +110,8 @@ def head_writes(
     >>> writes.shape, f"L0H{int(writes[0].argmax())}"
     (torch.Size([4, 8]), 'L0H2')
     """
-    layers = [layer for layer in vectors if layer in layers_with_heads(model)] or list(vectors)[:1]
+    having = layers_with_heads(model)
+    layers = [layer for layer in vectors if layer in having] or list(vectors)[:1]
     return writes_along(model, mean_inputs(model, spans, layers), vectors)
 
 

@@ -122,11 +122,8 @@ def o_proj_of(model: nn.Module, layer: int) -> nn.Module:
 
 def device_at(model: nn.Module, layer: int) -> torch.device:
     """Where a block computes."""
-    block = block_of(model, layer)
-    device = next(block.parameters()).device
-    if device.type != "meta":
-        return device
-    return device_of(next(part for part in block.modules() if any(True for _ in part.parameters(recurse=False))))
+    parts = block_of(model, layer).modules()
+    return device_of(next(part for part in parts if any(True for _ in part.parameters(recurse=False))))
 
 
 def o_proj_bias(model: nn.Module, layer: int) -> nn.Parameter | None:

@@ -92,9 +92,11 @@ def _row(model: PreTrainedModel, block: nn.Module, seen: Seen, layer: int) -> Ar
     factors = {None: 1.0} if value in (None, 1) else {_MULTIPLIER: float(value), None: 1.0}
     if any(same(x, post) and path and is_norm(block.get_submodule(path)) for path, x in seen.put.items()):
         raise NotFound(f"a norm stands on the stream itself at the end of block {layer}")
+    outs = _outputs(seen)
+    scaled = {key: {path: x * factor for path, x in outs.items()} for key, factor in factors.items()}
     for find in (_sequential, _alone, _parallel, _normed, _partly):
-        for key, factor in factors.items():
-            taps = find(block, seen, {path: x * factor for path, x in _outputs(seen).items()})
+        for key, added in scaled.items():
+            taps = find(block, seen, added)
             if taps is not None:
                 row = Architecture(
                     taps={"resid_pre": Tap("", "input"), "resid_post": Tap("", "output"), **taps},

@@ -27,6 +27,7 @@ from probes.model.hooks import captured
 from probes.model.passes import hooked
 from probes.model.placing.conduct import broken_conduct
 from probes.model.placing.sums import SHAPE, add_up, carries, close, random_ids
+from probes.model.placing.watching import is_norm
 from probes.model.quantised import own_weight
 from probes.model.sites import Site, SiteName
 
@@ -133,7 +134,7 @@ def _broken_sums(model: PreTrainedModel, layer: int, x: dict[SiteName, Tensor]) 
 
 def _one_stream(model: PreTrainedModel, layer: int, x: dict[SiteName, Tensor]) -> bool:
     """Does a parallel block's MLP read what attention reads, or the block's stream, by a norm of the block's?"""
-    norms = [module for module in block_of(model, layer).children() if all(p.dim() < 2 for p in module.parameters())]
+    norms = [module for module in block_of(model, layer).children() if is_norm(module)]
     reads = (norm(x["resid_pre"]) for norm in norms if any(True for _ in norm.parameters()))
     return close(x["mlp_in"], x["attn_in"]) or any(close(x["mlp_in"], read) for read in reads)
 
