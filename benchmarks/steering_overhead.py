@@ -1,20 +1,26 @@
 """What steering costs while generating: seconds of greedy decoding with a recipe, over seconds without.
 
 SmolLM2-135M-Instruct, batch 1 and 8, a fixed number of new tokens, one thread. Arms: plain; bare hooks that
-add a vector in every block; ours, an Add at every layer's resid_post; the same scoped to the thinking (which every
-new token is in: the prompt opens it); ours without its log of what was touched (to see what that costs); and the
-neighbours that install beside us (the `peers` extra), adding the same vectors in all layers. A round runs every arm
-once, in an order drawn anew; ratios are taken within rounds. All arms write the same tokens, which is checked: the
-vectors are small.
+add a vector in every block; ours, an Add at every layer's resid_post, with its log of what was touched; the same scoped
+to the thinking (which every new token is in: the prompt opens it); ours without its log (to see what that costs).
+The arms decode side by side, each on a copy of the model with a cache of its own: of every token all arms make one
+step, in an order drawn anew, so that what slows the machine for a second slows all of them; copies are turned round by
+round. A round begins with opening the recipe and reading the prompt, which are told apart. All arms write the same
+tokens, which is checked: the vectors are small.
+
+The neighbours that install beside us (the `peers` extra) add the same vectors in all layers, and are timed by whole
+runs of `generate`.
 
     GOMP_SPINCOUNT=0 python benchmarks/steering_overhead.py [ROUNDS]
 """
 
 import json
 import os
+import random
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -36,7 +42,7 @@ from steer.runtime import FireLog
 ROUNDS, NEW_TOKENS, BATCHES = 20, 24, (1, 8)
 PROMPT = "Explain in a few sentences why the sky is blue."
 TARGETS = {"ours": 1.02, "ours, thinking": 1.02}
-Write = Callable[[], Tensor]
+Steered = Callable[[PreTrainedModel], AbstractContextManager[object]]
 
 
 def main() -> None:
@@ -48,72 +54,128 @@ def main() -> None:
 
 
 def measured(model: PreTrainedModel, batch: int, rounds: int) -> dict:
-    arms = arms_of(model, batch)
-    tokens = {name: arm() for name, arm in arms.items()}
-    differ = [name for name, found in tokens.items() if not torch.equal(found, tokens["plain"])]
-    seconds = timed(arms, rounds)
-    ratios = {
-        name: {clock: ratio(found[name] / found["plain"]) for clock, found in seconds.items()}
-        for name in arms
-        if name != "plain"
-    }
-    rows = [(name, *map(in_words, clocks.values())) for name, clocks in ratios.items()]
-    plain = float(np.median(seconds["cpu"]["plain"]))
-    title = f"batch {batch}, {NEW_TOKENS} new tokens, {rounds} rounds; plain: {plain:.2f} CPU s; other tokens: {differ}"
-    Console(width=140).print(Table(("arm", "wall clock [95 %]", "processor's clock [95 %]"), tuple(rows), title))
-    met = {name: ratios[name]["cpu"][0] <= target for name, target in TARGETS.items()}
-    return {"plain_seconds": plain, "ratios": ratios, "target_met": met, "other_tokens": differ}
-
-
-def arms_of(model: PreTrainedModel, batch: int) -> dict[str, Write]:
-    tokenizer = tokenizer_of(model)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PROMPT}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"].repeat(batch, 1)
+    ids = prompts(model, batch)
     numbers = torch.Generator().manual_seed(0)
     vectors = {site: 1e-3 * torch.randn(576, generator=numbers) for site in sites_in(model, "resid_post")}
+    arms = arms_of(model, vectors)
+    copies = [deepcopy(model) for _ in arms]  # turned round by round: where its weights lie makes a model fast or slow
+    side_by_side(arms, copies, ids)  # not counted
+    turned = (copies[seed % len(arms) :] + copies[: seed % len(arms)] for seed in range(rounds))
+    runs = [side_by_side(arms, those, ids, seed) for seed, those in enumerate(turned)]
+    tokens = runs[0][1]
+    differ = [name for name, found in tokens.items() if not torch.equal(found, tokens["plain"])]
+    seconds = {name: np.stack([run[0][name] for run in runs]) for name in arms}  # [round, 1 + steps]
+    steps = {name: found[:, 1:].sum(1) for name, found in seconds.items()}
+    facts = {
+        name: {
+            "steps": ratio(steps[name] / steps["plain"]),
+            "all": ratio(found.sum(1) / seconds["plain"].sum(1)),
+            "opening and prompt, ms": float(1e3 * np.median(found[:, 0] - seconds["plain"][:, 0])),
+            "a step, ms": float(1e3 * np.median(steps[name] - steps["plain"]) / (NEW_TOKENS - 1)),
+        }
+        for name, found in seconds.items()
+        if name != "plain"
+    }
+    rows = [
+        (name, in_words(f["steps"]), in_words(f["all"]), f"{f['opening and prompt, ms']:.1f}", f"{f['a step, ms']:.2f}")
+        for name, f in facts.items()
+    ]
+    plain = float(1e3 * np.median(steps["plain"]) / (NEW_TOKENS - 1))
+    title = (
+        f"batch {batch}, {NEW_TOKENS} new tokens, {rounds} rounds; a plain step: {plain:.1f} ms; other tokens: {differ}"
+    )
+    columns = ("arm", "steps [95 %]", "with the opening [95 %]", "opening, + ms", "a step, + ms")
+    Console(width=140).print(Table(columns, tuple(rows), title))
+    met = {name: facts[name]["steps"][0] <= target for name, target in TARGETS.items()}
+    peers = neighbours(model, ids, vectors, rounds)
+    return {"plain_step_ms": plain, "ratios": facts, "target_met": met, "other_tokens": differ, "peers": peers}
+
+
+def prompts(model: PreTrainedModel, batch: int) -> Tensor:
+    chat = [{"role": "user", "content": PROMPT}]
+    encode = tokenizer_of(model).apply_chat_template
+    return encode(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"].repeat(batch, 1)
+
+
+def arms_of(model: PreTrainedModel, vectors: dict) -> dict[str, Steered]:
     adds = [Add(site, vector) for site, vector in vectors.items()]
     everywhere, thinking = (Recipe.of(model, adds, scope=scope) for scope in ("all", "thinking"))
-    write = partial(
-        model.generate,
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
-    def ours(recipe: Recipe) -> Tensor:
-        with applied(model, recipe):
-            return write()
+    @contextmanager
+    def without_log(model: PreTrainedModel) -> Iterator[None]:
+        with ExitStack() as stack:
+            with patch.object(FireLog, "note", lambda *_: None):  # nothing kept
+                log = stack.enter_context(applied(model, everywhere, must_fire=False))
+            log.end_pass = lambda: None  # nor added up
+            yield
 
-    def without_log(recipe: Recipe) -> Tensor:
-        nothing = {"note": lambda *_: None, "end_pass": lambda *_: None}  # neither kept nor added up
-        with patch.multiple(FireLog, **nothing), applied(model, recipe, must_fire=False):
-            return write()
-
-    def bare() -> Tensor:
+    @contextmanager
+    def bare(model: PreTrainedModel) -> Iterator[None]:
         with ExitStack() as stack:
             for site, vector in vectors.items():
                 stack.enter_context(attached(model, site, partial(torch.add, vector)))
-            return write()
+            yield
 
-    arms: dict[str, Write] = {
-        "plain": write,
+    return {
+        "plain": lambda _: nullcontext(),
         "bare hooks": bare,
-        "ours": partial(ours, everywhere),
-        "ours, thinking": partial(ours, thinking),
-        "ours, without its log": partial(without_log, everywhere),
+        "ours": lambda model: applied(model, everywhere),
+        "ours, thinking": lambda model: applied(model, thinking),
+        "ours, without its log": without_log,
     }
+
+
+def written(model: PreTrainedModel, steered: Steered, ids: Tensor) -> Iterator[Tensor]:
+    """Greedy decoding, token by token."""
+    with steered(model):
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        for _ in range(NEW_TOKENS - 1):
+            token = out.logits[:, -1:].argmax(-1)
+            yield token
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        yield out.logits[:, -1:].argmax(-1)
+
+
+@torch.no_grad()
+def side_by_side(
+    arms: dict[str, Steered], copies: list[PreTrainedModel], ids: Tensor, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    """The processor's seconds of every arm for each token, and what it wrote."""
+    rng = random.Random(seed)
+    runs = {name: written(copy, arms[name], ids) for name, copy in zip(arms, copies, strict=True)}
+    seconds = {name: np.zeros(NEW_TOKENS) for name in arms}
+    tokens: dict[str, list[Tensor]] = {name: [] for name in arms}
+    for step in range(NEW_TOKENS):
+        for name in rng.sample(list(arms), len(arms)):
+            before = time.process_time()
+            tokens[name].append(next(runs[name]))
+            seconds[name][step] += time.process_time() - before
+    for name, run in runs.items():  # the last adding up of the log belongs to the last step
+        before = time.process_time()
+        assert next(run, None) is None
+        seconds[name][-1] += time.process_time() - before
+    return seconds, {name: torch.cat(found, dim=1) for name, found in tokens.items()}
+
+
+def neighbours(model: PreTrainedModel, ids: Tensor, vectors: dict, rounds: int) -> dict:
+    arms = {"plain": partial(generated, model, ids)}
     if find_spec("nnsight"):
         arms["nnsight"] = nnsight_arm(deepcopy(model), ids, list(vectors.values()))
     if find_spec("transformer_lens"):
         arms["transformer_lens"] = transformer_lens_arm(deepcopy(model), ids, vectors)
-    return arms
+    if len(arms) == 1:
+        return {}
+    seconds = timed(arms, rounds)["cpu"]
+    return {name: ratio(found / seconds["plain"]) for name, found in seconds.items() if name != "plain"}
 
 
-def nnsight_arm(model: PreTrainedModel, ids: Tensor, vectors: list[Tensor]) -> Write:
+def generated(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    pad = tokenizer_of(model).pad_token_id
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=pad, **lengths)
+
+
+def nnsight_arm(model: PreTrainedModel, ids: Tensor, vectors: list[Tensor]) -> Callable[[], Tensor]:
     import nnsight
 
     traced = nnsight.TransformersModel(model, tokenizer=tokenizer_of(model), task="text-generation")
@@ -132,7 +194,7 @@ def nnsight_arm(model: PreTrainedModel, ids: Tensor, vectors: list[Tensor]) -> W
     return write
 
 
-def transformer_lens_arm(model: PreTrainedModel, ids: Tensor, vectors: dict) -> Write:
+def transformer_lens_arm(model: PreTrainedModel, ids: Tensor, vectors: dict) -> Callable[[], Tensor]:
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers("any", hf_model=model, tokenizer=tokenizer_of(model))

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import batches
 from probes.generation.completions import Completion
-from probes.model.hooks import forward_through, hook_choice, hook_inputs, hook_router
+from probes.model.hooks import forward_through, hook_inputs
 from probes.model.loading import tokenizer_of
-from probes.model.routers import Routing, block_at, moe_layers
+from probes.model.routers import Routing, block_at, hook_choice, hook_router, moe_layers
 from probes.model.tokens import present_markers
 from probes.rows import Rows
 from probes.tables import Brief, Shown, Table

@@ -1,4 +1,4 @@
-"""Hooks at sites, routers and inputs: the only file that knows a module may return a tuple."""
+"""Hooks at sites and inputs: the only file that knows a module may return a tuple."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from probes.model.architectures import block_of, has_site, head_matrices, multiplier_of, n_heads, row_at, tap_of
 from probes.model.passes import Hook, Name, Side, all_hooked, hooked, named_edit, rows_of, shape_of
 from probes.model.positions import Length, real_tokens
-from probes.model.routers import Routing, block_at, read_routing
 from probes.model.sites import Site
 from probes.rows import Rows
 
@@ -38,7 +37,18 @@ def attached(model: nn.Module, site: Site, edit: Edit, *, name: Name | None = No
     >>> plain.thinking, edited.thinking
     ('Okay a =3 b +4 =7 c *7 =9', 'Okay a h b +4 =9 c *7 =3 d *7 =9')
     """
-    with named_edit(model, name), (_on_resid_mid if site.name == "resid_mid" else _on_tap)(model, site, edit):
+    with all_attached(model, {site: edit}, name=name):
+        yield
+
+
+@contextmanager
+def all_attached(model: nn.Module, edits: Mapping[Site, Edit], *, name: Name | None = None) -> Iterator[None]:
+    """As `attached`, for many sites in the order in which they are computed."""
+    mids = [site for site in edits if site.name == "resid_mid"]
+    taps = (_at_tap(model, site, edit) for site, edit in edits.items() if site not in mids)
+    with named_edit(model, name), all_hooked(model, taps), ExitStack() as stack:
+        for site in mids:
+            stack.enter_context(_on_resid_mid(model, site, edits[site]))
         yield
 
 
@@ -219,68 +229,6 @@ def _refuse_beams(*_: Any) -> None:
     raise ValueError(
         "A scope cannot follow beam search, which swaps rows between steps: use sampling or greedy search."
     )
-
-
-@contextmanager
-def hook_router(
-    model: nn.Module,
-    layer: int,
-    *,
-    see: Callable[[Routing], None] | None = None,
-    edit: Callable[[Routing], Routing | None] | None = None,
-) -> Iterator[None]:
-    """While open, `see` gets what the router of a sparse block chose, and what `edit` returns is what the experts get.
-
-    `see` never sees an edit of its own layer. Raises ValueError, naming the family, where routers are not readable.
-    """
-    parts = block_at(model, layer)
-    shape: list[tuple[int, ...]] = []
-    found: list[Routing] = []
-
-    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shape[:] = [tuple((args[0] if args else kwargs["hidden_states"]).shape[:-1])]
-
-    def on_router(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        found[:] = [read_routing(parts, output, shape[0])]
-        if see is not None:
-            see(found[0])
-
-    def change(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if len(args) != 3:
-            raise ValueError(f"The experts of layer {layer} are not called with hidden states, ids and weights.")
-        assert edit is not None
-        new = edit(found[0])
-        if new is None:
-            return None
-        k = new.ids.shape[-1]
-        return (args[0], new.ids.reshape(-1, k), new.weights.reshape(-1, k)), kwargs
-
-    with ExitStack() as stack:
-        stack.enter_context(hooked(model, parts.block, begin, side="input", place=f"the sparse block of layer {layer}"))
-        stack.enter_context(hooked(model, parts.router, on_router, side="output", place=f"the router of layer {layer}"))
-        if edit is not None:
-            where = f"the experts of layer {layer}"
-            stack.enter_context(hooked(model, parts.experts, change, side="input", place=where))
-        yield
-
-
-@contextmanager
-def hook_choice(model: nn.Module, layer: int, see: Callable[[Int[Tensor, "tokens k"]], None]) -> Iterator[None]:
-    """While open, `see` gets which experts the router of a sparse block chose, rows one after another: as
-    `hook_router`, for little time. What a router gives back is checked once."""
-    parts, known = block_at(model, layer), False
-
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        nonlocal known
-        if not known:
-            read_routing(parts, output, (1, -1))
-            known = True
-        see(output[2])
-
-    with hooked(model, parts.router, after, side="output", place=f"the router of layer {layer}"):
-        yield
 
 
 class _Reached(Exception):

@@ -1,10 +1,12 @@
 """Load a model: by hub id, from a folder or a GGUF file, as an object, or the embedded one, `organism`."""
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -262,19 +264,20 @@ def fingerprint(model: PreTrainedModel) -> str:
     >>> fingerprint(load("organism")) == fingerprint(load("organism", dtype=torch.bfloat16))
     True
     """
-    named, drawn = sorted(model.named_parameters()), dict[torch.device, list[Tensor]]()
+    named, drawn = sorted(model.named_parameters()), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
     for name, parameter in named:
-        owner, _, own = name.rpartition(".")
-        numbers = numbers_of(model.get_submodule(owner), own) if parameter.is_meta else parameter
+        numbers: Tensor | None = parameter.detach()
+        if parameter.is_meta:
+            owner, _, own = name.rpartition(".")
+            numbers = numbers_of(model.get_submodule(owner), own)
         assert numbers is not None
-        flat = numbers.detach().flatten()
-        values = flat[_spread(len(flat), flat.device)].to(torch.bfloat16)
-        drawn.setdefault(parameter.device, []).append(values)
-    told = {device: iter(_together(values)) for device, values in drawn.items()}  # one copy from each device
+        values = numbers.flatten().index_select(0, _spread(numbers.numel(), numbers.device))
+        drawn.setdefault((parameter.device, parameter.dtype), []).append(values)
+    told = {kind: _bytes_of(values) for kind, values in drawn.items()}  # one copy from each device
     digest = hashlib.sha256()
     for name, parameter in named:
-        values = next(told[parameter.device])
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(next(told[parameter.device, parameter.dtype]))
     return digest.hexdigest()[:16]
 
 
@@ -283,5 +286,8 @@ def _spread(n: int, device: torch.device) -> Tensor:
     return torch.linspace(0, n - 1, min(256, n), dtype=torch.float64).long().to(device)
 
 
-def _together(parts: list[Tensor]) -> list[Tensor]:
-    return list(torch.cat(parts).cpu().split([len(part) for part in parts]))
+def _bytes_of(parts: list[Tensor]) -> Iterator[memoryview]:
+    """Of each part, in bfloat16."""
+    whole = memoryview(torch.cat(parts).to(torch.bfloat16).cpu().view(torch.uint8).numpy().data)
+    ends = [0, *accumulate(2 * len(part) for part in parts)]
+    return (whole[start:end] for start, end in pairwise(ends))

@@ -1,11 +1,15 @@
-"""Sparse blocks: where a model's routers and experts are, and what a router chose."""
+"""Sparse blocks: where a model's routers and experts are, what a router chose, and what the experts get instead."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from probes.model.architectures import block_of, config_of, n_layers
+from probes.model.passes import hooked
 from probes.tables import Brief
 
 Expert = tuple[int, int]  # layer and number, as the model counts them
@@ -110,3 +114,65 @@ def _check_readable(model: nn.Module, block: SparseBlock) -> None:
             f"The routers of {config_of(model).model_type} do not tell num_experts and top_k: they are of another kind "
             "than those read here."
         )
+
+
+@contextmanager
+def hook_router(
+    model: nn.Module,
+    layer: int,
+    *,
+    see: Callable[[Routing], None] | None = None,
+    edit: Callable[[Routing], Routing | None] | None = None,
+) -> Iterator[None]:
+    """While open, `see` gets what the router of a sparse block chose, and what `edit` returns is what the experts get.
+
+    `see` never sees an edit of its own layer. Raises ValueError, naming the family, where routers are not readable.
+    """
+    parts = block_at(model, layer)
+    shape: list[tuple[int, ...]] = []
+    found: list[Routing] = []
+
+    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shape[:] = [tuple((args[0] if args else kwargs["hidden_states"]).shape[:-1])]
+
+    def on_router(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        found[:] = [read_routing(parts, output, shape[0])]
+        if see is not None:
+            see(found[0])
+
+    def change(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if len(args) != 3:
+            raise ValueError(f"The experts of layer {layer} are not called with hidden states, ids and weights.")
+        assert edit is not None
+        new = edit(found[0])
+        if new is None:
+            return None
+        k = new.ids.shape[-1]
+        return (args[0], new.ids.reshape(-1, k), new.weights.reshape(-1, k)), kwargs
+
+    with ExitStack() as stack:
+        stack.enter_context(hooked(model, parts.block, begin, side="input", place=f"the sparse block of layer {layer}"))
+        stack.enter_context(hooked(model, parts.router, on_router, side="output", place=f"the router of layer {layer}"))
+        if edit is not None:
+            where = f"the experts of layer {layer}"
+            stack.enter_context(hooked(model, parts.experts, change, side="input", place=where))
+        yield
+
+
+@contextmanager
+def hook_choice(model: nn.Module, layer: int, see: Callable[[Int[Tensor, "tokens k"]], None]) -> Iterator[None]:
+    """While open, `see` gets which experts the router of a sparse block chose, rows one after another: as
+    `hook_router`, for little time. What a router gives back is checked once."""
+    parts, known = block_at(model, layer), False
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        nonlocal known
+        if not known:
+            read_routing(parts, output, (1, -1))
+            known = True
+        see(output[2])
+
+    with hooked(model, parts.router, after, side="output", place=f"the router of layer {layer}"):
+        yield

@@ -1,25 +1,22 @@
 """Apply a recipe at run time: plain Hugging Face code, with a few hooks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.model.architectures import device_at
-from probes.model.hooks import attached, hook_inputs, hook_router, hook_site
+from probes.model.hooks import all_attached, hook_inputs, hook_site
 from probes.model.passes import named_edit
+from probes.model.routers import hook_router
 from probes.model.sites import Site
 from probes.rows import Rows
 from probes.thinking.phases import Clock
-from steer.interventions.activation import Add, Intervention, placed
-from steer.interventions.affine import Linear, widened
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
+from steer.runtime.edits import Edits, chained
 from steer.runtime.firelog import FireLog
 from steer.runtime.gates import Gate, precedes
 from steer.runtime.rerouting import Rerouting, Routed
@@ -84,6 +81,7 @@ def applied(
         for gate in gates.values():
             gate.begin(phases, ids)
 
+    edits = Edits(model, log)
     with ExitStack() as stack:
         if steps:
             stack.enter_context(named_edit(model, recipe.fingerprint))
@@ -92,12 +90,15 @@ def applied(
             if scope.gauge is not None:
                 stack.enter_context(hook_site(model, scope.gauge, gate.see))
         for layer in dict.fromkeys(edit.site.layer for edit, _ in routes.values()):
-            edits = [(number, edit, gate) for number, (edit, gate) in routes.items() if edit.site.layer == layer]
-            stack.enter_context(hook_router(model, layer, edit=Rerouting(model, layer, edits, log)))
+            routed = [(number, edit, gate) for number, (edit, gate) in routes.items() if edit.site.layer == layer]
+            stack.enter_context(hook_router(model, layer, edit=Rerouting(model, layer, routed, log)))
         order = sorted(set(range(len(steps))) - set(routes), key=lambda number: _place(steps[number]))
-        for site, found in groupby(order, key=lambda number: _site(steps[number])):
-            here = [_Edit.of(model, number, steps[number], gates[steps[number].scope], log) for number in found]
-            stack.enter_context(attached(model, site, partial(_apply, edits=here), name=recipe.fingerprint))
+        at = {
+            site: chained([edits.of(number, steps[number], gates[steps[number].scope]) for number in found])
+            for site, found in groupby(order, key=lambda number: _site(steps[number]))
+        }
+        if at:
+            stack.enter_context(all_attached(model, at, name=recipe.fingerprint))
         yield log
         log.end_pass()
     if must_fire and steps and not log.tokens and (must_run or log.ran):
@@ -105,49 +106,6 @@ def applied(
             f"The recipe was applied, but touched no token: {'; '.join(dict.fromkeys(map(_said, words)))}. Did the "
             "model run, and did it get to where the scope begins? With must_fire=False this is no error."
         )
-
-
-class _Edit:
-    """A step at work: its tensors are where its site is, and what it changed is noted."""
-
-    def __init__(self, number: int, intervention: Intervention, gate: Gate, log: FireLog) -> None:
-        self.number, self.intervention, self.gate, self.log = number, intervention, gate, log
-        self._added: dict[torch.dtype, Tensor] = {}
-        self._change: Callable[[Tensor], Tensor] = intervention
-        if isinstance(intervention, Add):
-            self._norm = float((intervention.strength * intervention.vector.float()).norm())
-        elif isinstance(intervention, Linear) and intervention.vector is not None:
-            self._change = intervention.affine(len(intervention.vector))  # made once, of low rank
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, number: int, step: Step, gate: Gate, log: FireLog) -> "_Edit":
-        device = device_at(model, _site(step).layer)
-        assert not isinstance(step.intervention, RoutingEdit)
-        return cls(number, placed(step.intervention, device), gate, log)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if isinstance(self.intervention, Add):
-            self.log.note(self.number, x, self._norm)
-            return torch.addcmul(x, self.gate.weight(x.dtype, x.device), self._vector(x.dtype))
-        new = self._change(x)
-        if self.gate.scope.varies:
-            wide = widened(x)
-            new = (wide + self.gate.weight(wide.dtype, x.device) * (widened(new) - wide)).to(x.dtype)
-        new = new.where(self.gate.mask.to(x.device)[..., None], x)
-        self.log.note(self.number, x, new)
-        return new
-
-    def _vector(self, dtype: torch.dtype) -> Tensor:
-        if dtype not in self._added:
-            assert isinstance(self.intervention, Add)
-            self._added[dtype] = (self.intervention.strength * widened(self.intervention.vector)).to(dtype)
-        return self._added[dtype]
-
-
-def _apply(x: Tensor, edits: list[_Edit]) -> Tensor:
-    for edit in edits:
-        x = edit(x)
-    return x
 
 
 def _check_order(step: Step, clock: Clock) -> None:

@@ -50,36 +50,18 @@ class _Sums:
 
 
 @dataclass(frozen=True, eq=False)
-class _Behind:
-    """The steps behind one gate in one pass, the tokens that it let them touch, and by how much of their strength."""
-
-    steps: tuple[int, ...]
-    mask: Bool[Tensor, "batch new"]
-    multiple: Float[Tensor, "batch new"] | None
-
-
-@dataclass(frozen=True, eq=False)
 class _Pass:
-    """A pass that is over, and by step the norms of what it met and of what it changed."""
+    """A pass that is over: what its steps changed, and of each gate which tokens it let them touch, by how much."""
 
     phases: Phases
-    behind: dict[Touched, _Behind]
-    norms: Norms
+    norms: list[Norms]
+    gates: dict[int, tuple[Bool[Tensor, "batch new"], Float[Tensor, "batch new"] | None]]
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Passes of one kind are added up together."""
-        ran = [(id(gate), part.steps, part.multiple is None) for gate, part in self.behind.items()]
+        ran = [(part.gate, part.steps, part.adds, self.gates[part.gate][1] is None) for part in self.norms]
         return self.phases.real.shape, ran
-
-
-def _norms_of(
-    passes: Sequence[_Pass], steps: Sequence[int], which: int, device: torch.device
-) -> Float[Tensor, "steps tokens"]:
-    """The norms of each step, pass after pass; `which` says of what it met, or of what it changed."""
-    found = [p.norms[step][which] for step in steps for p in passes]
-    rows = [norms.to(device, torch.float32) for norms in found if isinstance(norms, Tensor)]
-    return torch.stack(rows).view(len(steps), -1)
 
 
 @dataclass(eq=False, repr=False)
@@ -104,7 +86,6 @@ class FireLog(Shown):
     knows_phases: bool = True
     _phases: Phases | None = field(default=None, repr=False)
     _total: _Sums | None = field(default=None, repr=False)
-    _noted: Noted = field(default_factory=Noted, repr=False)
     _over: list[_Pass] = field(default_factory=list, repr=False)  # passes that are to be added up
     _run: list[tuple[Phases, dict[int, Tensor]]] = field(default_factory=list, repr=False)
 
@@ -129,9 +110,8 @@ class FireLog(Shown):
         now, norms = self._phases, self._noted.take()
         if not norms or now is None:
             return
-        by_gate = {gate: ran for gate, steps in self._by_gate.items() if (ran := [s for s in steps if s in norms])}
-        behind = {gate: _Behind(tuple(ran), gate.mask, gate.multiple) for gate, ran in by_gate.items()}
-        done = _Pass(now, behind, norms)
+        behind = {part.gate: (self.gates[part.gate].mask, self.gates[part.gate].multiple) for part in norms}
+        done = _Pass(now, norms, behind)
         if self._over and self._over[-1].kind != done.kind:
             self._add_up()
         self._over.append(done)
@@ -139,11 +119,16 @@ class FireLog(Shown):
             self._add_up()
         if now.starts and self._run and (now.rows is None or _run_of(self._run[-1][0]) is not now.rows.run):
             self._run.clear()
-        self._run.append((now, {id(gate): part.mask for gate, part in behind.items()}))
+        self._run.append((now, {gate: mask for gate, (mask, _) in behind.items()}))
 
     @cached_property
-    def _by_gate(self) -> dict[Touched, list[int]]:
-        return {gate: [i for i, own in enumerate(self.gates) if own is gate] for gate in self.gates}
+    def _first(self) -> list[int]:
+        """Of each step, the first that is behind the same gate, which stands for it."""
+        return [next(i for i, other in enumerate(self.gates) if other is own) for own in self.gates]
+
+    @cached_property
+    def _noted(self) -> Noted:
+        return Noted(self._first)
 
     @property
     def _sums(self) -> _Sums | None:
@@ -156,30 +141,19 @@ class FireLog(Shown):
         if not passes:
             return
         phase, position = (torch.stack([getattr(p.phases, n) for p in passes]).flatten() for n in ("phase", "position"))
-        in_phase = torch.stack([phase == i for i in range(len(PHASES))])
+        device, in_phase = position.device, torch.stack([phase == i for i in range(len(PHASES))])
         if self._total is None:
-            self._total = _Sums.none(len(self.steps), position.device)
-        for gate, first in passes[0].behind.items():
-            parts = [p.behind[gate] for p in passes]
-            mask = torch.stack([part.mask.to(position.device) for part in parts]).flatten()
-            steps, hit = list(first.steps), mask & in_phase
-            before = _norms_of(passes, steps, 0, position.device)
-            ratios = self._changes(passes, parts, before) / before.clamp(min=torch.finfo(torch.float32).tiny)
+            self._total = _Sums.none(len(self.steps), device)
+        for part, first in enumerate(passes[0].norms):
+            norms, gates = [p.norms[part] for p in passes], [p.gates[first.gate] for p in passes]
+            before, change = (_side_by_side(norms, name, device) for name in ("before", "change"))
+            if first.adds:
+                multiples = [multiple.flatten() for _, multiple in gates if multiple is not None]
+                change = change[:, :1] * (torch.cat(multiples).to(device).float().abs() if multiples else 1.0)
+            mask = torch.stack([mask.to(device) for mask, _ in gates]).flatten()
+            ratios, hit = change / before.clamp(min=torch.finfo(torch.float32).tiny), mask & in_phase
             start, stop = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
-            self._total.add(steps, hit.sum(1), ratios[:, None].where(hit, 0), start, stop)
-
-    def _changes(
-        self, passes: list[_Pass], parts: list[_Behind], before: Float[Tensor, "steps tokens"]
-    ) -> Float[Tensor, "steps tokens"]:
-        """The norms of what each step changed; of one that adds a vector, by the multiples of its strength."""
-        multiples = [part.multiple.to(before.device) for part in parts if part.multiple is not None]
-        weight = torch.stack(multiples).flatten().float().abs() if multiples else torch.ones_like(before[0])
-        own = [passes[0].norms[step][1] for step in parts[0].steps]
-        rows = [
-            weight * change if isinstance(change, float) else _norms_of(passes, [step], 1, before.device)[0]
-            for step, change in zip(parts[0].steps, own, strict=True)
-        ]
-        return torch.stack(rows)
+            self._total.add(list(first.steps), hit.sum(1), ratios[:, None].where(hit, 0), start, stop)
 
     @property
     def ran(self) -> bool:
@@ -201,7 +175,7 @@ class FireLog(Shown):
         A run is a call of `probes.generate`, its rows in the order of prompts and samples; else what follows an empty
         cache. A position is a place in the row's own tokens, pads not counted.
         """
-        key, found = id(self.gates[step]), dict[int, list[int]]()
+        key, found = self._first[step], dict[int, list[int]]()
         for now, masks in self._run:
             mask = masks.get(key, torch.zeros_like(now.real))
             numbers = range(len(mask)) if now.rows is None else now.rows.numbers
@@ -226,6 +200,11 @@ class FireLog(Shown):
             if count := int(s.tokens[step, j]):
                 mean, largest = float(s.ratio[step, j]) / count, float(s.largest[step, j])
                 yield (step, *words, phase, count, mean, largest, int(s.first[step, j]), int(s.last[step, j]))
+
+
+def _side_by_side(norms: Sequence[Norms], name: str, device: torch.device) -> Float[Tensor, "steps tokens"]:
+    """Pass after pass."""
+    return torch.cat([getattr(part, name).to(device, torch.float32) for part in norms], dim=1)
 
 
 def _run_of(phases: Phases) -> object:

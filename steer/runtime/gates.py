@@ -89,6 +89,12 @@ class Gate:
             self._weights[dtype, device] = weight[..., None].to(device, dtype)
         return self._weights[dtype, device]
 
+    def scaled(self, rows: Float[Tensor, "rows 1 1 width"]) -> Float[Tensor, "rows batch new width"]:
+        """Each row by `weight`, at each token."""
+        if self._multiple is None:
+            return self.mask[..., None].to(rows.device) * rows
+        return self.weight(rows.dtype, rows.device) * rows
+
     def _control(self, controller: Controller, length: Tensor) -> None:
         multiple = controller.at(length)
         self._multiple = multiple if self._multiple is None else self._multiple * multiple

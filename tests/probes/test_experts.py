@@ -7,9 +7,9 @@ from families import MOE, UNLISTED_MOE, build_sparse
 from probes.activations.experts import ExpertCounts, counting, read_experts, weights_along
 from probes.generation._generate import generate
 from probes.generation.sampling import Sampling
-from probes.model.hooks import attached, forward_through, hook_router
+from probes.model.hooks import attached, forward_through
 from probes.model.loading import load
-from probes.model.routers import Routing, block_at, moe_layers
+from probes.model.routers import Routing, block_at, hook_router, moe_layers
 from probes.model.sites import Site
 from steer.interventions.routing import Force
 from steer.recipes.recipe import Recipe

@@ -12,9 +12,8 @@ from probes.evidence.association import associate
 from probes.generation._generate import generate
 from probes.generation.completions import Completion
 from probes.generation.sampling import Sampling
-from probes.model.hooks import hook_router
 from probes.model.loading import load
-from probes.model.routers import block_at, moe_layers
+from probes.model.routers import block_at, hook_router, moe_layers
 from probes.model.sites import Site
 from probes.thinking.spans import Span
 from steer.folding._export import export
