@@ -99,7 +99,7 @@ def _read(
     with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
         for rows in batches(model, texts, batch_tokens):
             own = [owners[texts[row].ids] for row in rows]
-            ids, real = _padded([texts[row].ids for row in rows])
+            ids, real = padded([texts[row].ids for row in rows])
             reduction.begin([[spans[number] for number in numbers] for numbers in own], real)
             with hook_sites(model, {site: reduction.at(site) for site in sites}):
                 forward_through(model, top, ids.to(model.device), real.long().to(model.device))
@@ -108,7 +108,7 @@ def _read(
             bar.update(len(read))
 
 
-def _padded(rows: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
+def padded(rows: Sequence[tuple[int, ...]]) -> tuple[Int[Tensor, "batch pos"], Bool[Tensor, "batch pos"]]:
     """Rows filled up on the right, and which of their positions are real."""
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -198,8 +198,13 @@ class Checkpoint(Brief):
         return out
 
     def block(self, name: str, rows: slice) -> Float[Tensor, "rows width"]:
-        """Some rows of the tensor as a matrix: the last axis is the width; a vector is a column."""
-        return as_rows(self.read(name))[rows]
+        """Some rows of the tensor as a matrix, to be read alone: the last axis is the width; a vector is a column."""
+        return as_rows(self._mapped(name))[rows]
+
+    @cached_property
+    def _mapped(self) -> Callable[[str], Tensor]:
+        """`read`, of which the last few stay mapped: a tensor is read block by block, and to map it anew costs more."""
+        return lru_cache(maxsize=16)(self.read)
 
     def _check_whole(self) -> None:
         method = self.config.get("quantization_config")

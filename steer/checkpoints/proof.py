@@ -1,9 +1,9 @@
 """What was written, read back from disk and compared bit for bit with what was meant, a tensor at a time."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -48,11 +48,12 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def digest_of(chunks: Iterable[Tensor]) -> str:
-    """A checksum of the bytes of these chunks together."""
-    digest = hashlib.blake2b(digest_size=16)
+    """A checksum of the bytes of these chunks together, and how many they are: it tells a fault, not a forger, and
+    takes half the time of a cryptographic one."""
+    digest = length = 0
     for chunk in chunks:
-        digest.update(chunk.cpu().numpy().data)
-    return digest.hexdigest()
+        digest, length = crc32(chunk.cpu().numpy().data, digest), length + len(chunk)
+    return f"{digest:08x}.{length}"
 
 
 def prove_tensors(folder: Path, meant: Mapping[str, Meant]) -> None:

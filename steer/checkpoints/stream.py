@@ -27,7 +27,7 @@ from probes.texts import read_json
 from steer.checkpoints.checkpoint import WHOLE, places_in
 from steer.checkpoints.proof import Meant, digest_of, prove_file
 
-WORKERS = 4
+WORKERS = min(4, os.cpu_count() or 1)
 DEPTH = 2 * WORKERS
 
 
@@ -71,8 +71,8 @@ def stream(
             for shard in todo:
                 done[shard.name] = _write(made / shard.name, shard, bar)
                 _note(made.parent, job, done)
-        for shard in shards:
-            prove_file(made / shard.name, _meant(shard, done[shard.name]))
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(lambda shard: prove_file(made / shard.name, _meant(shard, done[shard.name])), shards))
         finish(made)
         made.rename(output)
 
