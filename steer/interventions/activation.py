@@ -267,10 +267,11 @@ def with_fields(intervention: T, **changes: Any) -> T:
 
 
 def placed(intervention: Intervention, device: torch.device) -> Intervention:
-    """The same intervention with its tensor on `device`, so that no step of a run has to move it."""
-    if intervention.vector is None:
-        return intervention
-    return with_fields(intervention, vector=intervention.vector.to(device))
+    """The same intervention with its tensors on `device`, so that no step of a run has to move them."""
+    held = {name: value for name, value in vars(intervention).items() if isinstance(value, Tensor)}
+    return (
+        with_fields(intervention, **{name: value.to(device) for name, value in held.items()}) if held else intervention
+    )
 
 
 def check_vector(model: PreTrainedModel, site: Site, vector: Tensor, *, zero: bool = False) -> None:

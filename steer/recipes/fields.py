@@ -1,4 +1,7 @@
-"""A frozen dataclass out of the words and the tensor that a recipe file has for it, read by the types of its fields."""
+"""A frozen dataclass out of the words and the tensors that a recipe file has for it, read by the types of its fields.
+
+A tensor is the field `vector`, or one whose metadata say `{"tensor": True}`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -20,11 +23,24 @@ _BESIDE = ("vector", "birth")  # kept elsewhere: the one in the safetensors file
 
 def fields_of(value: Any) -> dict[str, Any]:
     """What is written of a dataclass: sites as text, and null for an infinite bound."""
-    return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name not in _BESIDE}
+    return {name: _plain(getattr(value, name)) for name in names_of(type(value))}
 
 
-def read(kind: type[T], values: Any, where: str, *, vector: Tensor | None = None, birth: Provenance | None = None) -> T:
-    """The `kind` that `fields_of` wrote.
+def tensors_of(value: Any) -> dict[str, Tensor]:
+    """What lies in the safetensors file beside the words."""
+    return {name: held for name in tensor_names(type(value)) if (held := getattr(value, name)) is not None}
+
+
+def read(
+    kind: type[T],
+    values: Any,
+    where: str,
+    *,
+    vector: Tensor | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    birth: Provenance | None = None,
+) -> T:
+    """The `kind` that `fields_of` and `tensors_of` wrote.
 
     Raises ValueError, naming `where`, for a key or a value that it cannot hold.
     """
@@ -34,8 +50,7 @@ def read(kind: type[T], values: Any, where: str, *, vector: Tensor | None = None
     check_keys(values, names_of(kind), where)
     hints = get_type_hints(kind)
     read_values = {name: _value(value, name, hints[name], own[name], where) for name, value in values.items()}
-    if vector is not None:
-        read_values["vector"] = vector
+    read_values |= dict(tensors or {}) | ({} if vector is None else {"vector": vector})
     if "birth" in own:
         read_values["birth"] = birth
     return kind(**read_values)
@@ -48,7 +63,13 @@ def dataclass_fields(kind: type) -> dict[str, Field[Any]]:
 
 def names_of(kind: type) -> list[str]:
     """The fields that a step of the file holds."""
-    return [name for name in dataclass_fields(kind) if name not in _BESIDE]
+    return [name for name in dataclass_fields(kind) if name not in (*_BESIDE, *tensor_names(kind))]
+
+
+def tensor_names(kind: type) -> list[str]:
+    """The fields that are tensors."""
+    own = dataclass_fields(kind)
+    return [name for name, field in own.items() if name == "vector" or field.metadata.get("tensor")]
 
 
 def _plain(value: Any) -> Any:
@@ -77,6 +98,10 @@ def _value(value: Any, name: str, hint: Any, field: Field[Any], where: str) -> A
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} has {name} {value!r}, which is no number.")
+    if hint is int:
+        if not isinstance(value, int):
+            raise ValueError(f"{where} has {name} {value!r}, which is no whole number.")
+        return value
     if abs(value) > _LARGEST:
         raise ValueError(f"{where} has {name} {str(value)[:40]}. Give a finite number, that float32 can hold.")
     return float(value)

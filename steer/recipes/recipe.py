@@ -21,7 +21,7 @@ from probes.texts import read_yaml
 from steer.interventions.activation import Intervention
 from steer.interventions.kinds import KINDS
 from steer.interventions.routing import RoutingEdit
-from steer.recipes.fields import dataclass_fields, fields_of, names_of, read
+from steer.recipes.fields import fields_of, names_of, read, tensor_names, tensors_of
 from steer.recipes.scope import Scope
 
 FORMAT = "thinksteer recipe 2"
@@ -133,8 +133,7 @@ class Recipe(Shown):
             own = {name: births.index(birth) for name, birth in named if birth is not None}
             steps.append({"kind": step.intervention.kind, "scope": scope, **fields_of(step.intervention), **own})
             tensors |= {f"{i}.{name}": tensor for name, tensor in parts.items()}
-            if step.intervention.vector is not None:
-                tensors[f"{i}.vector"] = step.intervention.vector
+            tensors |= {f"{i}.{name}": tensor for name, tensor in tensors_of(step.intervention).items()}
         whole = {
             "format": FORMAT,
             "method": self.method,
@@ -176,7 +175,7 @@ class Recipe(Shown):
 
     def _tensors(self) -> list[str]:
         names = [f"{i}.{name}" for i, step in enumerate(self.steps) for name in step.scope.to_dict()[1]]
-        return [*names, *(f"{i}.vector" for i, step in enumerate(self.steps) if step.intervention.vector is not None)]
+        return [*names, *(f"{i}.{name}" for i, step in enumerate(self.steps) for name in tensors_of(step.intervention))]
 
     def table(self) -> Table:
         """A row for each step."""
@@ -213,15 +212,16 @@ def _read_step(
         raise ValueError(f"{where} has kind {words.get('kind')!r}. Known: {', '.join(KINDS)}.")
     names = names_of(kind)
     check_keys({key: x for key, x in words.items() if key not in _BIRTHS}, ("kind", "scope", *names), where)
-    own = {name: tensors.get(f"{i}.{name}") for name in ("vector", "condition", "controller")}
+    own = {name: tensors.get(f"{i}.{name}") for name in ("condition", "controller")}
     birth, condition_birth = (_birth(births, words.get(name), where) for name in _BIRTHS)
     scope = Scope.from_dict(words["scope"], own, where)
     if scope.condition is not None and condition_birth is not None:
         scope = replace(scope, condition=replace(scope.condition, birth=condition_birth))
-    if "vector" in dataclass_fields(kind) and own["vector"] is None:
-        raise ValueError(f"{path.with_suffix('.safetensors')} lacks keys: {i}.vector.")
+    held = {name: tensors[f"{i}.{name}"] for name in tensor_names(kind) if f"{i}.{name}" in tensors}
+    if lost := [f"{i}.{name}" for name in tensor_names(kind) if name not in held]:
+        raise ValueError(f"{path.with_suffix('.safetensors')} lacks keys: {', '.join(lost)}.")
     values = {name: words[name] for name in names}
-    return Step(read(kind, values, where, vector=own["vector"], birth=birth), scope)
+    return Step(read(kind, values, where, tensors=held, birth=birth), scope)
 
 
 def _birth(births: Sequence[Provenance], number: Any, where: str) -> Provenance | None:

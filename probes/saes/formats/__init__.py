@@ -1,0 +1,1 @@
+"""Files of sparse autoencoders that others wrote: one reader for each layout."""

@@ -1,0 +1,114 @@
+"""Latents read off a model's pass: batch by batch, encoded chunk by chunk, and reduced; no activation is kept."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from probes.activations._record import batches, padded
+from probes.activations.reduction import kept
+from probes.model.hooks import forward_through, hook_site
+from probes.model.sites import Site
+from probes.saes.sae import Autoencoder
+from probes.thinking.spans import Span
+
+CHUNK_BYTES = 64 << 20  # of latents that are held at once
+BATCH_TOKENS = 4_096
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The activations of one text at a site, and which of its positions are read: real, asked for, and no sinks."""
+
+    number: int
+    x: Float[Tensor, "pos width"]
+    used: Bool[Tensor, " pos"]
+
+
+def streamed(
+    model: PreTrainedModel,
+    spans: Sequence[Span],
+    site: Site,
+    *,
+    keep_sinks: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    label: str = "reading",
+) -> Iterator[Read]:
+    """Text by text, longest first, the activations at a site over its whole length, in float32.
+
+    Attention sinks are not `used`, unless `keep_sinks` (`probes.activations.span_means` says what they are).
+    """
+    caught: list[Tensor] = []
+    with tqdm(total=len(spans), desc=label, unit="text", delay=2, leave=False) as bar:
+        for rows in batches(model, spans, batch_tokens):
+            ids, real = padded([spans[row].ids for row in rows])
+            caught.clear()
+            with hook_site(model, site, caught.append), torch.no_grad():
+                forward_through(model, site.layer, ids.to(model.device), real.long().to(model.device))
+            x = caught[0].detach().float()
+            wanted = torch.zeros_like(real)
+            for i, row in enumerate(rows):
+                wanted[i, spans[row].start : spans[row].stop] = True
+            real, wanted = real.to(x.device), wanted.to(x.device)
+            used = wanted if keep_sinks else kept(x, x.norm(dim=-1), wanted, real, site) & wanted
+            for i, row in enumerate(rows):
+                n = len(spans[row].ids)
+                yield Read(row, x[i, :n], used[i, :n])
+            bar.update(len(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class ClassMoments:
+    """Of one text and each class of its positions: how many there are, and of every latent the sum, how often it is
+    active, and the largest activation."""
+
+    number: int
+    count: Int[Tensor, " classes"]
+    total: Float[Tensor, "classes d_sae"]
+    active: Float[Tensor, "classes d_sae"]
+    largest: Float[Tensor, "classes d_sae"]
+
+    @property
+    def mean(self) -> Float[Tensor, "classes d_sae"]:
+        return self.total / self.count[:, None].clamp(min=1)
+
+
+@torch.no_grad()
+def class_moments(
+    model: PreTrainedModel,
+    sae: Autoencoder,
+    spans: Sequence[Span],
+    classes: Sequence[Bool[Tensor, "_ _"]],
+    *,
+    latents: Sequence[int] | None = None,
+    keep_sinks: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+    label: str = "reading latents",
+) -> Iterator[ClassMoments]:
+    """Text by text, what every latent (or `latents` alone) does in each class of positions.
+
+    A position may be in several classes, or in none. At most `chunk_bytes` of latents are held at once.
+    """
+    width = sae.d_sae if latents is None else len(latents)
+    step = max(1, chunk_bytes // (4 * sae.d_sae))
+    for read in streamed(model, spans, sae.site, keep_sinks=keep_sinks, label=label):
+        masks = classes[read.number].to(read.x.device) & read.used
+        n = len(masks)
+        total, active, largest = (torch.zeros(n, width, device=read.x.device) for _ in range(3))
+        for start in range(0, len(read.x), step):
+            part = masks[:, start : start + step]
+            at = part.any(0)
+            if not at.any():
+                continue
+            x, own = read.x[start : start + step][at], part[:, at]
+            f = sae.encode(x) if latents is None else sae.encode_at(x, latents)
+            total += own.float() @ f
+            active += own.float() @ (f > 0).float()
+            for i, mask in enumerate(own):
+                if mask.any():
+                    largest[i] = torch.maximum(largest[i], f[mask].amax(0))
+        yield ClassMoments(read.number, masks.sum(1), total, active, largest)
