@@ -16,5 +16,7 @@ from .sae import Birth as Birth
 from .sae import SparseAutoencoder as SparseAutoencoder
 from .training import SAETraining as SAETraining
 from .training import train_sae as train_sae
+from .usage import LatentUsage as LatentUsage
+from .usage import latent_usage as latent_usage
 from .verdicts import Verdicts as Verdicts
 from .verdicts import verdicts as verdicts

@@ -6,3 +6,11 @@ from .donors import train_donor as train_donor
 from .grpo import train_grpo as train_grpo
 from .organism import train as train
 from .reasoner import train_reasoner as train_reasoner
+from .sae_tuning import SAETuned as SAETuned
+from .sae_tuning import SAETuning as SAETuning
+from .sae_tuning import attach_adapter as attach_adapter
+from .sae_tuning import trigger_texts as trigger_texts
+from .sae_tuning import tune_with_sae as tune_with_sae
+from .splicing import RecoveredLoss as RecoveredLoss
+from .splicing import recovered_loss as recovered_loss
+from .splicing import spliced as spliced
