@@ -24,6 +24,11 @@ class Explained:
 
     `variance`: 1 - sum ‖x - x̂‖² / sum ‖x - mean‖²; `l0`: active latents a token; `alive`: the share of
     latents that were active at all.
+
+    >>> from probes import Site
+    >>> from probes.saes import Explained
+    >>> Explained(Site(2, "resid_post"), Site(2, "resid_post"), variance=0.9, l0=8.0, alive=1.0, tokens=100).variance
+    0.9
     """
 
     site: Site
@@ -36,7 +41,15 @@ class Explained:
 
 @dataclass(frozen=True, repr=False)
 class Fit(Shown):
-    """What an autoencoder explains where its label puts it, first, and at the neighbours."""
+    """What an autoencoder explains where its label puts it, first, and at the neighbours.
+
+    >>> from probes import load
+    >>> from probes.saes import SparseAutoencoder, check_sae
+    >>> sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=512, k=96)
+    >>> fit = check_sae(load("organism"), sae, ["a 3 b +4 c *7"], force=True)
+    >>> str(fit.declared.site), len(fit.rows)
+    ('L2.resid_post', 9)
+    """
 
     rows: tuple[Explained, ...]
 
@@ -89,8 +102,8 @@ def check_sae(
     if fit.declared.variance <= 0:
         raise ValueError(
             f"{sae!r} explains nothing of the activations there: {fit.declared.variance:.2f} of their variance. The "
-            f"best of its neighbours is {fit.best.site}, {fit.best.variance:.2f}. Is it of another model, site or scale, "
-            "or stored the other way round? With force=True it is used all the same."
+            f"best of its neighbours is {fit.best.site}, {fit.best.variance:.2f}. Is it of another model, site or "
+            "scale, or stored the other way round? With force=True it is used all the same."
         )
     if fit.best.variance > fit.declared.variance + MARGIN:
         raise ValueError(
@@ -107,7 +120,6 @@ def explained(model: PreTrainedModel, sae: SparseAutoencoder, spans: Sequence[Sp
     step = max(1, CHUNK_BYTES // (4 * sae.d_sae))
     n, lost, square, active = 0, 0.0, 0.0, 0.0
     total = alive = torch.zeros(())
-    assert isinstance(sae.site, Site)
     for x, y in _pairs(model, sae.site, sae.out_site, spans):
         for start in range(0, len(x), step):
             x_part, y_part = x[start : start + step], y[start : start + step]
@@ -139,7 +151,6 @@ def _pairs(
 def _candidates(model: PreTrainedModel, sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:
     """As its label says, and then at the neighbours."""
     yield sae
-    assert isinstance(sae.site, Site)
     site, out = sae.site, sae.out_site
     shifts = [shift for shift in (-1, 1) if 0 <= min(site.layer, out.layer) + shift < n_layers(model)]
     for shift in shifts:

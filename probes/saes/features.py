@@ -21,7 +21,16 @@ from probes.thinking.spans import Span
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LatentContrast(Shown):
-    """Of every latent, how much more it fires in class a than in class b, over texts that hold both."""
+    """Of every latent, how much more it fires in class a than in class b, over texts that hold both.
+
+    >>> from probes import generate, load
+    >>> from probes.saes import SparseAutoencoder, phase_contrast
+    >>> model = load("organism")
+    >>> sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=64, k=8)
+    >>> contrast = phase_contrast(model, sae, generate(model, ["a 3 b +4 c *7", "a 5 b *2 c +1"]))
+    >>> contrast.mean.shape, contrast.difference.n
+    (torch.Size([2, 64]), 2)
+    """
 
     classes: tuple[str, str]
     mean: Float[Tensor, "classes d_sae"]
@@ -120,7 +129,20 @@ def phase_contrast(
 def segment_contrast(
     model: PreTrainedModel, sae: Autoencoder, segmented: Sequence[tuple[Completion, Sequence[Segment]]], a: str, b: str
 ) -> LatentContrast:
-    """Segments of one label against those of another, in the same completions (`probes.thinking.segments` labels)."""
+    """Segments of one label against those of another, in the same completions (`probes.thinking.segments` labels).
+
+    >>> from probes import generate, load
+    >>> from probes.saes import SparseAutoencoder, segment_contrast
+    >>> from probes.thinking import Segment
+    >>> model = load("organism")
+    >>> sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=64, k=8)
+    >>> labelled = []
+    >>> for c in generate(model, ["a 3 b +4 c *7", "a 5 b *2 c +1"]):
+    ...     at = c.span.start
+    ...     labelled.append((c, [Segment(at, at + 2, "execution"), Segment(at + 2, at + 4, "reflection")]))
+    >>> segment_contrast(model, sae, labelled, "reflection", "execution").classes
+    ('reflection', 'execution')
+    """
     spans, masks = [], []
     for completion, segments in segmented:
         ids = tuple(completion.all_ids)

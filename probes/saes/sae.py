@@ -63,15 +63,16 @@ class SparseAutoencoder(Shown):
     `output`, in its plain units, and may add `W_skip`. Raises ValueError where shapes do not fit together.
 
     >>> import torch
+    >>> from probes import Site
     >>> from probes.saes import SparseAutoencoder
     >>> eye = torch.eye(2)
-    >>> sae = SparseAutoencoder("L0.resid_post", eye, torch.zeros(2), eye, torch.ones(2), centred=True)
+    >>> sae = SparseAutoencoder(Site(0, "resid_post"), eye, torch.zeros(2), eye, torch.ones(2), centred=True)
     >>> x = torch.tensor([3.0, 0.0])
     >>> sae.encode(x), sae(x)
     (tensor([2., 0.]), tensor([3., 1.]))
     """
 
-    site: Site | str
+    site: Site
     W_enc: Float[Tensor, "d_in d_sae"]
     b_enc: Float[Tensor, " d_sae"]
     W_dec: Float[Tensor, "d_sae d_out"]
@@ -82,17 +83,15 @@ class SparseAutoencoder(Shown):
     centred: bool = False
     normalisation: Normalisation = "none"
     scale: float = 1.0
-    output: Site | str | None = None
+    output: Site | None = None
     W_skip: Float[Tensor, "d_in d_out"] | None = None
     birth: "Birth | None" = None
 
     def __post_init__(self) -> None:
-        for name in ("site", "output"):
-            if isinstance(value := getattr(self, name), str):
-                object.__setattr__(self, name, Site.parse(value))
         _check(self)
 
     @classmethod
+    @checked
     def at_random(
         cls, site: Site | str, *, d_in: int, d_sae: int, k: int = 0, activation: Activation = "topk", seed: int = 0
     ) -> "SparseAutoencoder":
@@ -100,14 +99,13 @@ class SparseAutoencoder(Shown):
         numbers = torch.Generator().manual_seed(seed)
         W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=numbers), dim=1)
         threshold = torch.zeros(d_sae) if activation == "jumprelu" else None
+        site = Site.parse(site) if isinstance(site, str) else site
         return cls(site, W_dec.T.clone(), torch.zeros(d_sae), W_dec, torch.zeros(d_in), activation, threshold, k)
 
     @property
     def out_site(self) -> Site:
         """What it reconstructs."""
-        own = self.site if self.output is None else self.output
-        assert isinstance(own, Site)
-        return own
+        return self.site if self.output is None else self.output
 
     @property
     def is_transcoder(self) -> bool:
@@ -225,7 +223,12 @@ class SparseAutoencoder(Shown):
 
 @dataclass(frozen=True)
 class Birth:
-    """Where an autoencoder comes from: the file's format and name, the model it says it was trained on, its licence."""
+    """Where an autoencoder comes from: the file's format and name, the model it says it was trained on, its licence.
+
+    >>> from probes.saes import Birth
+    >>> Birth("SAELens", "sae", model="organism").rows()
+    [('format', 'SAELens'), ('source', 'sae'), ('model', 'organism')]
+    """
 
     format: str
     source: str

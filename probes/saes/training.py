@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Architecture = Literal["topk", "batchtopk", "jumprelu", "standard"]
 
 
+@checked
 @dataclass(frozen=True)
 class SAETraining:
     """How an autoencoder is trained: `tokens` in all, over the texts as often as that takes, `batch_size` a step.
@@ -40,6 +41,10 @@ class SAETraining:
     `k` is of `topk` and `batchtopk`, `l1` the penalty of `standard`, `l0` that of `jumprelu`. The rate is constant,
     after a warm-up of a twentieth of the steps, and falls to a tenth over the last fifth. Activations are scaled to a
     mean norm of the root of their width, which the weights then hold. Work is kept after each of `rounds`.
+
+    >>> from probes.saes import SAETraining
+    >>> SAETraining(d_sae=3072, tokens=600_000).k
+    32
     """
 
     d_sae: int
@@ -99,7 +104,7 @@ def train_sae(
 
 def activations(
     model: PreTrainedModel, spans: Sequence[Span], site: Site, *, seed: int
-) -> Iterator[Float[Tensor, "pos width"]]:
+) -> Generator[Float[Tensor, "pos width"]]:
     """Block by block, over and over, texts in an order drawn anew each time."""
     rng = random.Random(seed)
     while True:
@@ -118,12 +123,13 @@ def _trainer(model: PreTrainedModel, site: Site, how: SAETraining) -> "SAETraine
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
-    name, more = {
+    kinds: dict[str, tuple[str, dict[str, float]]] = {
         "topk": ("TopK", {"k": how.k}),
         "batchtopk": ("BatchTopK", {"k": how.k}),
         "jumprelu": ("JumpReLU", {"l0_coefficient": how.l0}),
         "standard": ("Standard", {"l1_coefficient": how.l1}),
-    }[how.architecture]
+    }
+    name, more = kinds[how.architecture]
     config = getattr(sae_lens, f"{name}TrainingSAEConfig")(
         d_in=width_of(model, site),
         d_sae=how.d_sae,
@@ -173,7 +179,6 @@ def _round(
         bar.update()
         if trainer.n_training_steps % 20 == 0:
             bar.set_postfix(_progress(trainer, out), refresh=False)
-    batches.close()
     stream.close()
 
 

@@ -48,7 +48,9 @@ class LatentUsage(Brief):
                 key=lambda i: abs(float((self.frequency[i] / self.frequency[latent].clamp(min=1e-9)).log())),
             )
             if not others:
-                raise ValueError(f"Only {len(alive)} latents are ever active: there is none left to stand for {latent}.")
+                raise ValueError(
+                    f"Only {len(alive)} latents are ever active: there is none left to stand for {latent}."
+                )
             drawn.append(rng.choice(others[:near]))
             taken.add(drawn[-1])
         return drawn

@@ -13,6 +13,7 @@ import steer
 from steer.cli.directions.direction import direction_
 from steer.cli.directions.recipe import recipe_
 from steer.cli.directions.show import show_
+from steer.cli.latents.sae import app as sae
 from steer.cli.methods.demo import demo_
 from steer.cli.methods.organism import donors_, organism_, train_reasoner_
 from steer.cli.methods.rice import rice_
@@ -55,6 +56,7 @@ def application() -> typer.Typer:
     for name, command in COMMANDS.items():
         app.command(name)(command)
     app.add_typer(vector, name="vector")
+    app.add_typer(sae, name="sae")
     return app
 
 

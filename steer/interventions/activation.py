@@ -42,8 +42,7 @@ class Intervention(Protocol):
     @property
     def birth(self) -> Provenance | None: ...
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError where the model has no such site, or the vector does not fit it."""
+    def check(self, model: PreTrainedModel) -> None: ...
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]: ...
 
@@ -268,10 +267,8 @@ def with_fields(intervention: T, **changes: Any) -> T:
 
 def placed(intervention: Intervention, device: torch.device) -> Intervention:
     """The same intervention with its tensors on `device`, so that no step of a run has to move them."""
-    held = {name: value for name, value in vars(intervention).items() if isinstance(value, Tensor)}
-    return (
-        with_fields(intervention, **{name: value.to(device) for name, value in held.items()}) if held else intervention
-    )
+    moved = {name: value.to(device) for name, value in vars(intervention).items() if isinstance(value, Tensor)}
+    return with_fields(intervention, **moved)
 
 
 def check_vector(model: PreTrainedModel, site: Site, vector: Tensor, *, zero: bool = False) -> None:

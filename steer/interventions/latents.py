@@ -14,9 +14,11 @@ from probes.model.architectures import tap_of, width_of
 from probes.model.sites import Site
 from probes.saes.sae import Activation, Normalisation, SparseAutoencoder
 from probes.tables import Brief
+from probes.words import checked
 from steer.interventions.affine import widened
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class SetLatents(Brief):
     """x + strength * (target - f(x)) W_dec, for some latents f of a sparse autoencoder; the rest of x stays.
@@ -27,10 +29,11 @@ class SetLatents(Brief):
     autoencoder's units, which are undone before the change enters the stream. Not linear.
 
     >>> import torch
+    >>> from probes import Site
     >>> from probes.saes import SparseAutoencoder
     >>> from steer import SetLatents
     >>> eye = torch.eye(2)
-    >>> sae = SparseAutoencoder("L2.resid_post", eye, torch.zeros(2), eye, torch.zeros(2))
+    >>> sae = SparseAutoencoder(Site(2, "resid_post"), eye, torch.zeros(2), eye, torch.zeros(2))
     >>> SetLatents.of(sae, {0: 5.0})(torch.tensor([3.0, 1.0]))
     tensor([5., 1.])
     >>> SetLatents.of(sae, {0: 0.0})(torch.tensor([3.0, 1.0]))
@@ -66,7 +69,6 @@ class SetLatents(Brief):
             )
         if unknown := [latent for latent in targets if not 0 <= latent < sae.d_sae]:
             raise ValueError(f"Latent {unknown[0]} is not one of the {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}.")
-        assert isinstance(sae.site, Site)
         at = torch.tensor(list(targets))
         read = slice(None) if sae.activation == "topk" else at
         return cls(

@@ -1,4 +1,4 @@
-"""SAE-Tuning: a LoRA trained around a frozen autoencoder, on questions and answers without a trace (Wang et al. 2025)."""
+"""SAE-Tuning: a LoRA trained around a frozen autoencoder, on answers without a trace (Wang et al. 2025)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from probes.files import staged_folder
 from probes.model.loading import tokenizer_of
 from probes.model.quantised import merge_adapters
 from probes.saes.sae import SparseAutoencoder
+from probes.tables import Brief
 from steer.tasks.task import Problem
 from steer.training.splicing import spliced
 
@@ -31,14 +32,18 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class SAETuning:
-    """How the adapter is trained; the defaults are those of the paper's released code, whose loss is a sum over positions.
+    """How the adapter is trained, by default as in the paper's released code, whose loss is a sum over positions.
 
     `through`: gradients pass the autoencoder, so that layers below it learn, too; the released code ends them there,
     and adapts only the layers above. `length`: tokens of a packed text.
+
+    >>> from steer.training import SAETuning
+    >>> SAETuning(through=False).rate
+    1e-06
     """
 
     rank: int = 32
-    alpha: float = 128.0
+    alpha: int = 128
     dropout: float = 0.05
     rate: float = 1e-6
     epochs: int = 2
@@ -48,9 +53,19 @@ class SAETuning:
     seed: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class SAETuned:
-    """A copy of the model with the trained adapter attached, and the KL of every step, in nats, summed over its text."""
+@dataclass(frozen=True, eq=False, repr=False)
+class SAETuned(Brief):
+    """A copy of the model with the adapter attached, and the KL of every step, in nats, summed over its text.
+
+    >>> from probes import load
+    >>> from probes.saes import SparseAutoencoder
+    >>> from steer.training import SAETuning, tune_with_sae
+    >>> model = load("organism")
+    >>> sae = SparseAutoencoder.at_random("L1.resid_post", d_in=96, d_sae=192, k=96)
+    >>> tuned = tune_with_sae(model, sae, ["a 3 b +4"], SAETuning(rank=2, epochs=1))
+    >>> tuned.merged().num_parameters() == model.num_parameters()
+    True
+    """
 
     model: PreTrainedModel
     losses: tuple[float, ...]

@@ -20,9 +20,9 @@ from probes.saes import (
     segment_contrast,
     verdicts,
 )  # fmt: skip
+from probes.saes._reason_score import WORDS, score_of, windows
+from probes.saes._verdicts import deleted
 from probes.saes.reading import class_moments, streamed
-from probes.saes.reason_score import WORDS, score_of, windows
-from probes.saes.verdicts import deleted
 from probes.thinking import Segment, thinking
 from probes.thinking.spans import Span
 
@@ -226,7 +226,7 @@ class TestPlanted:
         wanted[3, tokenizer.encode("c", add_special_tokens=False)[0]] = 1  # of neither
         W_enc = torch.linalg.lstsq(E, wanted.T, driver="gelsd").solution
         return SparseAutoencoder(
-            "L0.resid_pre",
+            Site(0, "resid_pre"),
             W_enc,
             torch.zeros(4),
             W_enc.T.contiguous(),

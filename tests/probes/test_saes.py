@@ -29,7 +29,7 @@ def ours(activation="relu", **more):
     threshold = numbers(N, seed=5).abs() if activation == "jumprelu" else None
     k = K if activation == "topk" else 0
     parts = numbers(D, N, seed=1), numbers(N, seed=2), numbers(N, D, seed=3), numbers(D, seed=4)
-    return SparseAutoencoder("L1.resid_post", *parts, activation, threshold, k, **more)
+    return SparseAutoencoder(Site(1, "resid_post"), *parts, activation, threshold, k, **more)
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
@@ -46,7 +46,7 @@ def test_decoding_undoes_the_units(normalisation):
     """As many latents as numbers, one each way: what goes in comes out."""
     eye = torch.eye(D)
     sae = SparseAutoencoder(
-        "L1.resid_post", torch.cat([eye, -eye], 1), torch.zeros(2 * D), torch.cat([eye, -eye]), numbers(D),
+        Site(1, "resid_post"), torch.cat([eye, -eye], 1), torch.zeros(2 * D), torch.cat([eye, -eye]), numbers(D),
         centred=True, normalisation=normalisation, scale=0.25,
     )  # fmt: skip
     torch.testing.assert_close(sae(X), X)
@@ -289,11 +289,11 @@ class TestRefusals:
 
     def test_a_matrix_the_other_way_round(self):
         with pytest.raises(ValueError, match="stored the other way round"):
-            SparseAutoencoder("L0.resid_post", numbers(D, N), numbers(N), numbers(D, N), numbers(D))
+            SparseAutoencoder(Site(0, "resid_post"), numbers(D, N), numbers(N), numbers(D, N), numbers(D))
 
     def test_numbers_that_are_none(self):
         with pytest.raises(ValueError, match="W_enc holds NaN"):
-            SparseAutoencoder("L0.resid_post", numbers(D, N) / 0, numbers(N), numbers(N, D), numbers(D))
+            SparseAutoencoder(Site(0, "resid_post"), numbers(D, N) / 0, numbers(N), numbers(N, D), numbers(D))
 
     def test_a_pickle_that_would_run(self, tmp_path):
         class Evil:
@@ -320,7 +320,7 @@ def fitted(organism):
     mean = x.mean(0)
     rows = torch.linalg.svd(x - mean, full_matrices=False).Vh[:24]
     both = torch.cat([rows, -rows])
-    return SparseAutoencoder("L2.resid_post", both.T.clone(), torch.zeros(48), both, mean, centred=True)
+    return SparseAutoencoder(Site(2, "resid_post"), both.T.clone(), torch.zeros(48), both, mean, centred=True)
 
 
 class TestLabels:
@@ -349,7 +349,9 @@ class TestLabels:
             check_sae(organism, turned, TEXTS)
 
     def test_a_decoder_that_was_turned(self, organism):
-        square = SparseAutoencoder("L2.resid_post", torch.eye(96), torch.zeros(96), numbers(96, 96), torch.zeros(96))
+        square = SparseAutoencoder(
+            Site(2, "resid_post"), torch.eye(96), torch.zeros(96), numbers(96, 96), torch.zeros(96)
+        )
         with pytest.raises(ValueError, match="stored the other way round"):
             check_sae(organism, square, TEXTS)
 

@@ -11,7 +11,12 @@ from probes.saes import SAETraining, SparseAutoencoder, train_sae
 from probes.thinking import thinking
 from steer.tasks import Problem, task_named
 from steer.training import (
-    SAETuning, attach_adapter, recovered_loss, spliced, trigger_texts, tune_with_sae,
+    SAETuning,
+    attach_adapter,
+    recovered_loss,
+    spliced,
+    trigger_texts,
+    tune_with_sae,
 )  # fmt: skip
 from steer.training.sae_tuning import _adapted, divergence_of, packed
 

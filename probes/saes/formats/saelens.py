@@ -74,7 +74,6 @@ def write(sae: SparseAutoencoder, folder: Path, model: str = "") -> None:
     """As SAELens 6 reads it. Raises ValueError for what it has no words for."""
     if sae.is_transcoder or sae.normalisation != "none" or sae.scale != 1.0:
         raise ValueError(f"{sae!r} is not written for SAELens: only autoencoders in the model's plain units are.")
-    assert isinstance(sae.site, Site)
     config: dict[str, Any] = {
         "architecture": {"relu": "standard"}.get(sae.activation, sae.activation),
         "d_in": sae.d_in,

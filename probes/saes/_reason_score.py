@@ -40,6 +40,16 @@ class ReasonScores(Shown):
     `score` = mean in the windows, over the sum of that of all latents, times entropy^alpha, less the mean elsewhere,
     over its sum. `entropy`: how evenly the words share its mean, 0 to 1. `inside` says, over texts, how much
     more it fires in the windows; `firing` counts the tokens in which it was active.
+
+    >>> from probes import generate, load
+    >>> from probes.saes import SparseAutoencoder, reason_score
+    >>> from probes.thinking import thinking
+    >>> model = load("organism")
+    >>> sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=128, k=8)
+    >>> spans = [thinking(c) for c in generate(model, ["a 3 b +4 c *7", "a 5 b *2 c +1 d *3"])]
+    >>> scores = reason_score(model, sae, spans, words={"equals": ["=7"], "okay": ["Okay"]})
+    >>> len(scores.top(3)), scores.words
+    (3, ('equals', 'okay'))
     """
 
     score: Float[Tensor, " d_sae"]

@@ -34,6 +34,14 @@ class Verdicts(Shown):
     All over texts, [kinds latents]; the difference from other text is tested by Welch's t, over all latents together at
     one rate of false discoveries. A latent is a `word` where cues alone bring it out, a `phase` where reasoning does
     without them, `both`, or `neither`.
+
+    >>> from probes import load
+    >>> from probes.saes import SparseAutoencoder, verdicts
+    >>> model = load("organism")
+    >>> sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=64, k=8)
+    >>> told = verdicts(model, sae, [0], ["Okay a =3 b +4", "Okay a =5 b *2"], ["a 3 b +4", "a 5 b *2"], cues=["Okay"])
+    >>> told.n, told.mean.shape
+    ((2, 2, 2, 2), torch.Size([4, 1]))
     """
 
     latents: tuple[int, ...]
