@@ -9,7 +9,7 @@ from probes.model.sites import Site
 from probes.saes.formats import dictionary_learning, saelens, scopes, sparsify
 from probes.saes.sae import SparseAutoencoder
 
-EMBEDDED = Path(__file__).parent / "reasoner"
+EMBEDDED = Path(__file__).parent / "embedded"
 
 
 def load_sae(
@@ -25,7 +25,7 @@ def load_sae(
     Gemma Scope, Qwen-Scope, or a `.pt` with two linear layers.
 
     `source` is a folder, a file, a repository of the hub, of which `part` is the folder or file within, or an embedded
-    one (`reasoner-L15`). `site` overrules what a label says, `k` gives what some files do not say. Pickles are read
+    one (`organism-L1`, `reasoner-L15`). `site` overrules what a label says, `k` gives what some files do not say. Pickles are read
     only with `pickle`, their weights alone. What a file says of itself is taken for its word here: `check_sae` asks
     the model. Raises ValueError, naming file and reason, for what is not known; FileNotFoundError.
 
@@ -59,8 +59,12 @@ def load_sae(
     )
 
 
-def save_sae(sae: SparseAutoencoder, folder: Path, *, model: str = "") -> None:
-    """Written as SAELens 6 reads it, which `load_sae` reads, too. Raises ValueError for a transcoder.
+def save_sae(
+    sae: SparseAutoencoder, folder: Path, *, model: str = "", licence: str = "", dtype: torch.dtype = torch.float32
+) -> None:
+    """Written as SAELens 6 reads it, which `load_sae` reads, too: in float32, or bfloat16 for half the size.
+
+    `model` is the one that it belongs to, `licence` what it may be used under. Raises ValueError for a transcoder.
 
     >>> from pathlib import Path
     >>> from probes.saes import SparseAutoencoder, load_sae, save_sae
@@ -69,13 +73,13 @@ def save_sae(sae: SparseAutoencoder, folder: Path, *, model: str = "") -> None:
     >>> bool((load_sae("mine").W_dec == sae.W_dec).all())
     True
     """
-    saelens.write(sae, Path(folder), model)
+    saelens.write(sae, Path(folder), model, licence, dtype)
 
 
 def _path(source: str | Path, part: str) -> Path:
-    embedded = EMBEDDED / str(source).removeprefix("reasoner-")
-    if str(source).startswith("reasoner-") and embedded.is_dir():
-        return embedded
+    known = sorted(place.name for place in EMBEDDED.iterdir())
+    if str(source) in known:
+        return EMBEDDED / str(source)
     path = Path(source) / part
     if path.exists():
         return path
@@ -85,7 +89,6 @@ def _path(source: str | Path, part: str) -> Path:
         or str(source).startswith(".")
         or str(source).count("/") != 1
     ):
-        known = ", ".join(f"reasoner-{p.name}" for p in EMBEDDED.iterdir()) if EMBEDDED.is_dir() else ""
-        raise FileNotFoundError(f"{path} is not there, and {source} is no embedded autoencoder ({known}).")
+        raise FileNotFoundError(f"{path} is not there, and {source} is no embedded autoencoder ({', '.join(known)}).")
     wanted = [f"{part}/*", part] if part else None
     return Path(snapshot_download(str(source), allow_patterns=wanted)) / part

@@ -66,11 +66,11 @@ def read(folder: Path, *, site: Site | None, dtype: torch.dtype) -> SparseAutoen
         scale=W_enc.shape[0] ** 0.5 if normalisation == "length" else 1.0,
         output=site_of(str(writes), where) if transcodes else None,
         W_skip=None if W_skip is None else W_skip.T,
-        birth=Birth("SAELens", str(folder), str(meta.get("model_name") or "")),
+        birth=Birth("SAELens", str(folder), str(meta.get("model_name") or ""), str(meta.get("licence") or "")),
     )  # fmt: skip
 
 
-def write(sae: SparseAutoencoder, folder: Path, model: str = "") -> None:
+def write(sae: SparseAutoencoder, folder: Path, model: str, licence: str, dtype: torch.dtype) -> None:
     """As SAELens 6 reads it. Raises ValueError for what it has no words for."""
     if sae.is_transcoder or sae.normalisation != "none" or sae.scale != 1.0:
         raise ValueError(f"{sae!r} is not written for SAELens: only autoencoders in the model's plain units are.")
@@ -78,17 +78,22 @@ def write(sae: SparseAutoencoder, folder: Path, model: str = "") -> None:
         "architecture": {"relu": "standard"}.get(sae.activation, sae.activation),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": sae.centred,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"hook_name": sae.site.transformer_lens, "model_name": model, "sae_lens_version": "6.0.0"},
+        "metadata": {
+            "hook_name": sae.site.transformer_lens,
+            "model_name": model,
+            "licence": licence,
+            "sae_lens_version": "6.0.0",
+        },
         **({"k": sae.k, "rescale_acts_by_decoder_norm": False} if sae.activation == "topk" else {}),
     }
-    tensors = {name: getattr(sae, name).float() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    tensors = {name: getattr(sae, name).to(dtype) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     if sae.threshold is not None:
-        tensors["threshold"] = sae.threshold.float()
+        tensors["threshold"] = sae.threshold.to(dtype)
     with staged_folder(folder) as stage:
         (stage / FILES[0]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_tensors(stage / FILES[1], tensors)
