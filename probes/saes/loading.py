@@ -25,9 +25,9 @@ def load_sae(
     Gemma Scope, Qwen-Scope, or a `.pt` with two linear layers.
 
     `source` is a folder, a file, a repository of the hub, of which `part` is the folder or file within, or an embedded
-    one (`organism-L1`, `reasoner-L15`). `site` overrules what a label says, `k` gives what some files do not say. Pickles are read
-    only with `pickle`, their weights alone. What a file says of itself is taken for its word here: `check_sae` asks
-    the model. Raises ValueError, naming file and reason, for what is not known; FileNotFoundError.
+    one (`organism-L1`, `reasoner-L15`). `site` overrules what a label says, `k` gives what some files do not say.
+    Pickles are read only with `pickle`, their weights alone. What a file says of itself is taken for its word here:
+    `check_sae` asks the model. Raises ValueError, naming file and reason, for what is not known; FileNotFoundError.
 
     >>> from pathlib import Path
     >>> from probes.saes import SparseAutoencoder, load_sae, save_sae
