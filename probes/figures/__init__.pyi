@@ -2,6 +2,8 @@ from .experts import doses_figure as doses_figure
 from .experts import loads_figure as loads_figure
 from .experts import scores_figure as scores_figure
 from .experts import usage_figure as usage_figure
+from .latents import latents_figure as latents_figure
+from .latents import verdicts_figure as verdicts_figure
 from .plots import Dose as Dose
 from .plots import Point as Point
 from .plots import arms_figure as arms_figure

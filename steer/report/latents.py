@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from probes.figures.latents import latents_figure
 from probes.files import staged_file
-from probes.late import go
 from probes.model.architectures import final_norm_of
 from probes.model.loading import origin_of, tokenizer_of
 from probes.model.tokens import decode
@@ -129,11 +129,8 @@ def _course(
     (read,) = streamed(model, [span], sae.site, label="")
     f = (sae.encode_at(read.x, [latent])[:, 0] * read.used).tolist()
     words = [decode(tokenizer_of(model), [token]) for token in span.ids]
-    figure = go.Figure(go.Scatter(x=list(range(len(f))), y=f, mode="lines", text=words, hoverinfo="x+y+text"))
-    figure.update_layout(
-        height=220, margin={"t": 30, "b": 40, "l": 50, "r": 10}, title=f"text {contexts[0].text}",
-        xaxis_title="token", yaxis_title="activation", template="simple_white",
-    )  # fmt: skip
+    figure = latents_figure(words, {f"latent {latent}": f}, title=f"text {contexts[0].text}")
+    figure.update_layout(height=240)
     return plot(figure)
 
 
