@@ -23,8 +23,17 @@ from rich.console import Console
 from probes import Completion, Sampling, Span, generate, load
 from probes.model import encode_prompt, tokenizer_of
 from probes.saes import (
-    SAETraining, SparseAutoencoder, check_sae, latent_usage, load_sae, phase_contrast, reason_score, save_sae,
-    top_contexts, train_sae, verdicts,
+    SAETraining,
+    SparseAutoencoder,
+    check_sae,
+    latent_usage,
+    load_sae,
+    phase_contrast,
+    reason_score,
+    save_sae,
+    top_contexts,
+    train_sae,
+    verdicts,
 )  # fmt: skip
 from steer import Recipe, SetLatents, evaluate, task_named
 from steer.training import SAETuning, recovered_loss, trigger_texts, tune_with_sae

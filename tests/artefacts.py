@@ -20,10 +20,25 @@ from probes import Direction, Sampling, direction_between, generate, load, read_
 from probes.generation.store import Store, _holder
 from probes.gguf_files import check_gguf
 from probes.model import Site, tokenizer_of
+from probes.saes import SparseAutoencoder, load_sae, save_sae
 from probes.tensors import read_tensors, write_tensors
 from probes.texts import read_json, read_json_lines, read_yaml
 from probes.thinking import text_spans
-from steer import Ablate, Add, Clamp, Condition, Controller, Recipe, Rotate, Scale, Schedule, Scope, Step, diff
+from steer import (
+    Ablate,
+    Add,
+    Clamp,
+    Condition,
+    Controller,
+    Recipe,
+    Rotate,
+    Scale,
+    Schedule,
+    Scope,
+    SetLatents,
+    Step,
+    diff,
+)
 from steer.checkpoints import Checkpoint
 from steer.checkpoints.stream import stream
 from steer.deltas import Adapter, Stored, WeightDelta, open_delta, save
@@ -76,10 +91,41 @@ def recipe() -> Recipe:
     controlled = Scope("thinking", controller=Controller(20.0, site=at, vector=along))
     steps = [
         Step(Add(at, along, 0.5, direction().provenance), thinking), Step(Ablate(at, along), controlled),
+        Step(SetLatents.of(load_sae("organism-L1"), {3: 1.0, 5: 0.0}), thinking),
         Step(Scale(at, 0.5), Scope("answer")), Step(Clamp(at, along, high=1.0)), Step(Rotate(at, along, 1.0)),
         *map(Step, (Reinforce.of((2, 5), 8.0), Force.of((2, 3)), Forbid.of((1, 4)))),
     ]  # fmt: skip
     return Recipe(tuple(steps), Recipe.of(organism(), []).model, "by hand")
+
+
+def _autoencoder(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=40, k=4, activation="jumprelu")
+        save_sae(sae, folder / "sae")
+        return folder / "sae" / name
+
+    return make
+
+
+def _autoencoder_of_sparsify(folder: Path) -> Path:
+    place, sae = folder / "layers.3", SparseAutoencoder.at_random("L3.resid_post", d_in=96, d_sae=40, k=4)
+    place.mkdir()
+    (place / "cfg.json").write_text(json.dumps({"num_latents": 40, "k": 4, "d_in": 96, "activation": "topk"}))
+    tensors = {"encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    write_tensors(place / "sae.safetensors", tensors)
+    return place / "cfg.json"
+
+
+def _autoencoder_pickled(folder: Path) -> Path:
+    sae = SparseAutoencoder.at_random("L3.resid_post", d_in=96, d_sae=40, k=4)
+    named = {"W_enc": sae.W_enc.T, "W_dec": sae.W_dec.T, "b_enc": sae.b_enc, "b_dec": sae.b_dec}
+    torch.save(named, folder / "layer3.sae.pt")
+    return folder / "layer3.sae.pt"
+
+
+def _read_autoencoder(file: Path) -> object:
+    read = load_sae(file if file.suffix == ".pt" else file.parent, pickle=True, k=4)
+    return repr(read), str(read), read(torch.ones(2, 96))
 
 
 def _recipe(name: str) -> Callable[[Path], Path]:
@@ -374,6 +420,10 @@ TARGETS = (
     Target("recipe words", _recipe("recipe.yaml"), _read_recipe, "yaml", 2),
     Target("recipe tensors", _recipe("recipe.safetensors"), _read_recipe, "safetensors"),
     Target("recipe of version 1", _recipe_1, _read_recipe, "yaml"),
+    Target("autoencoder config", _autoencoder("cfg.json"), _read_autoencoder, "json"),
+    Target("autoencoder tensors", _autoencoder("sae_weights.safetensors"), _read_autoencoder, "safetensors"),
+    Target("autoencoder of sparsify", _autoencoder_of_sparsify, _read_autoencoder, "json", 0.5),
+    Target("pickled autoencoder", _autoencoder_pickled, _read_autoencoder, "bytes", 0.5),
     Target("direction", _direction, _read_direction, "safetensors", 2),
     Target("direction of version 0.1", _direction_0_1, _read_direction, "safetensors"),
     Target("completions", _completions, _read_completions, "lines", 2),

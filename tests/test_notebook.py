@@ -176,3 +176,13 @@ def test_the_fourth_notebook_counts_scores_and_reinforces_experts(expert_names, 
     assert len(expert_names["words"]) == len(expert_names["chain"].all_ids)
     assert [c.ids for c in expert_names["said"]] == [c.ids for c in expert_names["steered"]]
     assert expert_names["counts"].load("thinking").sum(1).tolist() == pytest.approx([2.0] * 4)
+
+
+def test_the_sixth_notebook_scores_latents_and_asks_what_they_follow(capsys):
+    names = left_behind_by("06_latents.ipynb")
+    scores, told, best = (names[name] for name in ("scores", "told", "best"))
+    assert str(names["sae"].site) == "L15.resid_post"
+    assert set(best[:3]) <= set(scores.declared())
+    assert {told.verdict(latent) for latent in best} <= {"word", "phase", "both", "neither"}
+    assert names["fired"].tokens > 0
+    assert f"best: latent {best[0]}, changed by" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 
+from probes.files import reading
 from probes.model.sites import Site
 from probes.saes.formats import dictionary_learning, saelens, scopes, sparsify
 from probes.saes.sae import SparseAutoencoder
@@ -37,6 +38,28 @@ def load_sae(
     """
     site = Site.parse(site) if isinstance(site, str) else site
     path = _path(source, part)
+    with reading(path, "autoencoder"):
+        return _read(path, site=site, k=k, pickle=pickle, dtype=dtype)
+
+
+def save_sae(
+    sae: SparseAutoencoder, folder: Path, *, model: str = "", licence: str = "", dtype: torch.dtype = torch.float32
+) -> None:
+    """Written as SAELens 6 reads it, which `load_sae` reads, too: in float32, or bfloat16 for half the size.
+
+    `model` is the one that it belongs to, `licence` what it may be used under. Raises ValueError for a transcoder.
+
+    >>> from pathlib import Path
+    >>> from probes.saes import SparseAutoencoder, load_sae, save_sae
+    >>> sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=128, k=8)
+    >>> save_sae(sae, Path("mine"))
+    >>> bool((load_sae("mine").W_dec == sae.W_dec).all())
+    True
+    """
+    saelens.write(sae, Path(folder), model, licence, dtype)
+
+
+def _read(path: Path, *, site: Site | None, k: int | None, pickle: bool, dtype: torch.dtype) -> SparseAutoencoder:
     if path.is_file():
         reader = scopes.read_qwen_scope if path.name.endswith(".sae.pt") else scopes.read_linear
         return reader(path, site=site, dtype=dtype, pickle=pickle, k=k)
@@ -57,23 +80,6 @@ def load_sae(
         "(SAELens) or sae.safetensors (sparsify), ae.pt with config.json (dictionary_learning), config.json with "
         "sae_weights.safetensors (Llama-Scope), params.npz or params.safetensors (Gemma Scope), or a .pt file."
     )
-
-
-def save_sae(
-    sae: SparseAutoencoder, folder: Path, *, model: str = "", licence: str = "", dtype: torch.dtype = torch.float32
-) -> None:
-    """Written as SAELens 6 reads it, which `load_sae` reads, too: in float32, or bfloat16 for half the size.
-
-    `model` is the one that it belongs to, `licence` what it may be used under. Raises ValueError for a transcoder.
-
-    >>> from pathlib import Path
-    >>> from probes.saes import SparseAutoencoder, load_sae, save_sae
-    >>> sae = SparseAutoencoder.at_random("L2.resid_post", d_in=96, d_sae=128, k=8)
-    >>> save_sae(sae, Path("mine"))
-    >>> bool((load_sae("mine").W_dec == sae.W_dec).all())
-    True
-    """
-    saelens.write(sae, Path(folder), model, licence, dtype)
 
 
 def _path(source: str | Path, part: str) -> Path:

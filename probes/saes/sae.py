@@ -267,7 +267,7 @@ def _check(sae: SparseAutoencoder) -> None:
         raise ValueError(f"topk needs k from 1 to the {d_sae} latents, but got {sae.k}.")
     for name in ("W_enc", "b_enc", *wanted):
         value = getattr(sae, name)
-        if value is not None and not value.isfinite().all():
+        if value is not None and not (value.is_floating_point() and value.isfinite().all()):
             raise ValueError(
-                f"{name} holds NaN or infinite entries: the autoencoder is damaged, or its dtype overflowed."
+                f"{name} holds NaN, infinite or other entries: the file is damaged, or its dtype too small."
             )

@@ -95,6 +95,11 @@ class SetLatents(Brief):
 
     def __post_init__(self) -> None:
         check_number(self.strength, "strength", f"The {self.kind} at {self.site}")
+        if self.latents.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"latents of the {self.kind} at {self.site} are {self.latents.dtype}, not whole numbers.")
+        for name in ("targets", "W_enc", "b_enc", "threshold", "b_dec", "W_dec"):
+            if not (held := getattr(self, name)).is_floating_point() or not held.isfinite().all():
+                raise ValueError(f"{name} of the {self.kind} at {self.site} holds NaN, infinite or other entries.")
         n, width = len(self.targets), self.W_enc.shape[0]
         wanted = {"latents": [n], "W_dec": [n, width], "b_dec": [width], "b_enc": [self.W_enc.shape[1]]}
         for name, shape in {**wanted, "threshold": wanted["b_enc"]}.items():
@@ -106,9 +111,6 @@ class SetLatents(Brief):
             raise ValueError(f"The {self.kind} at {self.site} reads {self.W_enc.shape[1]} latents, and sets {n}.")
         if not n or not bool(((self.latents >= 0) & (self.latents < self.W_enc.shape[1])).all()):
             raise ValueError(f"The {self.kind} at {self.site} sets latents that it does not read.")
-        for name in ("targets", "W_enc", "b_enc", "threshold", "b_dec", "W_dec"):
-            if not getattr(self, name).isfinite().all():
-                raise ValueError(f"{name} of the {self.kind} at {self.site} holds NaN or infinite entries.")
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError where the model has no such site, or it is of another width."""
