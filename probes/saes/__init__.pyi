@@ -22,4 +22,5 @@ from .training import Architecture as Architecture
 from .training import SAETraining as SAETraining
 from .training import train_sae as train_sae
 from .usage import LatentUsage as LatentUsage
+from .usage import latent_direction as latent_direction
 from .usage import latent_usage as latent_usage

@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from probes.directions.direction import Direction
-from probes.directions.provenance import Provenance
 from probes.model.sites import Site
 from probes.tables import Shown, Table
 from probes.words import checked
@@ -40,6 +38,8 @@ class Autoencoder(Protocol):
     def d_sae(self) -> int: ...
     @property
     def decoder(self) -> Float[Tensor, "d_sae d_out"]: ...
+    @property
+    def unit(self) -> float: ...
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]: ...
 
@@ -168,10 +168,11 @@ class SparseAutoencoder(Shown):
             return 1.0
         return 1 / self.scale if self.normalisation == "none" else 1 / self._units(x)[1]
 
-    def direction(self, latent: int, stream_norm: float, provenance: Provenance) -> Direction:
-        """The decoder row of a latent, in the model's units."""
-        row = self.W_dec[latent] / (1.0 if self.is_transcoder else self.scale)
-        return Direction(self.out_site, row.float().cpu(), stream_norm, provenance)
+    @property
+    def unit(self) -> float:
+        """What a decoder row is multiplied by in the model's units; of each activation's own, where it is normalised by
+        itself, no one number holds, and rows stay as they are."""
+        return 1.0 if self.is_transcoder or self.normalisation != "none" else 1 / self.scale
 
     def table(self) -> Table:
         """What it is, and where it comes from."""

@@ -9,6 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.activations._record import record
+from probes.directions.direction import Direction
+from probes.directions.provenance import Provenance
 from probes.saes.reading import class_moments
 from probes.saes.sae import Autoencoder
 from probes.tables import Brief
@@ -77,3 +80,26 @@ def latent_usage(model: PreTrainedModel, sae: Autoencoder, spans: Sequence[Span]
         tokens += int(text.count[0])
     n = max(tokens, 1)
     return LatentUsage(active / n, total / n, largest, tokens)
+
+
+def latent_direction(model: PreTrainedModel, sae: Autoencoder, latent: int, spans: Sequence[Span]) -> Direction:
+    """The decoder row of a latent as a direction at the site that it writes to, in the model's units.
+
+    `spans` say how long the stream is there, which strengths are measured by. Raises ValueError for a latent that it
+    has not.
+
+    >>> from probes import load
+    >>> from probes.saes import latent_direction, load_sae
+    >>> from probes.thinking import text_span
+    >>> model = load("organism")
+    >>> direction = latent_direction(model, load_sae("organism-L1"), 3, [text_span(model, "a 3 b +4 c *7")])
+    >>> str(direction.site), direction.provenance.estimator
+    ('L1.resid_post', 'decoder row of latent 3')
+    """
+    if not 0 <= latent < sae.d_sae:
+        raise ValueError(f"Latent {latent} is not one of the {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}.")
+    site = sae.out_site
+    norm = record(model, spans, [site])[site].norm.mean
+    birth = Provenance.now(model, f"decoder row of latent {latent}", spans, [])
+    row = sae.decoder[latent] * sae.unit
+    return Direction(site, row.float().cpu(), float(norm), birth)

@@ -65,7 +65,7 @@ class SetLatents(Brief):
         if sae.is_transcoder:
             raise ValueError(
                 f"{sae!r} reads one site and writes another: what it encodes is not there to be set. Add its decoder "
-                "row instead: Add.of(sae.direction(...), strength)."
+                "row instead: Add.of(probes.saes.latent_direction(...), strength)."
             )
         if unknown := [latent for latent in targets if not 0 <= latent < sae.d_sae]:
             raise ValueError(f"Latent {unknown[0]} is not one of the {sae.d_sae:,} latents, 0 to {sae.d_sae - 1}.")

@@ -2,17 +2,24 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from families import build
 from safetensors.torch import save_file
 
+from probes import Span, read_completions
 from probes.model.loading import load
 from probes.model.sites import Site
-from probes.saes import Birth, SparseAutoencoder, check_sae, load_sae, save_sae
+from probes.saes import Birth, SparseAutoencoder, check_sae, latent_direction, load_sae, save_sae
+from probes.saes.loading import EMBEDDED
 from probes.saes.reading import streamed
 from probes.thinking import text_span
+from steer import Add, Recipe, applied, folded
+
+ROOT = Path(__file__).parents[2]
 
 D, N, K = 12, 40, 5
 LABEL = {"hook_name": "blocks.1.hook_resid_post", "model_name": "tiny"}
@@ -362,3 +369,41 @@ class TestLabels:
         ):
             check_sae(organism, wrong, TEXTS)
         check_sae(organism, wrong, TEXTS, force=True)
+
+
+def test_a_decoder_row_is_a_direction_in_the_model_s_units(organism, fitted):
+    spans = [text_span(organism, text) for text in TEXTS[:4]]
+    scaled = replace(fitted, scale=0.5)
+    direction = latent_direction(organism, scaled, 3, spans)
+    torch.testing.assert_close(direction.vector, 2 * fitted.W_dec[3])
+    assert direction.site == Site(2, "resid_post")
+    assert direction.stream_norm > 1
+    x = torch.ones(96)
+    bumped = scaled.encode(x)
+    moved = bumped.clone()
+    moved[3] += 1
+    torch.testing.assert_close(scaled.decode(moved) - scaled.decode(bumped), direction.vector, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="Latent 48 is not one of the 48"):
+        latent_direction(organism, fitted, 48, spans)
+
+
+def test_a_row_that_is_added_folds_where_a_shift_does():
+    model = build("gpt2")
+    sae = SparseAutoencoder.at_random("L1.mlp_out", d_in=32, d_sae=40, k=4)
+    direction = latent_direction(model, sae, 7, [Span((1, 7, 8, 5), 0, 4)])
+    recipe = Recipe.of(model, [Add.of(direction, 0.5)])
+    ids = torch.tensor([[1, 7, 8, 5, 9]])
+    with torch.no_grad(), applied(model, recipe):
+        steered = model(ids).logits
+    torch.testing.assert_close(folded(model, recipe)(ids).logits, steered, rtol=1e-4, atol=1e-4)
+
+
+def test_the_one_of_the_reasoner_is_small_and_says_its_licence_and_explains():
+    sae = load_sae("reasoner-L15")
+    assert sum(path.stat().st_size for path in (EMBEDDED / "reasoner-L15").iterdir()) < 8_000_000
+    assert "Apache-2.0" in sae.birth.licence
+    assert "SmolLM2-135M-Instruct" in sae.birth.licence
+    model = load("reasoner")
+    completions = read_completions(ROOT / "notebooks" / "stories" / "plain.jsonl")[:3]
+    fit = check_sae(model, sae, [Span(tuple(c.all_ids), 0, len(c.all_ids)) for c in completions])
+    assert fit.declared.variance > 0.9
