@@ -31,6 +31,7 @@ slow: .venv/.installed
 
 peers: .venv/.installed  # files read back by the neighbours that are heavy to install
 	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval
+	$(BIN)/pip install --quiet --no-deps eai-sparsify dictionary-learning natsort schedulefree  # with theirs, pins clash
 	$(PYTHON) -m venv .venv/mergekit  # what it asks for beside torch has clashed with ours before
 	.venv/mergekit/bin/pip install --quiet --constraint constraints.txt torch mergekit==0.1.5
 	MERGEKIT_YAML=.venv/mergekit/bin/mergekit-yaml $(BIN)/python -m pytest -q tests/interop

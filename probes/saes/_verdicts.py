@@ -163,7 +163,8 @@ def _values(
     tokenizer = tokenizer_of(model)
     rows = [tuple(int(i) for i in tokenizer.encode(text)) for text in texts]
     found = torch.zeros(len(rows), len(latents), dtype=torch.float64)
-    for read in streamed(model, [Span(ids, 0, len(ids)) for ids in rows], sae.site, label="reading controls"):
+    spans, device = [Span(ids, 0, len(ids)) for ids in rows], sae.decoder.device
+    for read in streamed(model, spans, sae.site, device=device, label="reading controls"):
         found[read.number] = sae.encode_at(read.x[read.used], latents).double().mean(0).cpu()
     return found
 

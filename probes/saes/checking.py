@@ -120,7 +120,7 @@ def explained(model: PreTrainedModel, sae: SparseAutoencoder, spans: Sequence[Sp
     step = max(1, CHUNK_BYTES // (4 * sae.d_sae))
     n, lost, square, active = 0, 0.0, 0.0, 0.0
     total = alive = torch.zeros(())
-    for x, y in _pairs(model, sae.site, sae.out_site, spans):
+    for x, y in _pairs(model, sae.site, sae.out_site, spans, sae.decoder.device):
         for start in range(0, len(x), step):
             x_part, y_part = x[start : start + step], y[start : start + step]
             f = sae.encode(x_part)
@@ -136,14 +136,15 @@ def explained(model: PreTrainedModel, sae: SparseAutoencoder, spans: Sequence[Sp
 
 
 def _pairs(
-    model: PreTrainedModel, site: Site, out_site: Site, spans: Sequence[Span]
+    model: PreTrainedModel, site: Site, out_site: Site, spans: Sequence[Span], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of each text what is read and what is reconstructed, at the positions that are used at both."""
-    reads = streamed(model, spans, site, label=f"reading {site}")
+    reads = streamed(model, spans, site, device=device, label=f"reading {site}")
     if out_site == site:
         yield from ((read.x[read.used], read.x[read.used]) for read in reads)
         return
-    for read, wrote in zip(reads, streamed(model, spans, out_site, label=f"reading {out_site}"), strict=True):
+    written = streamed(model, spans, out_site, device=device, label=f"reading {out_site}")
+    for read, wrote in zip(reads, written, strict=True):
         used = read.used & wrote.used
         yield read.x[used], wrote.x[used]
 

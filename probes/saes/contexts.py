@@ -75,7 +75,7 @@ def top_contexts(
     """
     best: dict[int, list[tuple[float, int, Context]]] = {latent: [] for latent in latents}
     step = max(1, CHUNK_BYTES // (4 * sae.d_sae))
-    for read in streamed(model, spans, sae.site, label="finding contexts"):
+    for read in streamed(model, spans, sae.site, device=sae.decoder.device, label="finding contexts"):
         parts = [sae.encode_at(read.x[start : start + step], latents) for start in range(0, len(read.x), step)]
         f = (torch.cat(parts) * read.used[:, None]).cpu()
         for held, column in zip(best.values(), f.unbind(1), strict=True):

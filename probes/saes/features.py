@@ -180,7 +180,7 @@ def prompt_only(model: PreTrainedModel, sae: Autoencoder, ids: Sequence[int]) ->
         if not mask.any():
             raise ValueError(f"The prompt lacks the {name} delimiter of thinking, {list(wanted)}.")
         places.append(mask)
-    (read,) = streamed(model, [Span(tuple(ids), 0, len(ids))], sae.site)
+    (read,) = streamed(model, [Span(tuple(ids), 0, len(ids))], sae.site, device=sae.decoder.device)
     active = sae.encode(read.x).cpu() > 0
     rest = ~(places[0] | places[1]) & read.used.cpu()
     found = active[places[0]].any(0) & active[places[1]].any(0) & ~active[rest].any(0)

@@ -36,9 +36,10 @@ def streamed(
     *,
     keep_sinks: bool = False,
     batch_tokens: int = BATCH_TOKENS,
+    device: torch.device | None = None,
     label: str = "reading",
 ) -> Iterator[Read]:
-    """Text by text, longest first, the activations at a site over its whole length, in float32.
+    """Text by text, longest first, the activations at a site over its whole length, in float32, on `device` if given.
 
     Attention sinks are not `used`, unless `keep_sinks` (`probes.activations.span_means` says what they are).
     """
@@ -55,6 +56,7 @@ def streamed(
                 wanted[i, spans[row].start : spans[row].stop] = True
             real, wanted = real.to(x.device), wanted.to(x.device)
             used = wanted if keep_sinks else kept(x, x.norm(dim=-1), wanted, real, site) & wanted
+            x, used = x.to(device), used.to(device)
             for i, row in enumerate(rows):
                 n = len(spans[row].ids)
                 yield Read(row, x[i, :n], used[i, :n])
@@ -95,7 +97,8 @@ def class_moments(
     """
     width = sae.d_sae if latents is None else len(latents)
     step = max(1, chunk_bytes // (4 * sae.d_sae))
-    for read in streamed(model, spans, sae.site, keep_sinks=keep_sinks, label=label):
+    device = sae.decoder.device
+    for read in streamed(model, spans, sae.site, keep_sinks=keep_sinks, device=device, label=label):
         masks = classes[read.number].to(read.x.device) & read.used
         n = len(masks)
         total, active, largest = (torch.zeros(n, width, device=read.x.device) for _ in range(3))

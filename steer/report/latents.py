@@ -126,7 +126,7 @@ def _course(
     if not contexts:
         return ""
     span = spans[contexts[0].text]
-    (read,) = streamed(model, [span], sae.site, label="")
+    (read,) = streamed(model, [span], sae.site, device=sae.decoder.device, label="")
     f = (sae.encode_at(read.x, [latent])[:, 0] * read.used).tolist()
     words = [decode(tokenizer_of(model), [token]) for token in span.ids]
     figure = latents_figure(words, {f"latent {latent}": f}, title=f"text {contexts[0].text}")

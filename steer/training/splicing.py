@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from probes.activations._record import batches, padded
 from probes.activations.reduction import kept
+from probes.model.architectures import device_at
 from probes.model.hooks import attached
 from probes.model.sites import Site
 from probes.saes.sae import SparseAutoencoder
@@ -40,6 +41,7 @@ def spliced(model: PreTrainedModel, sae: SparseAutoencoder, *, through: bool = T
     False
     """
     site = _site(sae)
+    sae = sae.to(device_at(model, site.layer))
 
     def reconstruct(x: Tensor) -> Tensor:
         if through:
@@ -97,6 +99,7 @@ def recovered_loss(
     True
     """
     site, sums, n = _site(sae), [0.0, 0.0, 0.0], 0
+    sae = sae.to(device_at(model, site.layer))
     with tqdm(total=len(spans), desc="splicing", unit="text", delay=2, leave=False) as bar:
         for rows in batches(model, spans, batch_tokens):
             ids, real = padded([spans[row].ids for row in rows])
