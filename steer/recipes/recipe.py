@@ -202,9 +202,7 @@ def _births_of(step: Step) -> tuple[Provenance | None, Provenance | None]:
     return step.intervention.birth, None if condition is None else condition.birth
 
 
-def _read_step(
-    i: int, words: dict[str, Any], tensors: Mapping[str, Tensor], births: Sequence[Provenance], path: Path
-) -> Step:
+def _read_step(i: int, words: Any, tensors: Mapping[str, Tensor], births: Sequence[Provenance], path: Path) -> Step:
     where = f"Step {i} in {path}"
     words = dict(keys_of(words, where))
     kind = KINDS.get(str(words.get("kind")))

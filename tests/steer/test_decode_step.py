@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from probes import Site, load
 from probes.model import encode_prompt, n_layers, tokenizer_of
-from steer import Ablate, Add, Clamp, Condition, Controller, Recipe, Rotate, Scope, applied
+from probes.saes import SparseAutoencoder
+from steer import Ablate, Add, Clamp, Condition, Controller, Recipe, Rotate, Scope, SetLatents, applied
 from steer.recipes import Schedule
 
 STEPS = 40  # more than one adding up of the log
@@ -90,6 +91,21 @@ def test_a_step_takes_thirty_operations_and_one_for_each_layer(organism, scope):
 def test_other_edits_take_a_few_more_for_each_layer(organism, kind, most):
     plain, _ = counted(organism)
     steered, waits = counted(organism, everywhere(organism, kind))
+    assert waits == []
+    assert sorted(a - b for a, b in zip(steered, plain, strict=True))[STEPS // 2] <= 32 + most * n_layers(organism)
+
+
+@pytest.mark.parametrize(("activation", "most"), [("relu", 16), ("jumprelu", 18), ("topk", 20)])
+def test_latents_are_set_in_a_few_and_nothing_waits(organism, activation, most):
+    plain, _ = counted(organism)
+    saes = [
+        SparseAutoencoder.at_random(
+            Site(i, "resid_post"), d_in=96, d_sae=256, k=8 * (activation == "topk"), activation=activation
+        )
+        for i in range(n_layers(organism))
+    ]
+    recipe = Recipe.of(organism, [SetLatents.of(sae, {3: 1.0, 9: 0.0, 200: 2.0}) for sae in saes], scope="thinking")
+    steered, waits = counted(organism, recipe)
     assert waits == []
     assert sorted(a - b for a, b in zip(steered, plain, strict=True))[STEPS // 2] <= 32 + most * n_layers(organism)
 
