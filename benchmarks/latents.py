@@ -40,7 +40,7 @@ from steer.training import SAETuning, recovered_loss, trigger_texts, tune_with_s
 
 TEXTS, HELD_OUT, D_SAE, TOKENS = 2_500, 300, 3_072, 600_000
 CUES = ("Wait", "Alternatively", "Hmm", "But", "So", "Let me", "Therefore", "Maybe")
-GAMMAS, BEST, NULLS = (1.0, 2.0), 3, 3
+GAMMAS, BEST = (1.0, 2.0), 3
 console = Console(width=150)
 
 
@@ -147,7 +147,7 @@ def steer(options: argparse.Namespace) -> dict:
     written = whole([c for c in completions(options, "select", HELD_OUT) if c.span is not None])
     usage = latent_usage(reader, sae, written)
     best = reason_score(reader, sae, written).top(BEST)
-    draws = [usage.like(best, seed=seed) for seed in range(NULLS)]
+    nulls = usage.like(best, seed=0)
     model, task = load("reasoner", dtype=torch.bfloat16), task_named("stories")
 
     def clamped(latent: int, gamma: float) -> Recipe:
@@ -155,10 +155,9 @@ def steer(options: argparse.Namespace) -> dict:
 
     arms = {}
     for gamma in GAMMAS:
-        for place, latent in enumerate(best):
+        for latent, null in zip(best, nulls, strict=True):
             arms[f"latent {latent}, gamma {gamma:g}"] = clamped(latent, gamma)
-            arms[f"random for {latent}, gamma {gamma:g}"] = [clamped(draw[place], gamma) for draw in draws[:1]]
-        arms[f"random, gamma {gamma:g}"] = [clamped(draw[0], gamma) for draw in draws[1:]]
+            arms[f"random for {latent}, gamma {gamma:g}"] = [clamped(null, gamma)]
     problems = task.sample(options.n, "report")
     sampling = Sampling(temperature=0.7, max_new_tokens=task.max_new_tokens)
     told = evaluate(
@@ -169,7 +168,7 @@ def steer(options: argparse.Namespace) -> dict:
         "best": best,
         "largest": {i: float(usage.largest[i]) for i in best},
         "frequency": {i: float(usage.frequency[i]) for i in best},
-        "random": draws,
+        "random": nulls,
         "evaluation": told.to_dict(),
     }
 
