@@ -1,7 +1,7 @@
 """Latents on the embedded reasoner: an autoencoder trained on what it writes, which latents mark reasoning, and what
 steering with them does.
 
-    python benchmarks/latents.py PART [--n 200] [--layer 15] [--store FOLDER]
+    python benchmarks/latents.py PART [--n 200] [--gammas 1 2] [--layer 15] [--store FOLDER]
 
 `text`: completions of problems of the *train* split, at the model's own temperature. `train`: a TopK autoencoder of the
 residual stream on them, and what it explains of completions of the *select* split. `scores`: ReasonScore over
@@ -40,7 +40,7 @@ from steer.training import SAETuning, recovered_loss, trigger_texts, tune_with_s
 
 TEXTS, HELD_OUT, D_SAE, TOKENS = 2_500, 300, 3_072, 600_000
 CUES = ("Wait", "Alternatively", "Hmm", "But", "So", "Let me", "Therefore", "Maybe")
-GAMMAS, BEST = (1.0, 2.0), 3
+BEST = 3
 console = Console(width=150)
 
 
@@ -49,6 +49,7 @@ def main() -> None:
     words.add_argument("part", choices=PARTS)
     words.add_argument("--n", type=int, default=200)
     words.add_argument("--layer", type=int, default=15)
+    words.add_argument("--gammas", type=float, nargs="+", default=[1.0, 2.0])
     words.add_argument("--threads", type=int, default=1)
     words.add_argument("--store", type=Path, default=Path("runs/latents"))
     options = words.parse_args()
@@ -154,7 +155,7 @@ def steer(options: argparse.Namespace) -> dict:
         return Recipe.of(model, [SetLatents.of(sae, {latent: gamma * float(usage.largest[latent])})], method="clamp")
 
     arms = {}
-    for gamma in GAMMAS:
+    for gamma in options.gammas:
         for latent, null in zip(best, nulls, strict=True):
             arms[f"latent {latent}, gamma {gamma:g}"] = clamped(latent, gamma)
             arms[f"random for {latent}, gamma {gamma:g}"] = [clamped(null, gamma)]
