@@ -59,7 +59,9 @@ def streamed(
             x, used = x.to(device), used.to(device)
             for i, row in enumerate(rows):
                 n = len(spans[row].ids)
-                yield Read(row, x[i, :n], used[i, :n])
+                yield Read(row, x[i, :n].clone(), used[i, :n].clone())  # a view would keep the batch beside the next
+            del x
+            caught.clear()
             bar.update(len(rows))
 
 
@@ -114,4 +116,5 @@ def class_moments(
             for i, mask in enumerate(own):
                 if mask.any():
                     largest[i] = torch.maximum(largest[i], f[mask].amax(0))
+            del f  # or it would lie beside the model's next pass
         yield ClassMoments(read.number, masks.sum(1), total, active, largest)
