@@ -88,18 +88,10 @@ class Direction(Shown):
 
     __rmul__ = __mul__
 
-    @torch.no_grad()
     def tokens(self, model: PreTrainedModel, k: int = 10) -> Table:
         """The vocabulary that the direction raises and lowers most, read through final norm and unembedding."""
-        unembedding = model.get_output_embeddings().get_parameter("weight")
-        logits = unembedding.float() @ final_norm_of(model, self.unit).to(unembedding.device)
-        up, down = logits.topk(k), logits.topk(k, largest=False)
-        tokenizer = tokenizer_of(model)
-        rows = [
-            (decode(tokenizer, [int(u)]), float(x), decode(tokenizer, [int(d)]), float(y))
-            for u, x, d, y in zip(up.indices, up.values, down.indices, down.values, strict=True)
-        ]
-        return Table(("raises", "by", "lowers", "by "), tuple(rows), f"{self.site}, per unit of the direction")
+        rows = tokens_along(model, self.unit, k)
+        return Table(("raises", "by", "lowers", "by "), rows, f"{self.site}, per unit of the direction")
 
     def save(self, path: Path) -> None:
         """One safetensors file, with site and birth in its header."""
@@ -148,6 +140,20 @@ class Direction(Shown):
 
     def __repr__(self) -> str:
         return f"Direction({self.site}, norm {self.norm:.3g}, {self._of_stream:.2f} of the stream)"
+
+
+@torch.no_grad()
+def tokens_along(
+    model: PreTrainedModel, unit: Float[Tensor, " d_model"], k: int
+) -> tuple[tuple[str, float, str, float], ...]:
+    """The k tokens that a vector raises and lowers most, and by how much, through final norm and unembedding."""
+    unembedding, tokenizer = model.get_output_embeddings().get_parameter("weight"), tokenizer_of(model)
+    logits = unembedding.float() @ final_norm_of(model, unit).to(unembedding.device)
+    up, down = logits.topk(k), logits.topk(k, largest=False)
+    return tuple(
+        (decode(tokenizer, [int(u)]), float(x), decode(tokenizer, [int(d)]), float(y))
+        for u, x, d, y in zip(up.indices, up.values, down.indices, down.values, strict=True)
+    )
 
 
 def difference_in_means(

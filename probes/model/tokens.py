@@ -1,6 +1,6 @@
 """From messages to token ids, and from ids to text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -87,8 +87,14 @@ def present_markers(
     """
     found: dict[str, list[tuple[int, ...]]] = {}
     for marker in markers:
-        ways = {tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (marker, " " + marker)}
-        kept = [ids for ids in sorted(ways) if ids and decode(tokenizer, ids).strip(" ") == marker]
-        if kept:
+        if kept := spellings(tokenizer, (marker, " " + marker), (marker,)):
             found[marker] = kept
     return found, tuple(marker for marker in markers if marker not in found)
+
+
+def spellings(
+    tokenizer: PreTrainedTokenizerBase, forms: Iterable[str], meant: Collection[str]
+) -> list[tuple[int, ...]]:
+    """The forms as ids, each once, in order; without those that do not decode to what is `meant`, but for spaces."""
+    ways = {tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms}
+    return [ids for ids in sorted(ways) if ids and decode(tokenizer, ids).strip(" ") in meant]

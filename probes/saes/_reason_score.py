@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.model.loading import tokenizer_of
-from probes.model.tokens import decode
+from probes.model.tokens import spellings
 from probes.saes.inference import RATE, Differences
 from probes.saes.reading import CHUNK_BYTES, class_moments
 from probes.saes.sae import Autoencoder
@@ -204,9 +204,7 @@ def _spelled(
     """Each word's forms as ids, and the words that the vocabulary cannot spell."""
     found: dict[str, list[tuple[int, ...]]] = {}
     for word, forms in words.items():
-        ways = {tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms}
-        kept = sorted(ids for ids in ways if ids and decode(tokenizer, ids).strip() in {form.strip() for form in forms})
-        if kept:
+        if kept := spellings(tokenizer, forms, {form.strip(" ") for form in forms}):
             found[word] = kept
     if not found:
         raise ValueError(f"The vocabulary can spell none of the words: {', '.join(words)}.")

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import has_site, n_layers, width_of
 from probes.model.loading import origin_of, tokenizer_of
 from probes.model.sites import SITE_NAMES, Site
-from probes.saes.reading import CHUNK_BYTES, streamed
+from probes.saes.reading import CHUNK_BYTES, streamed_at
 from probes.saes.sae import SparseAutoencoder
 from probes.tables import Shown, Table
 from probes.thinking.spans import Span
@@ -96,7 +97,7 @@ def check_sae(
     tokenizer = tokenizer_of(model)
     rows = [tuple(tokenizer.encode(text)) if isinstance(text, str) else text for text in texts]
     spans = [row if isinstance(row, Span) else Span(row, 0, len(row)) for row in rows]
-    fit = Fit(tuple(explained(model, one, spans) for one in _candidates(model, sae)))
+    fit = Fit(_explained(model, list(_candidates(model, sae)), spans))
     if force:
         return fit
     if fit.declared.variance <= 0:
@@ -115,38 +116,50 @@ def check_sae(
 
 
 @torch.no_grad()
-def explained(model: PreTrainedModel, sae: SparseAutoencoder, spans: Sequence[Span]) -> Explained:
-    """What it explains of these spans, text by text and chunk by chunk."""
-    step = max(1, CHUNK_BYTES // (4 * sae.d_sae))
-    n, lost, square, active = 0, 0.0, 0.0, 0.0
-    total = alive = torch.zeros(())
-    for x, y in _pairs(model, sae.site, sae.out_site, spans, sae.decoder.device):
-        for start in range(0, len(x), step):
-            x_part, y_part = x[start : start + step], y[start : start + step]
-            f = sae.encode(x_part)
-            lost += float((sae.decode(f, x_part) - y_part).double().square().sum())
-            square += float(y_part.double().square().sum())
-            total = total + y_part.double().sum(0)
-            active += float((f > 0).sum())
-            alive = (alive > 0) | (f > 0).any(0)
-            n += len(x_part)
-    spread = square - float(total.square().sum()) / max(n, 1)
-    share = float(alive.float().mean()) if alive.ndim else 0.0
-    return Explained(sae.site, sae.out_site, 1 - lost / spread if spread else 0.0, active / max(n, 1), share, n)
+def _explained(
+    model: PreTrainedModel, saes: Sequence[SparseAutoencoder], spans: Sequence[Span]
+) -> tuple[Explained, ...]:
+    """What each explains of these spans, all in one pass, text by text and chunk by chunk."""
+    sums = [_Sums() for _ in saes]
+    sites = list(dict.fromkeys(site for sae in saes for site in (sae.site, sae.out_site)))
+    for reads in streamed_at(model, spans, sites, device=saes[0].decoder.device):
+        for one, sae in zip(sums, saes, strict=True):
+            read, wrote = reads[sae.site], reads[sae.out_site]
+            used = read.used & wrote.used
+            one.add(sae, read.x[used], wrote.x[used])
+    return tuple(one.told(sae) for one, sae in zip(sums, saes, strict=True))
 
 
-def _pairs(
-    model: PreTrainedModel, site: Site, out_site: Site, spans: Sequence[Span], device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each text what is read and what is reconstructed, at the positions that are used at both."""
-    reads = streamed(model, spans, site, device=device, label=f"reading {site}")
-    if out_site == site:
-        yield from ((read.x[read.used], read.x[read.used]) for read in reads)
-        return
-    written = streamed(model, spans, out_site, device=device, label=f"reading {out_site}")
-    for read, wrote in zip(reads, written, strict=True):
-        used = read.used & wrote.used
-        yield read.x[used], wrote.x[used]
+@dataclass
+class _Sums:
+    """Over tokens: what one autoencoder leaves unexplained, of what, and by how many latents."""
+
+    tokens: int = 0
+    lost: float = 0.0
+    square: float = 0.0
+    active: float = 0.0
+    total: Tensor | float = 0.0
+    alive: Tensor | None = None
+
+    def add(self, sae: SparseAutoencoder, x: Tensor, y: Tensor) -> None:
+        """The tokens of one text: what it reads, and what it is to reconstruct."""
+        step = max(1, CHUNK_BYTES // (4 * sae.d_sae))
+        for x_part, y_part in zip(x.split(step), y.split(step), strict=True):
+            f, wide = sae.encode(x_part), y_part.double()
+            self.lost += float((sae.decode(f, x_part) - y_part).double().square().sum())
+            self.square += float(wide.square().sum())
+            self.total = self.total + wide.sum(0)
+            self.active += float((f > 0).sum())
+            alive = (f > 0).any(0)
+            self.alive = alive if self.alive is None else self.alive | alive
+            self.tokens += len(x_part)
+
+    def told(self, sae: SparseAutoencoder) -> Explained:
+        n = max(self.tokens, 1)
+        spread = self.square - float(torch.as_tensor(self.total).square().sum()) / n
+        share = 0.0 if self.alive is None else float(self.alive.float().mean())
+        variance = 1 - self.lost / spread if spread else 0.0
+        return Explained(sae.site, sae.out_site, variance, self.active / n, share, self.tokens)
 
 
 def _candidates(model: PreTrainedModel, sae: SparseAutoencoder) -> Iterator[SparseAutoencoder]:

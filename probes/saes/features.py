@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from probes.generation.completions import Completion
 from probes.model.loading import delimiters_of
+from probes.saes._reason_score import windows
 from probes.saes.inference import RATE, Differences
 from probes.saes.reading import class_moments, streamed
 from probes.saes.sae import Autoencoder
@@ -120,7 +121,7 @@ def phase_contrast(
     """
     if lost := [phase for phase in (a, b) if phase not in PHASES]:
         raise ValueError(f"{lost[0]!r} is no phase. Known: {', '.join(PHASES)}.")
-    spans = [Span(tuple(c.all_ids), 0, len(c.all_ids)) for c in completions]
+    spans = [_whole(completion) for completion in completions]
     masks = [Clock.of(model).advance(torch.tensor([span.ids]), None, 0).masks()[:, 0] for span in spans]
     at, other = PHASES.index(a), PHASES.index(b)
     return latent_contrast(model, sae, spans, [m[at] for m in masks], [m[other] for m in masks], names=(a, b))
@@ -145,9 +146,8 @@ def segment_contrast(
     """
     spans, masks = [], []
     for completion, segments in segmented:
-        ids = tuple(completion.all_ids)
-        spans.append(Span(ids, 0, len(ids)))
-        mask = torch.zeros(2, len(ids), dtype=torch.bool)
+        spans.append(_whole(completion))
+        mask = torch.zeros(2, len(completion.all_ids), dtype=torch.bool)
         for segment in segments:
             for row, label in enumerate((a, b)):
                 if segment.label == label:
@@ -170,13 +170,9 @@ def prompt_only(model: PreTrainedModel, sae: Autoencoder, ids: Sequence[int]) ->
     >>> len(prompt_only(load("organism"), sae, [1, 6, 17, 5, 3, 56, 4, 21])) < 512
     True
     """
-    delimiters, row = delimiters_of(model), torch.tensor(list(ids))
-    places = []
+    delimiters, places = delimiters_of(model), []
     for name, wanted in (("opening", delimiters.open), ("closing", delimiters.close)):
-        mask = torch.zeros(len(row), dtype=torch.bool)
-        if len(wanted) <= len(row):
-            for start in (row.unfold(0, len(wanted), 1) == torch.tensor(wanted)).all(1).nonzero()[:, 0].tolist():
-                mask[start : start + len(wanted)] = True
+        mask = windows(ids, [wanted], (0, 0))
         if not mask.any():
             raise ValueError(f"The prompt lacks the {name} delimiter of thinking, {list(wanted)}.")
         places.append(mask)
@@ -185,3 +181,7 @@ def prompt_only(model: PreTrainedModel, sae: Autoencoder, ids: Sequence[int]) ->
     rest = ~(places[0] | places[1]) & read.used.cpu()
     found = active[places[0]].any(0) & active[places[1]].any(0) & ~active[rest].any(0)
     return [int(i) for i in found.nonzero()[:, 0]]
+
+
+def _whole(completion: Completion) -> Span:
+    return Span(completion.all_ids, 0, len(completion.all_ids))

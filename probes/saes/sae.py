@@ -164,9 +164,9 @@ class SparseAutoencoder(Shown):
 
     def step(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
         """What a change of a latent by 1 is multiplied by, along its decoder row, in the model's units."""
-        if self.is_transcoder:
-            return 1.0
-        return 1 / self.scale if self.normalisation == "none" else 1 / self._units(x)[1]
+        if self.is_transcoder or self.normalisation == "none":
+            return self.unit
+        return 1 / self._units(x)[1]
 
     @property
     def unit(self) -> float:

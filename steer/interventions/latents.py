@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -122,20 +123,15 @@ class SetLatents(Brief):
 
     def __call__(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
         wide = widened(x)
-        sae = self._sae
-        f = sae.encode(wide)[..., self.latents]
+        f = self._sae.encode(wide)[..., self.latents]
         change = (self.targets - f) @ self.W_dec
-        return (wide + self.strength * change * sae.step(wide)).to(x.dtype)
+        return (wide + self.strength * change * self._sae.step(wide)).to(x.dtype)
 
-    @property
+    @cached_property
     def _sae(self) -> SparseAutoencoder:
         """Of what is read; it decodes nothing."""
-        threshold = self.threshold if self.activation == "jumprelu" else None
-        known = self.__dict__.get("_encoder")
-        if known is None:
-            known = SparseAutoencoder(
-                self.site, self.W_enc, self.b_enc, self.W_enc.T, self.b_dec, self.activation, threshold, self.k,
-                self.centred, self.normalisation, self.scale,
-            )  # fmt: skip
-            self.__dict__["_encoder"] = known
-        return known
+        return SparseAutoencoder(
+            self.site, self.W_enc, self.b_enc, self.W_enc.T, self.b_dec, self.activation,
+            self.threshold if self.activation == "jumprelu" else None, self.k, self.centred, self.normalisation,
+            self.scale,
+        )  # fmt: skip

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from probes.directions.direction import tokens_along
 from probes.figures.latents import latents_figure
 from probes.files import staged_file
-from probes.model.architectures import final_norm_of
 from probes.model.loading import origin_of, tokenizer_of
 from probes.model.tokens import decode
 from probes.saes._reason_score import ReasonScores
@@ -51,11 +51,11 @@ def save_latents(
     3
     """
     usage, contexts = latent_usage(model, sae, spans), top_contexts(model, sae, latents, spans)
-    near, said = _neighbours(sae, latents), _lens(model, sae, latents)
+    near = _neighbours(sae, latents)
     sections = [("all", "All", _overview(latents, usage, scores, verdicts))]
     for latent in latents:
         body = _numbers(latent, usage, scores, verdicts)
-        body += table(("raises", "lowers"), said[latent])
+        body += table(("raises", "lowers"), _lens(model, sae, latent))
         body += table(("nearest decoder rows", "cosine"), [(i, number(c)) for i, c in near[latent]])
         body += _contexts(model, contexts[latent])
         body += _course(model, sae, latent, spans, contexts[latent])
@@ -103,20 +103,15 @@ def _contexts(model: PreTrainedModel, contexts: Sequence[Context]) -> str:
     tokenizer = tokenizer_of(model)
     if not contexts:
         return paragraph("It fires nowhere in these texts.")
-    largest = contexts[0].peak
-    lines = []
+    largest, lines = contexts[0].peak, []
     for context in contexts:
         spans = "".join(
             f'<i class="towards-long" style="--shade:{max(value, 0) / largest:.3f}" title="{value:.3f}">'
             f"{escape(decode(tokenizer, [token]).replace(chr(10), '↵' + chr(10)))}</i>"
             for token, value in zip(context.ids, context.activations, strict=True)
         )
-        lines.append((context, spans))
-    rows = "".join(
-        f'<p class="tokens" title="text {context.text}, position {context.position}">{spans}</p>'
-        for context, spans in lines
-    )
-    return f"<div>{rows}</div>"
+        lines.append(f'<p class="tokens" title="text {context.text}, position {context.position}">{spans}</p>')
+    return f"<div>{''.join(lines)}</div>"
 
 
 def _course(
@@ -145,22 +140,7 @@ def _neighbours(sae: SparseAutoencoder, latents: Sequence[int]) -> Mapping[int, 
     return found
 
 
-@torch.no_grad()
-def _lens(
-    model: PreTrainedModel, sae: SparseAutoencoder, latents: Sequence[int]
-) -> Mapping[int, list[tuple[str, str]]]:
-    """The tokens that a decoder row raises and lowers most, through the final norm's gain and the unembedding."""
-    unembedding, tokenizer, found = (
-        model.get_output_embeddings().get_parameter("weight").float(),
-        tokenizer_of(model),
-        {},
-    )
-    for latent in latents:
-        row = torch.nn.functional.normalize(sae.decoder[latent].float(), dim=0)
-        logits = unembedding @ final_norm_of(model, row).float().to(unembedding.device)
-        up, down = logits.topk(TOKENS), logits.topk(TOKENS, largest=False)
-        found[latent] = [
-            (f"{decode(tokenizer, [int(a)])!r} {x:+.2f}", f"{decode(tokenizer, [int(b)])!r} {y:+.2f}")
-            for a, x, b, y in zip(up.indices, up.values, down.indices, down.values, strict=True)
-        ]
-    return found
+def _lens(model: PreTrainedModel, sae: SparseAutoencoder, latent: int) -> list[tuple[str, str]]:
+    """The tokens that a decoder row raises and lowers most."""
+    row = torch.nn.functional.normalize(sae.decoder[latent].float(), dim=0)
+    return [(f"{up!r} {x:+.2f}", f"{down!r} {y:+.2f}") for up, x, down, y in tokens_along(model, row, TOKENS)]

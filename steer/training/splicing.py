@@ -110,7 +110,7 @@ def recovered_loss(
 
             def edit(x: Tensor, *, ablated: bool, real: Tensor = real) -> Tensor:
                 wide = x.float()
-                keep = ~kept(wide, wide.norm(dim=-1), real, real, site) | ~real
+                keep = ~kept(wide, wide.norm(dim=-1), real, real, site)
                 new = wide[~keep].mean(0).expand_as(wide) if ablated else sae(wide)
                 return torch.where(keep[..., None], wide, new).to(x.dtype)
 

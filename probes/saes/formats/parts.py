@@ -53,9 +53,7 @@ def site_of(label: str, where: str, *, side: Side = "output") -> Site:
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors or npz file. Raises ValueError, naming it, where it is none, or too large."""
     with reading(path, "file of an autoencoder"):
-        check_regular(path)
-        if (size := path.stat().st_size) > LARGEST:
-            raise ValueError(f"{path} has {size:,} bytes, and an autoencoder at most {LARGEST:,}.")
+        _check_size(path)
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 return {name: torch.from_numpy(archive[name]) for name in archive.files}
@@ -75,9 +73,7 @@ def pickled(path: Path, consent: bool) -> dict[str, Tensor]:
             "that you trust its source: load_sae(..., pickle=True)."
         )
     with reading(path, "file of an autoencoder"):
-        check_regular(path)
-        if (size := path.stat().st_size) > LARGEST:
-            raise ValueError(f"{path} has {size:,} bytes, and an autoencoder at most {LARGEST:,}.")
+        _check_size(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
         held = held["state_dict"]
@@ -120,3 +116,9 @@ def known(fields: Mapping[str, Any], key: str, values: Mapping[Any, Any], where:
     if isinstance(given, list | dict) or given not in values:
         raise ValueError(f"{where} has {key} {given!r}. Known: {', '.join(map(str, values))}.")
     return values[given]
+
+
+def _check_size(path: Path) -> None:
+    check_regular(path)
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(f"{path} has {size:,} bytes, and an autoencoder at most {LARGEST:,}.")
