@@ -1,6 +1,6 @@
 """Rows of a run that leave batches and join them: which a pass holds, and what is remembered of each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
@@ -29,16 +29,21 @@ _NOBODY = Rows(object(), (), ())
 
 class Remembered(Generic[State]):
     """A state with a place for each row of a batch. It goes with the rows: those that other rows' prompts interrupt
-    keep theirs, and those that have left are forgotten."""
+    keep theirs, and those that have left are forgotten, once `left`, where it is given, was told their numbers and
+    their state."""
 
-    def __init__(self, state: State) -> None:
-        self.state, self.rows = state, _NOBODY
+    def __init__(self, state: State, left: Callable[[Sequence[int], State], None] | None = None) -> None:
+        self.state, self.rows, self._left = state, _NOBODY, left
         self._waiting: list[tuple[tuple[int, ...], State]] = []
 
     def begin(self, rows: Rows | None, state: State) -> None:
         """These rows are new, and so is their state."""
         waits = rows is not None and rows.joining
-        self._waiting = [*self._waiting, (self.rows.numbers, self.state)] if waits else []
+        parts = [*self._waiting, (self.rows.numbers, self.state)]
+        if not waits and self._left is not None:
+            for numbers, own in parts:
+                self._left(numbers, own)
+        self._waiting = parts if waits else []
         self.state, self.rows = state, rows or _NOBODY
 
     def turn(self, rows: Rows | None) -> bool:
@@ -48,7 +53,11 @@ class Remembered(Generic[State]):
         if rows.numbers != self.rows.numbers:
             parts = [*self._waiting, (self.rows.numbers, self.state)]
             place = {number: at for at, number in enumerate(number for numbers, _ in parts for number in numbers)}
-            self.state = taken(joined([state for _, state in parts]), [place[number] for number in rows.numbers])
+            whole = joined([state for _, state in parts])
+            gone = [number for number in place if number not in rows.numbers]
+            if gone and self._left is not None:
+                self._left(gone, taken(whole, [place[number] for number in gone]))
+            self.state = taken(whole, [place[number] for number in rows.numbers])
             self._waiting = []
         self.rows = rows
         return True

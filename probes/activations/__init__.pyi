@@ -2,6 +2,9 @@ from ._record import Recorded as Recorded
 from ._record import SpanBatch as SpanBatch
 from ._record import record as record
 from ._record import span_means as span_means
+from .confidence import Confidence as Confidence
+from .confidence import confidences as confidences
+from .confidence import soft_scores as soft_scores
 from .experts import ExpertCounts as ExpertCounts
 from .experts import ExpertReading as ExpertReading
 from .experts import counting as counting
@@ -12,3 +15,7 @@ from .heads import HeadScores as HeadScores
 from .heads import head_writes as head_writes
 from .heads import written_unit as written_unit
 from .moments import Moments as Moments
+from .similarity import internal_redundancy as internal_redundancy
+from .trajectories import Trajectory as Trajectory
+from .trajectories import following as following
+from .trajectories import read_trajectories as read_trajectories

@@ -1,5 +1,10 @@
 from ._attribution import attribution as attribution
 from ._attribution import log_probability_of as log_probability_of
+from .answer_probe import AnswerProbe as AnswerProbe
+from .answer_probe import conformal_threshold as conformal_threshold
+from .answer_probe import decided_at as decided_at
+from .answer_probe import fit_answer_probe as fit_answer_probe
+from .answer_probe import probe_scores as probe_scores
 from .components import on_manifold as on_manifold
 from .components import principal_components as principal_components
 from .direction import Direction as Direction

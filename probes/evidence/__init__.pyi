@@ -8,3 +8,12 @@ from .association import npmi as npmi
 from .association import risk_difference as risk_difference
 from .layers import Evidence as Evidence
 from .layers import LayerEvidence as LayerEvidence
+from .reliability import Bin as Bin
+from .reliability import Calibration as Calibration
+from .reliability import calibration as calibration
+from .reliability import stated_confidence as stated_confidence
+from .signals import SignalScore as SignalScore
+from .signals import SignalTable as SignalTable
+from .signals import pass_rates as pass_rates
+from .signals import signal_table as signal_table
+from .signals import verbosity as verbosity

@@ -4,6 +4,8 @@ from .completions import Completion as Completion
 from .completions import by_problem as by_problem
 from .completions import read_completions as read_completions
 from .completions import write_completions as write_completions
+from .forcing import Forced as Forced
+from .forcing import forced_answers as forced_answers
 from .sampling import Decoding as Decoding
 from .sampling import DecodingRun as DecodingRun
 from .sampling import Event as Event

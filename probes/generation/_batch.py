@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from probes.generation.caches import begun, is_movable, rearranged, widened
-from probes.generation.sampling import Decoding, DecodingRun, Event, Sampling, TurningRun, row_key
+from probes.generation.sampling import Decoding, DecodingRun, Event, ListeningRun, Sampling, TurningRun, row_key
 from probes.generation.settings import NumbersOnly, counts_steps
 from probes.model.loading import tokenizer_of
 from probes.model.passes import holding
@@ -75,13 +75,14 @@ def write(
     """
     waiting = deque(rows)
     while waiting:
-        batch = _Batch(model, sampling, decoding, name)
-        batch.open([waiting.popleft() for _ in range(min(size, len(waiting)))])
-        joins = not together and batch.turns and not counts_steps(model)
-        while batch.part is not None:
-            batch.run_on(size if waiting and joins else 0)
-            new = size - batch.live if joins else 0
-            yield batch.turn([waiting.popleft() for _ in range(min(new, len(waiting)))], trim=joins)
+        with ExitStack() as listening:
+            batch = _Batch(model, sampling, decoding, name, listening)
+            batch.open([waiting.popleft() for _ in range(min(size, len(waiting)))])
+            joins = not together and batch.turns and not counts_steps(model)
+            while batch.part is not None:
+                batch.run_on(size if waiting and joins else 0)
+                new = size - batch.live if joins else 0
+                yield batch.turn([waiting.popleft() for _ in range(min(new, len(waiting)))], trim=joins)
 
 
 class _Batch:
@@ -90,9 +91,12 @@ class _Batch:
     _now: Rows
     _arranged: "_Arranged"
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling, decoding: Decoding | None, name: object) -> None:
+    def __init__(
+        self, model: PreTrainedModel, sampling: Sampling, decoding: Decoding | None, name: object, listening: ExitStack
+    ) -> None:
         tokenizer, own = tokenizer_of(model), model.generation_config
         self.model, self.sampling, self.decoding, self.name = model, sampling, decoding, name
+        self.listening = listening
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.ends = torch.tensor(end_ids(model), device=model.device)
         self.config = GenerationConfig(
@@ -168,6 +172,8 @@ class _Batch:
         part = _Part(rows, [width] * len(rows), ids, {}, torch.zeros(len(rows), dtype=torch.bool, device=device))
         if self.decoding is not None and self.part is None:
             self.run = self.decoding.begin(mask)
+            if isinstance(self.run, ListeningRun):
+                self.listening.enter_context(self.run.listening())
         self._announce(part, mask)
         part.state = self._prepared(ids, mask) if self.part is None else begun(self._blank, mask)
         model: Any = self.model

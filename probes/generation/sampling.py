@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -125,6 +126,27 @@ class TurningRun(DecodingRun, Protocol):
     def turn(self, rows: Rows, mask: Int[Tensor, "batch pos"] | None) -> None:
         """From here on tokens, and events, are of these rows: new ones where `mask` shows their prompts, else rows that
         began before. `processors` is asked for anew."""
+
+
+@runtime_checkable
+class ListeningRun(DecodingRun, Protocol):
+    """A run that reads the model's passes.
+
+    >>> from contextlib import nullcontext
+    >>> from probes.generation.sampling import ListeningRun
+    >>> class Idle:
+    ...     def processors(self, draw):
+    ...         return draw
+    ...     def events(self):
+    ...         return [[]]
+    ...     def listening(self):
+    ...         return nullcontext()
+    >>> isinstance(Idle(), ListeningRun)
+    True
+    """
+
+    def listening(self) -> AbstractContextManager[None]:
+        """Open while the batch is written, from before its first pass."""
 
 
 @runtime_checkable

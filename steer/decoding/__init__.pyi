@@ -9,6 +9,8 @@ from .control import Together as Together
 from .convergence import Converge as Converge
 from .convergence import StatedAnswer as StatedAnswer
 from .convergence import YesNo as YesNo
+from .early_exit import EarlyExit as EarlyExit
+from .early_exit import EntropyExit as EntropyExit
 from .named import control_named as control_named
 from .named import prompt_named as prompt_named
 from .prompts import PromptStyle as PromptStyle
@@ -17,4 +19,14 @@ from .prompts import empty_thinking as empty_thinking
 from .prompts import length_tag as length_tag
 from .prompts import step_by_step as step_by_step
 from .prompts import thinking_off as thinking_off
+from .selection import Pick as Pick
+from .selection import Samples as Samples
+from .selection import accept_early as accept_early
+from .selection import acceptance_threshold as acceptance_threshold
+from .selection import best_of as best_of
+from .selection import chances as chances
+from .selection import combined as combined
+from .selection import cross_validated as cross_validated
+from .selection import early_path as early_path
+from .selection import majority as majority
 from .state import DecodingState as DecodingState

@@ -1,7 +1,8 @@
 """Decoding controls at work: how a control is put beside the draw of tokens, and the log of what it did."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,7 +24,8 @@ class Processors:
     """Of one run: `before` the draw they change the distribution, `after` it they see the drawn token (the argmax).
 
     With `turns`, rows may leave their batch and others join: what they remember of a row they hand to the state's
-    `keep`, or they remember nothing. Without, a batch is written to its end before the next begins.
+    `keep`, or they remember nothing. Without, a batch is written to its end before the next begins. Each of `listens`
+    makes a context that is open while the run lasts, in which they may read the model's passes.
 
     >>> from transformers import MinPLogitsWarper
     >>> from steer.decoding import Processors
@@ -34,11 +36,13 @@ class Processors:
     before: tuple[LogitsProcessor, ...] = ()
     after: tuple[LogitsProcessor, ...] = ()
     turns: bool = False
+    listens: tuple[Callable[[], AbstractContextManager[None]], ...] = ()
 
 
 @runtime_checkable
 class DecodingControl(Protocol):
-    """A rule that decides over tokens beside the model. It sees tokens and nothing else: no answer, no problem.
+    """A rule that decides over tokens beside the model. It sees tokens, and what it listens to in the model's passes:
+    no answer, no problem.
 
     >>> from dataclasses import dataclass
     >>> from transformers import MinPLogitsWarper
@@ -77,6 +81,7 @@ class Together:
             tuple(p for part in parts for p in part.before),
             tuple(p for part in parts for p in part.after),
             all(part.turns for part in parts),
+            tuple(listen for part in parts for listen in part.listens),
         )
 
     def __str__(self) -> str:
@@ -122,6 +127,13 @@ class _Run:
 
     def events(self) -> list[tuple[Event, ...]]:
         return self.rows.events()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for listen in self.control.listens:
+                stack.enter_context(listen())
+            yield
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,5 @@
 from .chains import draw_chain as draw_chain
+from .grading import answer_key as answer_key
 from .grading import is_correct as is_correct
 from .named import task_named as task_named
 from .stories import draw_story as draw_story

@@ -60,6 +60,30 @@ def grade(completion: Completion, problem: Problem, grader: Grader) -> Grade:
             return _grade_mathematics(gold, answer)
 
 
+@checked
+def answer_key(completion: Completion, grader: Grader) -> str | None:
+    """What a completion answers, as a text that is the same for two that a vote takes for one answer.
+
+    The number it comes to for `number`, the letter for `choice`, else what it states, or its last line, as plain text:
+    two formulas that are written otherwise are two answers. None for a truncated completion, and for one that says
+    nothing.
+
+    >>> from probes import generate, load
+    >>> from steer.tasks import answer_key
+    >>> answer_key(generate(load("organism"), ["a 3 b +4 c *7"])[0], "number")
+    '9'
+    """
+    if completion.truncated:
+        return None
+    answer = completion.answer
+    if grader == "number" and (number := number_of(answer)) is not None:
+        return str(number)
+    if grader == "choice" and (letter := letter_of(answer)) is not None:
+        return letter
+    lines = answer.strip().splitlines()
+    return plain_text(stated(answer) or (lines[-1] if lines else "")) or None
+
+
 def grader_for(answer: str) -> Grader:
     """The rule for an answer whose task names none: a capital letter is a choice, a formula mathematics, else text."""
     if len(answer.strip("() .")) == 1 and "A" <= answer.strip("() .") <= "Z":
