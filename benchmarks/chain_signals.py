@@ -62,7 +62,9 @@ class Work:
         return self.kept("end-report", own, lambda part: forced_answers(
             self.model, part, [[c.span.text_end] for c in part], suffix=self.suffix, max_new_tokens=8))  # fmt: skip
 
-    def kept(self, name: str, items: Sequence[Completion], make: Callable[[Sequence[Completion]], list]) -> list[list[Forced]]:
+    def kept(
+        self, name: str, items: Sequence[Completion], make: Callable[[Sequence[Completion]], list]
+    ) -> list[list[Forced]]:
         path = self.store / f"{name}.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         done = [[Forced(**words) for words in json.loads(line)] for line in lines]
@@ -98,7 +100,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     began = time.monotonic()
     facts = PARTS[options.part](Work(options.model, options.n, options.samples, options.store))
-    print(json.dumps({"part": options.part, "model": options.model, "n": options.n, "seconds": round(time.monotonic() - began), **facts}))
+    print(
+        json.dumps(
+            {
+                "part": options.part,
+                "model": options.model,
+                "n": options.n,
+                "seconds": round(time.monotonic() - began),
+                **facts,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -59,5 +59,7 @@ def internal_redundancy(
 def _states(model: PreTrainedModel, completion: Completion, found: Sequence[Segment]) -> Float[Tensor, "thoughts d"]:
     site = Site((n_layers(model) - 1) // 2, "resid_post")
     spans = [Span(completion.all_ids, s.start, s.stop) for s in found]
-    means = torch.cat([batch.means[site][torch.tensor(batch.rows).argsort()] for batch in span_means(model, spans, [site])])
+    means = torch.cat(
+        [batch.means[site][torch.tensor(batch.rows).argsort()] for batch in span_means(model, spans, [site])]
+    )
     return means - means.mean(0)

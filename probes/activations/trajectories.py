@@ -305,7 +305,8 @@ class Follower:
         """Take in the pass that is over."""
         if self._open:
             chains, closed = self._memory.state
-            self._memory.state = self.meter.taken(chains), closed
+            chains = self.meter.taken(chains)
+            self._memory.state = _closed(chains, closed & (chains.fill > 0)), closed
             self._open = False
 
     def end(self) -> None:
@@ -331,9 +332,7 @@ class Follower:
 
 def _added(chains: Chains, sums: Float[Tensor, "batch layers d_model"], count: Int[Tensor, " batch"]) -> Chains:
     """Tokens more, all of the running segment."""
-    return replace(
-        chains, total=chains.total + sums, fill=chains.fill + count, tokens=chains.tokens + count
-    )
+    return replace(chains, total=chains.total + sums, fill=chains.fill + count, tokens=chains.tokens + count)
 
 
 def _closed(chains: Chains, over: Bool[Tensor, " batch"]) -> Chains:
@@ -341,7 +340,9 @@ def _closed(chains: Chains, over: Bool[Tensor, " batch"]) -> Chains:
     if over.is_cpu and not over.any():
         return chains
     mean = chains.total / chains.fill.clamp(min=1)[:, None, None]
-    begins, moves, all_over = (x[:, None, None] for x in (over & (chains.segments == 0), over & (chains.segments > 0), over))
+    begins, moves, all_over = (
+        x[:, None, None] for x in (over & (chains.segments == 0), over & (chains.segments > 0), over)
+    )
     first, change = mean.where(begins, chains.first), mean - chains.last
     length = change.norm(dim=-1)
     cumulative = chains.cumulative + length * moves[..., 0]

@@ -107,7 +107,10 @@ def calibration(
     chance = np.abs(_binned(drawn, place, bins) - sure[0]).sum(1) / len(hits)
     used = count[0] > 0
     share, mean, rate = count[0][used] / len(hits), sure[0][used] / count[0][used], right[0][used] / count[0][used]
-    reliability, resolution = float((share * (mean - rate) ** 2).sum()), float((share * (rate - hits.mean()) ** 2).sum())
+    reliability, resolution = (
+        float((share * (mean - rate) ** 2).sum()),
+        float((share * (rate - hits.mean()) ** 2).sum()),
+    )
     uncertainty = float(hits.mean() * (1 - hits.mean()))
     return Calibration(
         n=len(hits),

@@ -94,7 +94,9 @@ def signal_table(
     """
     sizes = {len(values) for values in (*signals.values(), correct, problems, length)}
     if len(sizes) > 1:
-        raise ValueError(f"Signals, answers, problems and lengths are of the same chains, but there are {sorted(sizes)}.")
+        raise ValueError(
+            f"Signals, answers, problems and lengths are of the same chains, but there are {sorted(sizes)}."
+        )
     groups = numbered(problems)
     cuts = np.quantile(length, np.linspace(0, 1, strata + 1)[1:-1]) if len(length) else np.zeros(0)
     by_length = np.searchsorted(cuts, length, side="left")

@@ -97,7 +97,9 @@ def forced_answers(
                 completion, stop = owners[written.row.number]
                 answer = decode(tokenizer_of(model), _ended(written.ids, end_ids(model)))
                 numbers = firsts.seen.pop(written.row.number)
-                found[written.row.number] = Forced(completion.id, completion.sample, stop, (suffix + answer).strip(), *numbers)
+                found[written.row.number] = Forced(
+                    completion.id, completion.sample, stop, (suffix + answer).strip(), *numbers
+                )
             bar.update(len(part))
     numbered = iter(range(len(rows)))
     return [[found[next(numbered)] for _ in own] for own in stops]
@@ -126,7 +128,9 @@ class _Firsts(LogitsProcessor):
         return [() for _ in self.rows.numbers]
 
     def __call__(
-        self, input_ids: Int[Tensor, "batch pos"], scores: Float[Tensor, "batch d_vocab"]  # noqa: ARG002
+        self,
+        input_ids: Int[Tensor, "batch pos"],
+        scores: Float[Tensor, "batch d_vocab"],  # noqa: ARG002
     ) -> Float[Tensor, "batch d_vocab"]:
         if self._fresh:
             self.seen.update(zip(self.rows.numbers, map(tuple, sureness(scores).tolist()), strict=True))

@@ -7,9 +7,9 @@ from .phases import PHASES as PHASES
 from .phases import Clock as Clock
 from .phases import Phases as Phases
 from .redundancy import Redundancy as Redundancy
+from .redundancy import chain_redundancy as chain_redundancy
 from .redundancy import equations_hold as equations_hold
 from .redundancy import marker_rates as marker_rates
-from .redundancy import chain_redundancy as chain_redundancy
 from .redundancy import thought_texts as thought_texts
 from .rules import LABELS as LABELS
 from .rules import RULES as RULES

@@ -19,6 +19,8 @@ from .prompts import empty_thinking as empty_thinking
 from .prompts import length_tag as length_tag
 from .prompts import step_by_step as step_by_step
 from .prompts import thinking_off as thinking_off
+from .pruning import Prune as Prune
+from .pruning import selected as selected
 from .selection import Pick as Pick
 from .selection import Samples as Samples
 from .selection import accept_early as accept_early

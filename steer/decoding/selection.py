@@ -58,7 +58,9 @@ class Samples(Brief):
         groups = by_problem(completions)
         rows = [sorted(groups[p.id], key=lambda c: c.sample) for p in problems]
         if len({len(row) for row in rows}) > 1:
-            raise ValueError(f"Problems have {min(map(len, rows))} to {max(map(len, rows))} samples: give as many each.")
+            raise ValueError(
+                f"Problems have {min(map(len, rows))} to {max(map(len, rows))} samples: give as many each."
+            )
         at = np.array([[place[c.id, c.sample] for c in row] for row in rows])
         values = {name: np.asarray(signal, dtype=float) for name, signal in (signals or {}).items()}
         if bad := [name for name, signal in values.items() if signal.shape != (len(completions),)]:

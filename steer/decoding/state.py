@@ -89,6 +89,11 @@ class DecodingState:
         """Of each row the number of the token that is being decided."""
         return [self._column - begin for begin in self._begins]
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of each row its number in the run."""
+        return tuple(range(self.batch)) if self._rows is None else self._rows.numbers
+
     def no(self) -> Where:
         """False for each row."""
         return torch.zeros(self.batch, dtype=torch.bool, device=self.device)

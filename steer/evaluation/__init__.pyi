@@ -13,6 +13,10 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import Score as Score
 from .outcomes import Outcomes as Outcomes
 from .outcomes import repetition as repetition
+from .picking import PickScore as PickScore
+from .picking import PickTable as PickTable
+from .picking import pick_table as pick_table
+from .picking import standard_picks as standard_picks
 from .selection import Selection as Selection
 from .selection import select as select
 from .statistics import adjusted as adjusted
