@@ -1,3 +1,4 @@
+from ._meter import Trajectory as Trajectory
 from ._record import Recorded as Recorded
 from ._record import SpanBatch as SpanBatch
 from ._record import record as record
@@ -16,6 +17,5 @@ from .heads import head_writes as head_writes
 from .heads import written_unit as written_unit
 from .moments import Moments as Moments
 from .similarity import internal_redundancy as internal_redundancy
-from .trajectories import Trajectory as Trajectory
 from .trajectories import following as following
 from .trajectories import read_trajectories as read_trajectories

@@ -116,7 +116,7 @@ def soft_scores(
         log = logits[len(rows[row]) - own - 1 : len(rows[row]) - 1].float().log_softmax(-1)
         drawn = torch.tensor(rows[row][len(rows[row]) - own :], device=log.device)
         scores[row] = log.gather(1, drawn[:, None]).sum().cpu()
-    return scores.unflatten(0, (len(completions), len(ends))).softmax(-1)
+    return scores.reshape(len(completions), len(ends)).softmax(-1)
 
 
 def _logits(

@@ -131,9 +131,9 @@ def conformal_threshold(
 
     >>> import torch
     >>> from probes.directions import conformal_threshold
-    >>> scores = [torch.tensor([k / 10, 2.0], dtype=torch.float64) for k in range(9)]
-    >>> conformal_threshold(scores, [[False, True]] * 9, risk=0.2), conformal_threshold(scores, [[False, True]] * 9, 0.05)
-    (0.7, inf)
+    >>> scores, decided = [torch.tensor([k / 10, 2.0]).double() for k in range(9)], [[False, True]] * 9
+    >>> [round(conformal_threshold(scores, decided, risk), 2) for risk in (0.2, 0.05)]
+    [0.7, inf]
     """
     if not 0 < risk < 1:
         raise ValueError(f"A risk is a share between 0 and 1, but {risk} was given.")

@@ -88,7 +88,7 @@ def calibration(
     confidence = np.asarray(confidence, dtype=float)
     if not len(confidence) == len(correct) == len(problems) > 0:
         raise ValueError(
-            f"{len(confidence)} confidences came with {len(correct)} answers of {len(problems)} problems: give one each."
+            f"{len(confidence)} confidences came with {len(correct)} answers, {len(problems)} problems: give one each."
         )
     if (bad := confidence[~((confidence >= 0) & (confidence <= 1))]).size:
         raise ValueError(

@@ -60,8 +60,8 @@ class SignalTable(Shown):
         """A row for each signal, the highest AUROC within a length first."""
         columns = ("signal", "chains", "AUROC [95 %]", "within length [95 %]", "within problem [95 %]")
         rows = [
-            (s.name, s.n, *(_said(*pair) for pair in ((s.auroc, s.interval), (s.within_length, s.within_length_interval),
-                                                      (s.within_problem, s.within_problem_interval))))
+            (s.name, s.n, _said(s.auroc, s.interval), _said(s.within_length, s.within_length_interval),
+             _said(s.within_problem, s.within_problem_interval))
             for s in sorted(self.scores, key=lambda s: -np.nan_to_num(s.within_length))
         ]  # fmt: skip
         return Table(columns, tuple(rows), f"{self.n} chains of {self.problems} problems, {self.right} right")
@@ -126,17 +126,18 @@ class _Pairs:
         everything = np.zeros_like(self.by_length)
         found = [self._over(values, known, strata) for strata in (everything, self.by_length)]
         found.append(self._within_problems(values, known))
-        return SignalScore(name, int(known.sum()), *(part for draws in found for part in _estimate(draws)))
+        (whole, a), (by_length, b), (by_problem, c) = map(_estimate, found)
+        return SignalScore(name, int(known.sum()), whole, a, by_length, b, by_problem, c)
 
     def _over(self, values: np.ndarray, known: np.ndarray, strata: np.ndarray) -> Float[np.ndarray, " draws"]:
         """AUROC of the pairs that are in one stratum, each as often as its problems were drawn."""
-        above, pairs = 0.0, 0.0
+        above, pairs = np.zeros(len(self.counts)), np.zeros(len(self.counts))
         for stratum in np.unique(strata[known]):
             at = known & (strata == stratum)
             won, of = _pairs_won(values[at], self.correct[at], self.weights[:, at])
             above, pairs = above + won, pairs + of
         with np.errstate(invalid="ignore"):
-            return np.asarray(above / np.asarray(pairs))
+            return np.asarray(above / pairs)
 
     def _within_problems(self, values: np.ndarray, known: np.ndarray) -> Float[np.ndarray, " draws"]:
         """A problem that was drawn twice is two problems."""

@@ -129,8 +129,8 @@ class _Firsts(LogitsProcessor):
 
     def __call__(
         self,
-        input_ids: Int[Tensor, "batch pos"],
-        scores: Float[Tensor, "batch d_vocab"],  # noqa: ARG002
+        input_ids: Int[Tensor, "batch pos"],  # noqa: ARG002
+        scores: Float[Tensor, "batch d_vocab"],
     ) -> Float[Tensor, "batch d_vocab"]:
         if self._fresh:
             self.seen.update(zip(self.rows.numbers, map(tuple, sureness(scores).tolist()), strict=True))
@@ -158,6 +158,6 @@ def _check(completion: Completion, stop: int) -> None:
         raise ValueError(f"Completion {completion.id!r} has no thinking, so that no answer can be forced out of it.")
     if not span.text_start <= stop <= span.text_end:
         raise ValueError(
-            f"An answer is forced within the thinking of {completion.id!r}, {span.text_start} to {span.text_end}, not at "
-            f"{stop}."
+            f"An answer is forced within the thinking of {completion.id!r}, {span.text_start} to {span.text_end}, not "
+            f"at {stop}."
         )

@@ -1,4 +1,4 @@
-"""What a chain of thought is made of: how soon it has solved its problem, what it goes on with, and which steps fail."""
+"""What a chain of thought is made of: how soon it has solved its problem, what it goes on with, which steps fail."""
 
 import math
 import re

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
-from probes.activations.trajectories import SEGMENT, Follower, Meter, Trajectory, read_trajectories
+from probes.activations._meter import Follower, Meter, Trajectory
+from probes.activations.trajectories import SEGMENT, read_trajectories
 from probes.generation.completions import Completion
 from probes.generation.sampling import CUT
 from probes.model.hooks import hook_inputs
@@ -73,7 +74,8 @@ def selected(model: PreTrainedModel, completions: Sequence[Completion], control:
     >>> from probes import generate, load
     >>> from steer.decoding import Prune, selected
     >>> model = load("organism")
-    >>> [c.sample for c in selected(model, generate(model, ["a 3 b +4"], samples=2), Prune(samples=2, step=1, segment=3))]
+    >>> completions = generate(model, ["a 3 b +4"], samples=2)
+    >>> [c.sample for c in selected(model, completions, Prune(samples=2, step=1, segment=3))]
     [0]
     """
     groups: dict[str, list[Completion]] = {}

@@ -237,7 +237,8 @@ def chances(train: Samples, by: str) -> Callable[[Samples], Float[np.ndarray, "p
     >>> from steer.decoding import Samples, chances
     >>> rng = np.random.default_rng(0)
     >>> sure = rng.random((50, 4))
-    >>> samples = Samples(np.zeros((50, 4), dtype=int), rng.random((50, 4)) < sure, np.ones((50, 4), dtype=int), {"s": sure})
+    >>> ones = np.ones((50, 4), dtype=int)
+    >>> samples = Samples(ones, rng.random((50, 4)) < sure, ones, {"s": sure})
     >>> weights = chances(samples, "s")(samples)
     >>> bool(weights[sure > 0.9].mean() > 0.8), bool(weights[sure < 0.1].mean() < 0.2)
     (True, True)

@@ -74,8 +74,8 @@ class PickTable(Shown):
             return f"{value:+.3f} [{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
         rows = [
-            (s.name, s.n, round(s.drawn, 2), round(s.tokens, 1), s.accuracy, said(s.over_majority, s.over_majority_interval),
-             said(s.at_equal_tokens, s.at_equal_tokens_interval))
+            (s.name, s.n, round(s.drawn, 2), round(s.tokens, 1), s.accuracy,
+             said(s.over_majority, s.over_majority_interval), said(s.at_equal_tokens, s.at_equal_tokens_interval))
             for s in self.scores
         ]  # fmt: skip
         columns = ("rule", "problems", "samples", "tokens", "accuracy", f"against majority of {self.samples} [95 %]",
