@@ -2,6 +2,12 @@ from ._record import Recorded as Recorded
 from ._record import SpanBatch as SpanBatch
 from ._record import record as record
 from ._record import span_means as span_means
+from .attention import Attended as Attended
+from .attention import SpanAttention as SpanAttention
+from .attention import drop as drop
+from .attention import filler_span as filler_span
+from .attention import locate as locate
+from .attention import span_attention as span_attention
 from .experts import ExpertCounts as ExpertCounts
 from .experts import ExpertReading as ExpertReading
 from .experts import counting as counting
