@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from probes.model.architectures import block_of, config_of, n_layers
-from probes.model.passes import all_hooked
+from probes.model.passes import Hook, Side, all_hooked
 
 NAME = "thinksteer_reading"
 _FEWEST_SCORES = 2**20  # of a chunk: fewer would only cost time
@@ -52,10 +52,10 @@ def attending(model: PreTrainedModel, questions: Sequence[Question]) -> Iterator
     def enter(layer: int, *_: Any) -> None:
         reader.layer = layer
 
-    hooks = [
+    hooks: list[tuple[nn.Module, Hook, Side, str]] = [
         (block_of(model, layer), partial(enter, layer), "input", f"block {layer}") for layer in range(n_layers(model))
     ]
-    with _switched(model), all_hooked(model, hooks):  # type: ignore[arg-type]
+    with _switched(model), all_hooked(model, hooks):
         token = _READER.set(reader)
         try:
             yield reader.found
