@@ -91,6 +91,16 @@ def test_a_window_shorter_than_the_text_hides_what_is_far(family):
             assert far.mass[layer].gt(0).all()
 
 
+def test_a_soft_cap_that_binds_is_read_and_computed():
+    model = build("gemma2")
+    for block in model.model.layers:
+        block.self_attn.attn_logit_softcapping = 0.3
+    assert_agrees(model)
+    ids = torch.tensor([ids_of(17, 5)])
+    torch.testing.assert_close(outputs(model, ids, True), outputs(model, ids, False), rtol=1e-5, atol=1e-5)
+    assert (outputs(model, ids, False) - outputs(build("gemma2"), ids, False)).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_a_hybrid_is_read_where_it_attends(model_type):
     for read in assert_agrees(load(tiny_model(model_type), tokenizer=build_tokenizer())):
@@ -179,6 +189,15 @@ def test_a_model_that_was_loaded_eager_is_read_too():
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_copy_that_is_made_meanwhile_computes_the_same(family):
+    model, ids = build(family), torch.tensor([ids_of(17, 5)])
+    with attending(model, [Question(2, 17, 4, ((1, 2),))]) as found:
+        own = deepcopy(model)
+    torch.testing.assert_close(outputs(own, ids, False), outputs(model, ids, False), rtol=1e-5, atol=1e-5)
+    assert not found
+
+
 @pytest.mark.parametrize(("family", "former"), [("llama", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")])
 def test_the_implementation_is_restored_even_after_an_error(family, former):
     model = build(family)
@@ -261,6 +280,20 @@ def test_a_mask_that_is_added_counts_as_one_of_yes_and_no():
         answers.append(found[0][0])
     torch.testing.assert_close(*answers)
     assert answers[0][:, 1].eq(0).all()
+
+
+def test_each_row_is_read_under_its_own_mask():
+    model, q = build("llama"), torch.randn(2, 4, 6, 8)
+    masks = torch.ones(2, 1, 6, 6).tril().bool()
+    masks[0, ..., 1], masks[1, ..., 2] = False, False
+    with attending(model, [Question(3, 6, 4, ((1,), (2,)))] * 2) as found:
+        reader = attending_file._READER.get()
+        assert reader is not None
+        reader.layer = 0
+        reader.read(q, q, masks, {}, True)
+    for at, answer in enumerate(found[0]):
+        assert answer[0, at].eq(0).all()
+        assert answer[0, 1 - at].gt(0).all()
 
 
 @pytest.mark.parametrize(
