@@ -6,6 +6,12 @@ from ._record import span_means as span_means
 from .confidence import Confidence as Confidence
 from .confidence import confidences as confidences
 from .confidence import soft_scores as soft_scores
+from .attention import Attended as Attended
+from .attention import SpanAttention as SpanAttention
+from .attention import drop as drop
+from .attention import filler_span as filler_span
+from .attention import locate as locate
+from .attention import span_attention as span_attention
 from .experts import ExpertCounts as ExpertCounts
 from .experts import ExpertReading as ExpertReading
 from .experts import counting as counting
