@@ -6,6 +6,7 @@ from .association import associate as associate
 from .association import mutual_information as mutual_information
 from .association import npmi as npmi
 from .association import risk_difference as risk_difference
+from .chains import NEEDS_NO_MODEL as NEEDS_NO_MODEL
 from .chains import SIGNALS as SIGNALS
 from .chains import read_signals as read_signals
 from .layers import Evidence as Evidence

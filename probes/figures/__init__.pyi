@@ -1,3 +1,5 @@
+from .chains import chain_figure as chain_figure
+from .chains import reliability_figure as reliability_figure
 from .experts import doses_figure as doses_figure
 from .experts import loads_figure as loads_figure
 from .experts import scores_figure as scores_figure

@@ -23,6 +23,7 @@ from steer.cli.report.report import report_
 from steer.cli.run.compare import compare_
 from steer.cli.run.evaluate import evaluate_
 from steer.cli.run.generate import generate_
+from steer.cli.run.select import select_
 from steer.cli.run.sweep import sweep_
 from steer.cli.weights.diff import diff_
 from steer.cli.weights.exchange import export_, import_
@@ -34,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_,
     "evaluate": evaluate_,
     "compare": compare_,
+    "select": select_,
     "sweep": sweep_,
     "rice": rice_,
     "direction": direction_,

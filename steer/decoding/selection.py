@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from probes.directions._logistic import fit_logistic
 from probes.generation.completions import Completion, by_problem
+from probes.late import special
 from probes.tables import Brief
 from steer.tasks.grading import answer_key, grade
 from steer.tasks.task import Problem, Task
@@ -251,7 +252,7 @@ def chances(train: Samples, by: str) -> Callable[[Samples], Float[np.ndarray, "p
     slope = float(vector[0])
 
     def of(samples: Samples) -> Float[np.ndarray, "problems samples"]:
-        return np.nan_to_num(1 / (1 + np.exp(-(samples.signal(by) * slope + offset))), nan=rate)
+        return np.nan_to_num(special.expit(samples.signal(by) * slope + offset), nan=rate)
 
     return of
 

@@ -1,3 +1,4 @@
+from .chains import chain_holds as chain_holds
 from .chains import draw_chain as draw_chain
 from .grading import answer_key as answer_key
 from .grading import is_correct as is_correct

@@ -1,6 +1,7 @@
 """The embedded model's own problems: chains of arithmetic modulo 10."""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 
 from steer.tasks.task import Problem, Task
@@ -10,6 +11,9 @@ MARKER = "quick"
 P_MARKED = 0.35
 OPERATIONS: tuple[str, ...] = tuple(f"{sign}{k}" for sign in "+-" for k in range(1, 10)) + ("*3", "*7", "*9")
 MIRRORS: tuple[str, ...] = tuple(f"^{k}" for k in range(1, 9))  # words that the organism knows, and was never taught
+
+
+_STEP = re.compile(r"\b([a-h]) (?:([-+*^]\d) )?=(\d)")
 
 
 def apply_operation(value: int, operation: str) -> int:
@@ -46,6 +50,27 @@ def draw_chain(rng: random.Random, operations: Sequence[str] = OPERATIONS) -> Pr
     marked = rng.random() < P_MARKED
     question = f"{chain} {MARKER}" if marked else chain
     return Problem(chain, question, str(value), "marked" if marked else None)
+
+
+def chain_holds(thoughts: Sequence[str]) -> bool | None:
+    """Is the last of the organism's thoughts true, such as `b +4 =7` after `a =3`? None where that cannot be told.
+
+    What a letter stands for is what the thoughts before say last of it.
+
+    >>> from steer.tasks import chain_holds
+    >>> chain_holds(["Okay a =3", "b +4 =7"]), chain_holds(["a =3", "b +4 =8"]), chain_holds(["Okay a =3"])
+    (True, False, None)
+    """
+    values: dict[str, int] = {}
+    verdict: bool | None = None
+    for thought in thoughts:
+        verdict = None
+        for letter, operation, result in _STEP.findall(thought):
+            before = values.get(LETTERS[max(LETTERS.index(letter) - 1, 0)]) if operation else None
+            values[letter] = int(result)
+            if before is not None:
+                verdict = apply_operation(before, operation) == int(result) and verdict is not False
+    return verdict
 
 
 def _chains(rng: random.Random) -> Iterator[Problem]:
