@@ -43,6 +43,7 @@ from steer.decoding import (
     cross_validated,
     early_path,
     majority,
+    selected,
 )
 from steer.evaluation import interval_of_mean, pick_table, solve, standard_picks
 from steer.tasks import answer_key, chain_holds, is_correct
@@ -54,7 +55,7 @@ HOW = {  # task, rules of steps, what an answer begins with, tokens a segment, c
 SPLITS = {"probe": 1, "select": 1, "report": None}  # samples a problem; None: as many as asked for
 AT_ONCE, STEP = 100, 2
 RISKS = (0.05, 0.1, 0.2, 0.3)
-CHOICES = ("length", "log-probability", "margin", "net", "cumulative", "aligned")
+CHOICES = ("brevity", "log-probability", "margin", "net", "cumulative", "aligned")
 console = Console(width=180)
 
 

@@ -19,13 +19,13 @@ from probes.words import checked
 
 SignalName = Literal[
     "net", "cumulative", "aligned", "layer magnitude", "layer angle", "margin", "answer entropy", "answer perplexity",
-    "log-probability", "entropy", "failed steps", "length",
+    "log-probability", "entropy", "failed steps", "brevity",
 ]  # fmt: skip
 SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
-NEEDS_NO_MODEL: tuple[SignalName, ...] = ("length",)
+NEEDS_NO_MODEL: tuple[SignalName, ...] = ("brevity",)
 Values = Float[np.ndarray, " n"]
 
-_FEWER = ("cumulative", "layer angle", "answer entropy", "answer perplexity", "entropy", "failed steps", "length")
+_FEWER = ("cumulative", "layer angle", "answer entropy", "answer perplexity", "entropy", "failed steps", "brevity")
 _TRAVELS = ("net", "cumulative", "aligned", "layer magnitude", "layer angle")
 _ANSWERS = ("margin", "answer entropy", "answer perplexity")
 _TOKENS = ("log-probability", "entropy")
@@ -49,17 +49,17 @@ def read_signals(
     by the paper's code, in segments of `segment` tokens. `margin`, `answer entropy` and `answer perplexity` are those
     of an answer that is forced at the chain's end and begins with `suffix` (`probes.generation.Forced`; `forced`, where
     that was done before). `log-probability` and `entropy` are means over the thinking. `failed steps` is the share
-    that `holds` finds false, of the steps by `rules`. `length` is in thinking tokens. What should be small in a right
-    chain has its sign turned. Only `length` needs no model. Raises ValueError for another name, and where what a
+    that `holds` finds false, of the steps by `rules`. `brevity` is minus the thinking tokens. What should be small in a right
+    chain has its sign turned. Only `brevity` needs no model. Raises ValueError for another name, and where what a
     signal needs was not given.
 
     >>> from probes import generate, load
     >>> from probes.evidence import read_signals
     >>> model = load("organism")
     >>> completions = generate(model, ["a 3 b +4 c *7", "a 3 b +4 c *7 quick"])
-    >>> found = read_signals(model, completions, ["length", "margin", "net"], segment=3)
+    >>> found = read_signals(model, completions, ["brevity", "margin", "net"], segment=3)
     >>> {name: values.round(1).tolist() for name, values in found.items()}
-    {'length': [-11.0, -3.0], 'margin': [1.0, 0.0], 'net': [16.4, nan]}
+    {'brevity': [-11.0, -3.0], 'margin': [1.0, 0.0], 'net': [16.4, nan]}
     """
     if unknown := [name for name in names if name not in SIGNALS]:
         raise ValueError(f"{unknown[0]!r} is no signal. Known: {', '.join(SIGNALS)}.")
@@ -68,7 +68,7 @@ def read_signals(
     reading = _Reading(model, completions, segment, suffix, rules, holds, forced)
     groups: tuple[tuple[tuple[str, ...], Callable[[], dict[str, list[float]]]], ...] = (
         (_TRAVELS, reading.travels), (_ANSWERS, reading.answers), (_TOKENS, reading.tokens),
-        (("failed steps",), reading.failed), (("length",), reading.length),
+        (("failed steps",), reading.failed), (("brevity",), reading.brevity),
     )  # fmt: skip
     read: dict[str, list[float]] = {}
     for group, make in groups:
@@ -116,8 +116,8 @@ class _Reading:
             raise ValueError("Failed steps are told by a check of each step: give holds=..., such as equations_hold.")
         return {"failed steps": [self._share(c, self.holds) for c in self.completions]}
 
-    def length(self) -> dict[str, list[float]]:
-        return {"length": [float(c.thinking_tokens) for c in self.completions]}
+    def brevity(self) -> dict[str, list[float]]:
+        return {"brevity": [float(c.thinking_tokens) for c in self.completions]}
 
     def _forced(self) -> list[Forced | None]:
         stops = [[] if c.span is None else [c.span.text_end] for c in self.completions]

@@ -42,7 +42,8 @@ def chain_figure(
         )
         for name, values in lines.items():
             figure.add_scatter(
-                x=list(range(len(words))), y=list(values), name=escaped(name), mode="lines", connectgaps=True, text=words,
+                x=list(range(len(words))), y=list(values), name=escaped(name), mode="lines", connectgaps=True,
+                text=words,
                 line={"color": CYCLE[number % len(CYCLE)], "width": 1.8},
                 hovertemplate="%{text}<br>%{y:.3g}<extra>%{fullData.name}</extra>", row=row, col=1,
             )  # fmt: skip

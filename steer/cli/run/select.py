@@ -7,8 +7,8 @@ import numpy as np
 import typer
 
 import probes.evidence
-import probes.generation
 import probes.fields
+import probes.generation
 import steer.decoding
 import steer.evaluation
 import steer.tasks
@@ -34,7 +34,8 @@ def select_(
     store: Annotated[Path, typer.Argument(help="A JSONL file of completions, as --store keeps them.")],
     task: TaskName = "chains",
     by: Annotated[
-        list[str] | None, typer.Option(help=f"A signal: {', '.join(BY)}; length, if left out. All but it need --model.")
+        list[str] | None,
+        typer.Option(help=f"A signal: {', '.join(BY)}; brevity, if left out. All but it need --model."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model that wrote them, which signals are read off.")] = None,
     segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment of a chain.")] = 500,
@@ -53,7 +54,7 @@ def select_(
 ) -> None:
     """Majority vote, and by each signal the best of n, a weighted vote, and the first sample that is good enough, all
     on the same completions: how often they are right, and what they cost. What is fitted is cross-validated."""
-    names = by or ["length"]
+    names = by or ["brevity"]
     if unknown := [name for name in names if name not in BY]:
         raise typer.BadParameter(f"--by {unknown[0]!r} is no signal. Known: {', '.join(BY)}.")
     if "failed steps" in names:
@@ -71,8 +72,8 @@ def select_(
     problems = [p for p in source.sample(n, split_named(split), seed=seed) if p.id in {c.id for c in rows}]
     if not problems:
         raise ValueError(
-            f"{store} answers none of the first {n} problems of {source.name} in split {split!r}, seed {seed}: give the "
-            "task, split and seed that it was made with."
+            f"{store} answers none of the first {n} problems of {source.name} in split {split!r}, seed {seed}: give "
+            "the task, split and seed that it was made with."
         )
     wanted = {p.id for p in problems}
     rows = [c for c in rows if c.id in wanted]
