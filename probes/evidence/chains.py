@@ -49,9 +49,9 @@ def read_signals(
     by the paper's code, in segments of `segment` tokens. `margin`, `answer entropy` and `answer perplexity` are those
     of an answer that is forced at the chain's end and begins with `suffix` (`probes.generation.Forced`; `forced`, where
     that was done before). `log-probability` and `entropy` are means over the thinking. `failed steps` is the share
-    that `holds` finds false, of the steps by `rules`. `brevity` is minus the thinking tokens. What should be small in a right
-    chain has its sign turned. Only `brevity` needs no model. Raises ValueError for another name, and where what a
-    signal needs was not given.
+    that `holds` finds false, of the steps by `rules`. `brevity` is minus the thinking tokens, and needs no model. What
+    should be small in a right chain has its sign turned. Raises ValueError for another name, and where what a signal
+    needs was not given.
 
     >>> from probes import generate, load
     >>> from probes.evidence import read_signals

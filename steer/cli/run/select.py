@@ -41,7 +41,7 @@ def select_(
     segment: Annotated[int, typer.Option(min=1, help="Tokens of a segment of a chain.")] = 500,
     suffix: Annotated[str, typer.Option(help="What a forced answer begins with, such as 'The answer is '.")] = "",
     n: Count = 1000,
-    split: SplitName = "report",
+    split: SplitName = "probe",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where the completions go that the best of the first signal is."),
