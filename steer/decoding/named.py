@@ -6,13 +6,14 @@ from typing import TypeVar
 from steer.decoding.budgets import Budget, BudgetForcing, CloseBias
 from steer.decoding.control import DecodingControl
 from steer.decoding.convergence import Converge
+from steer.decoding.early_exit import EntropyExit
 from steer.decoding.prompts import PromptStyle, ellipsis, empty_thinking, length_tag, step_by_step, thinking_off
 
 T = TypeVar("T")
 
 
 def control_named(name: str) -> DecodingControl:
-    """`budget:100`, `budget:100/20`, `wait:2`, `close:-3` or `converge:3`. Raises ValueError for anything else.
+    """`budget:100`, `budget:100/20`, `wait:2`, `close:-3`, `converge:3` or `entropy:0.1`. Raises ValueError otherwise.
 
     >>> from steer.decoding import control_named
     >>> control_named("budget:100/20")
@@ -24,8 +25,10 @@ def control_named(name: str) -> DecodingControl:
         "wait": lambda: BudgetForcing(int(rest)),
         "close": lambda: CloseBias(float(rest)),
         "converge": lambda: Converge(int(rest)),
+        "entropy": lambda: EntropyExit(float(rest)),
     }
-    return _made(known, kind, name, "a decoding control: budget:THINKING[/SOLUTION], wait:N, close:BIAS, converge:M")
+    ways = "budget:THINKING[/SOLUTION], wait:N, close:BIAS, converge:M, entropy:BELOW"
+    return _made(known, kind, name, f"a decoding control: {ways}")
 
 
 def prompt_named(name: str) -> PromptStyle:

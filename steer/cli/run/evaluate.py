@@ -42,7 +42,9 @@ def evaluate_(
     checkpoint: Annotated[list[Path] | None, typer.Option(help="Another checkpoint to compare.")] = None,
     control: Annotated[
         list[str] | None,
-        typer.Option(help="budget:THINKING[/SOLUTION], wait:N, close:BIAS or converge:M, all beside the model's draw."),
+        typer.Option(
+            help="budget:THINKING[/SOLUTION], wait:N, close:BIAS, converge:M, entropy:BELOW: beside the draw."
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="step-by-step, ellipsis, empty-thinking, thinking-off or length:TOKENS.")
