@@ -49,7 +49,7 @@ class Samples(Brief):
         completions: Sequence[Completion],
         problems: Sequence[Problem],
         task: Task,
-        signals: Mapping[str, Sequence[float]] | None = None,
+        signals: Mapping[str, Sequence[float] | Float[np.ndarray, " n"]] | None = None,
     ) -> "Samples":
         """Completions graded by their task; `signals` are a number for each completion, in their order.
 
