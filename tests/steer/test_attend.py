@@ -138,6 +138,22 @@ def test_what_is_out_of_scope_stays_to_the_bit(name):
         assert log.positions() == [[at for at in range(tokens.start, tokens.stop) if at]]
 
 
+def test_what_no_bias_changes_is_the_model_s_own_output_however_the_rest_is_computed(monkeypatch):
+    """As on a device whose kernels for a mask round otherwise."""
+    model, site, run = build("llama"), Site(0, "z"), _interface.Attention.run
+
+    def rounded(self, rows, mask):
+        return run(self, rows, mask) + (0.0 if mask is None else 1e-3)
+
+    monkeypatch.setattr(_interface.Attention, "run", rounded)
+    with captured(model, [site]) as z:
+        logits(model)
+        before = z[site].unflatten(-1, (4, -1))
+        steered(model, [Attend(at(0, 2), 0.2, first=1, last=4)], scope="thinking")
+    moved = (z[site].unflatten(-1, (4, -1)) != before).any(-1)[0]
+    assert moved.nonzero().tolist() == [[at, 2] for at in range(7, 12)]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_keys_are_those_of_their_phase_and_window(name):
     """At one layer, only queries that see such a key move: prompt 0-6, thinking 7-11, answer 12-14."""
@@ -178,6 +194,19 @@ def test_a_query_that_would_see_nothing_keeps_its_attention():
     assert out.isfinite().all()
     assert (out[:, THINKING] - plain[:, THINKING]).abs().max() > 1e-2
     assert log.tokens == 3 * 15
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_token_by_token_it_is_as_in_one_pass(name):
+    """Of one row, whose passes have no mask."""
+    model = build(name)
+    recipe = Recipe.of(model, [*everywhere(model, 5.0, first=1, last=5), Attend(at(1, 3), 0.1, "answer")])
+    with torch.no_grad(), applied(model, recipe):
+        whole = logits(model)
+        out = model(torch.tensor([IDS[:8]]), use_cache=True)
+        for position, token in enumerate(IDS[8:], 8):
+            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
+            torch.testing.assert_close(out.logits[:, 0], whole[:, position], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
