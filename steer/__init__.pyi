@@ -10,6 +10,7 @@ from .interventions.activation import Add as Add
 from .interventions.activation import Clamp as Clamp
 from .interventions.activation import Rotate as Rotate
 from .interventions.activation import Scale as Scale
+from .interventions.attention import Attend as Attend
 from .interventions.latents import SetLatents as SetLatents
 from .methods.thinkedit_run import thinkedit as thinkedit
 from .recipes.condition import Condition as Condition

@@ -27,6 +27,7 @@ from probes.thinking import text_spans
 from steer import (
     Ablate,
     Add,
+    Attend,
     Clamp,
     Condition,
     Controller,
@@ -94,6 +95,7 @@ def recipe() -> Recipe:
         Step(SetLatents.of(load_sae("organism-L1"), {3: 1.0, 5: 0.0}), thinking),
         Step(Scale(at, 0.5), Scope("answer")), Step(Clamp(at, along, high=1.0)), Step(Rotate(at, along, 1.0)),
         *map(Step, (Reinforce.of((2, 5), 8.0), Force.of((2, 3)), Forbid.of((1, 4)))),
+        Step(Attend(Site(2, "pattern", 3), 2.0, first=1, last=4), Scope("answer")),
     ]  # fmt: skip
     return Recipe(tuple(steps), Recipe.of(organism(), []).model, "by hand")
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from probes.activations._attending import Question, attending, no_interface
+from probes.activations._attending import Question, attending
+from probes.activations._interface import no_interface
 from probes.activations._record import BATCH_TOKENS, batches, padded
 from probes.generation.completions import Completion
 from probes.model.architectures import n_layers

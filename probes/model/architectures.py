@@ -102,6 +102,14 @@ def layers_with_heads(model: nn.Module) -> list[int]:
     return [layer for layer in range(n_layers(model)) if row_at(model, layer).o_proj is not None]
 
 
+def check_heads(model: nn.Module, site: Site) -> None:
+    """Raise ValueError where the site's layer has no heads, IndexError where it has not the one that is named."""
+    o_proj_of(model, site.layer)
+    if site.head is not None and not site.head < n_heads(model, site.layer):
+        last = n_heads(model, site.layer) - 1
+        raise IndexError(f"Head {site.head} is out of range: layer {site.layer} has heads 0 to {last}.")
+
+
 def path_of_o_proj(model: nn.Module, layer: int) -> str:
     """Where it is in its block. Raises ValueError, naming the layers that have heads, where this one has none."""
     path = row_at(model, layer).o_proj
@@ -207,11 +215,13 @@ def tap_of(model: nn.Module, site: Site) -> tuple[nn.Module, Tap]:
             f"{config_of(model).model_type} has no resid_mid: attention and MLP read the same stream, and both are "
             "added to it at once. Read resid_pre, attn_out or resid_post."
         )
-    if site.name in ("z", "result"):
-        path_of_o_proj(model, site.layer)
-    if site.head is not None and not site.head < n_heads(model, site.layer):
-        last = n_heads(model, site.layer) - 1
-        raise IndexError(f"Head {site.head} is out of range: layer {site.layer} has heads 0 to {last}.")
+    if site.name in ("pattern", "z", "result"):
+        check_heads(model, site)
+    if site.name == "pattern":
+        raise ValueError(
+            f"{site} is who attends to whom, which is never held whole: read what a span gets of it with "
+            "probes.activations.span_attention, and scale that with steer.Attend."
+        )
     if site.name == "routing":
         raise ValueError(f"{site} is no activation but a router's choice: read it with probes.activations.experts.")
     if site.name == "result" and site.head is None:

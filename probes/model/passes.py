@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from probes.model.architectures import config_of
 from probes.rows import Rows
@@ -118,6 +119,28 @@ def all_hooked(
             watch.ears.append(ear)
             stack.callback(watch.ears.remove, ear)
         yield
+
+
+@contextmanager
+def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """While open, every config of the model names this implementation of attention, where its family takes one."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    configs = {id(config): config for part in parts for config in _configs(part.config)}  # the outer ones first
+    former = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        for config, own in former:
+            config._attn_implementation = own
+
+
+def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    yield config
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if isinstance(part, PretrainedConfig):
+            yield from _configs(part)
 
 
 def _own(module: nn.Module, ear: _Ear, hook: Hook) -> Hook:

@@ -7,6 +7,7 @@
 
 `attn_out` and `mlp_out` are what is added to the stream. `z` is the input of `o_proj`, head by head.
 `L5H7.result` is what head 7 contributes to the output of `o_proj`: its columns of the matrix times its `z`.
+`L5H7.pattern` is what head 7 pays attention to: it is scaled, or read by `probes.activations.span_attention`.
 `L5E7.routing` is the weight that the router of a sparse block gives expert 7; `probes.model.routers` reads it.
 """
 
@@ -18,8 +19,9 @@ from probes.words import checked
 
 # In the order in which a block computes them.
 SiteName = Literal[
-    "resid_pre", "attn_in", "z", "result", "attn_out", "resid_mid", "mlp_in", "routing", "mlp_out", "resid_post"
-]
+    "resid_pre", "attn_in", "pattern", "z", "result", "attn_out", "resid_mid", "mlp_in", "routing", "mlp_out",
+    "resid_post",
+]  # fmt: skip
 SITE_NAMES: tuple[SiteName, ...] = get_args(SiteName)
 
 _OURS = re.compile(r"L(?P<layer>\d+)(?:H(?P<head>\d+))?(?:E(?P<expert>\d+))?\.(?P<name>\w+)")
@@ -32,6 +34,7 @@ _TRANSFORMER_LENS: dict[SiteName, str] = {
     "attn_out": "hook_attn_out",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
+    "pattern": "attn.hook_pattern",
     "z": "attn.hook_z",
     "result": "attn.hook_result",
     "routing": "mlp.hook_expert_weights",
@@ -63,7 +66,7 @@ class Site:
     def __post_init__(self) -> None:
         if self.expert is not None and self.name != "routing":
             raise ValueError(f"{self.name} is not split into experts: write L{self.layer}.{self.name}.")
-        if self.head is not None and self.name not in ("z", "result"):
+        if self.head is not None and self.name not in ("pattern", "z", "result"):
             raise ValueError(f"{self.name} is not split into heads: write L{self.layer}.{self.name}.")
 
     @classmethod

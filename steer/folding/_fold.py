@@ -22,6 +22,7 @@ from steer.folding.affine import fold_affine
 from steer.folding.draft import Draft, NeedsBias, NotFoldable, twin_of
 from steer.folding.routing import fold_routing
 from steer.interventions.affine import Affine, Linear
+from steer.interventions.attention import Attend
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope
@@ -218,6 +219,10 @@ def _rank(site: Site) -> tuple[int, int, bool]:
 def _affine_of(model: PreTrainedModel, step: Step) -> Affine:
     intervention, site = step.intervention, step.intervention.site
     _refuse_scope(step)
+    if isinstance(intervention, Attend):
+        raise NotFoldable(
+            f"{site} is scaled for some keys alone, and no weights tell which: keep it as a run-time intervention."
+        )
     if not isinstance(intervention, Linear):
         raise NotFoldable(f"A {intervention.kind} at {site} is not linear: keep it as a run-time intervention.")
     affine = intervention.affine(width_of(model, site))

@@ -1,4 +1,4 @@
-"""What is done at a site, or to a router's choice."""
+"""What is done at a site, to a router's choice, or to what heads attend to."""
 
 from probes.exports import exports
 

@@ -6,6 +6,7 @@ from .activation import Rotate as Rotate
 from .activation import Scale as Scale
 from .activation import Units as Units
 from .affine import Affine as Affine
+from .attention import Attend as Attend
 from .latents import SetLatents as SetLatents
 from .routing import Forbid as Forbid
 from .routing import Force as Force

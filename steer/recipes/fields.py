@@ -98,7 +98,7 @@ def _value(value: Any, name: str, hint: Any, field: Field[Any], where: str) -> A
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} has {name} {value!r}, which is no number.")
-    if hint is int:
+    if int in options:
         if not isinstance(value, int):
             raise ValueError(f"{where} has {name} {value!r}, which is no whole number.")
         return value

@@ -18,9 +18,7 @@ from probes.model.quantised import is_quantised
 from probes.tables import Brief, Shown, Table
 from probes.tensors import read_tensors, write_tensors
 from probes.texts import read_yaml
-from steer.interventions.activation import Intervention
-from steer.interventions.kinds import KINDS
-from steer.interventions.routing import RoutingEdit
+from steer.interventions.kinds import KINDS, Change
 from steer.recipes.fields import fields_of, names_of, read, tensor_names, tensors_of
 from steer.recipes.scope import Scope
 
@@ -40,7 +38,7 @@ class Step(Brief):
     thinking
     """
 
-    intervention: Intervention | RoutingEdit
+    intervention: Change
     scope: Scope = Scope()
 
 
@@ -66,7 +64,7 @@ class Recipe(Shown):
     def of(
         cls,
         model: PreTrainedModel,
-        interventions: Sequence[Intervention | RoutingEdit],
+        interventions: Sequence[Change],
         *,
         scope: str | Scope = "all",
         method: str = "",

@@ -8,17 +8,21 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.activations._interface import listening
 from probes.model.hooks import all_attached, hook_inputs, hook_site
 from probes.model.passes import named_edit
 from probes.model.routers import hook_router
 from probes.model.sites import Site
 from probes.rows import Rows
 from probes.thinking.phases import Clock
+from steer.interventions.attention import Attend
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
+from steer.runtime.attending import Attending, Reached
 from steer.runtime.edits import Edits, chained
 from steer.runtime.firelog import FireLog
 from steer.runtime.gates import Gate, precedes
+from steer.runtime.regions import Regions, place_of
 from steer.runtime.rerouting import Rerouting, Routed
 
 
@@ -62,6 +66,9 @@ def applied(
     steps = recipe.steps
     scopes = list(dict.fromkeys(step.scope for step in steps))
     needed = any(scope.phase != "all" or scope.condition is not None for scope in scopes)
+    attends = {number: step.intervention for number, step in enumerate(steps) if isinstance(step.intervention, Attend)}
+    regions = Regions([place_of(edit) for edit in attends.values()])
+    needed = needed or regions.needs_phases
     clock = Clock.of(model, needed=needed, markers=list(dict.fromkeys(s.markers for s in scopes if s.markers)))
     gates = {scope: Gate(scope, clock.markers) for scope in scopes}
     for step in steps:
@@ -72,12 +79,16 @@ def applied(
         for number, step in enumerate(steps)
         if isinstance(step.intervention, RoutingEdit)
     }
-    own = [routes[number][1] if number in routes else gates[step.scope] for number, step in enumerate(steps)]
+    heads = {number: (edit, Reached(gates[steps[number].scope])) for number, edit in attends.items()}
+    apart = routes | heads
+    own = [apart[number][1] if number in apart else gates[step.scope] for number, step in enumerate(steps)]
     log = FireLog(words, own, clock.knows_phases)
 
     def see(ids: Tensor, mask: Tensor | None, n_past: int, rows: Rows | None) -> None:
         phases = clock.advance(ids, mask, n_past, rows)
         log.begin(phases)
+        if attends:
+            regions.begin(phases)
         for gate in gates.values():
             gate.begin(phases, ids)
 
@@ -92,7 +103,10 @@ def applied(
         for layer in dict.fromkeys(edit.site.layer for edit, _ in routes.values()):
             routed = [(number, edit, gate) for number, (edit, gate) in routes.items() if edit.site.layer == layer]
             stack.enter_context(hook_router(model, layer, edit=Rerouting(model, layer, routed, log)))
-        order = sorted(set(range(len(steps))) - set(routes), key=lambda number: _place(steps[number]))
+        if attends:
+            attending = Attending([(number, *rest) for number, rest in heads.items()], regions, log)
+            stack.enter_context(listening(model, attending, layers=attending.layers))
+        order = sorted(set(range(len(steps))) - set(apart), key=lambda number: _place(steps[number]))
         at = {
             site: chained([edits.of(number, steps[number], gates[steps[number].scope]) for number in found])
             for site, found in groupby(order, key=lambda number: _site(steps[number]))

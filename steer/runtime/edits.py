@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from probes.model.architectures import device_at
 from steer.interventions.activation import Add, Intervention, placed
 from steer.interventions.affine import Linear, widened
-from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Step
 from steer.runtime.firelog import FireLog
 from steer.runtime.gates import Gate
@@ -42,7 +41,7 @@ class Edits:
 
     def of(self, number: int, step: Step, gate: Gate) -> Edit:
         """What a step does to the activation at its site, in the pass that the gate and the log are in."""
-        assert not isinstance(step.intervention, RoutingEdit)
+        assert isinstance(step.intervention, Intervention)
         intervention = placed(step.intervention, device_at(self.model, step.intervention.site.layer))
         if isinstance(intervention, Add):
             return self._adding(number, intervention, gate)

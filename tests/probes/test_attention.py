@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from probes import Site, attached, generate, load
 from probes.activations import Attended, SpanAttention, drop, filler_span, locate, span_attention
-from probes.activations import _attending as attending_file
+from probes.activations import _interface as interface
 from probes.activations._attending import Question, attending
 from probes.model import decode, encode_prompt, tokenizer_of
 
@@ -167,7 +167,7 @@ def outputs(model: PreTrainedModel, ids: torch.Tensor, read: bool) -> torch.Tens
 @pytest.mark.parametrize("fewest", [1, 2**20])
 def test_the_model_computes_what_it_did(family, fewest, monkeypatch):
     """Also where soft caps and sinks are computed a query or two at a time."""
-    monkeypatch.setattr(attending_file, "_FEWEST_SCORES", fewest)
+    monkeypatch.setattr(interface, "_FEWEST_SCORES", fewest)
     model = windowed(family, 5) if family in WINDOWED else build(family)
     ids = torch.tensor([ids_of(17, 5), ids_of(17, 6)])
     torch.testing.assert_close(outputs(model, ids, True), outputs(model, ids, False), rtol=1e-5, atol=1e-5)
@@ -177,7 +177,7 @@ def test_the_model_computes_what_it_did(family, fewest, monkeypatch):
 def test_chunks_change_nothing(family, monkeypatch):
     model = windowed(family, 5) if family in WINDOWED else build(family)
     whole = span_attention(model, ROWS)
-    monkeypatch.setattr(attending_file, "_FEWEST_SCORES", 1)
+    monkeypatch.setattr(interface, "_FEWEST_SCORES", 1)
     for a, b in zip(whole, span_attention(model, ROWS), strict=True):
         torch.testing.assert_close(a.mass, b.mass, rtol=1e-5, atol=1e-7)
 
@@ -205,13 +205,13 @@ def test_the_implementation_is_restored_even_after_an_error(family, former):
     assert model.config._attn_implementation == former
 
     def fail(_: torch.Tensor) -> None:
-        assert model.config._attn_implementation == attending_file.NAME
+        assert model.config._attn_implementation == interface.NAME
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"), attached(model, Site(1, "resid_pre"), fail):
         span_attention(model, ROWS)
     assert model.config._attn_implementation == former
-    assert attending_file._READER.get() is None
+    assert model not in interface._SESSIONS
     assert_agrees(model)
 
 
@@ -248,22 +248,28 @@ def test_a_family_that_attends_otherwise_is_refused(model_type, sentence):
     assert model.config._attn_implementation == former
 
 
+def hear(model: PreTrainedModel, layer: int, query, key, mask, **words) -> None:
+    """One call of a layer's attention, as in a pass."""
+    session = interface._SESSIONS[model]
+    session.layer, attention = layer, model.model.layers[layer].self_attn
+    session.attend(interface.Attention(attention, query, key, key, mask, words))
+
+
 def test_what_would_be_read_wrongly_is_refused():
-    model = build("llama")
-    questions = [Question(2, 5, 3, ((1,),))]
-    with attending(model, questions):
-        reader = attending_file._READER.get()
-        assert reader is not None
-        reader.layer, q = 1, torch.randn(1, 4, 5, 8)
+    model, q = build("llama"), torch.randn(1, 4, 5, 8)
+    k = q[:, :2]
+    with attending(model, [Question(2, 5, 3, ((1,),))]):
         with pytest.raises(ValueError, match="Layer 1 of this llama gives its attention indices, which changes who"):
-            reader.read(q, q, None, {"indices": torch.ones(1)}, True)
+            hear(model, 1, q, k, None, indices=torch.ones(1))
         with pytest.raises(ValueError, match="Layer 1 of this llama attends from 5 queries to 4 keys in 1 rows, for 1"):
-            reader.read(q, q[:, :, :4], None, {}, True)
-        with pytest.raises(ValueError, match="attends to what comes later, too. Attention is read of causal models"):
-            reader.read(q, q, None, {}, False)
-        reader.read(q, q, None, {}, True)
+            hear(model, 1, q, k[:, :, :4], None)
+        with pytest.raises(
+            ValueError, match="attends to what comes later, too. Only causal attention is read and scaled"
+        ):
+            hear(model, 1, q, k, None, is_causal=False)
+        hear(model, 1, q, k, None)
         with pytest.raises(ValueError, match="Layer 1 of this llama attends more than once in a pass"):
-            reader.read(q, q, None, {}, True)
+            hear(model, 1, q, k, None)
 
 
 def test_a_mask_that_is_added_counts_as_one_of_yes_and_no():
@@ -273,10 +279,7 @@ def test_a_mask_that_is_added_counts_as_one_of_yes_and_no():
     answers = []
     for mask in (seen, added):
         with attending(model, [Question(3, 6, 4, ((1, 2), (2,)))]) as found:
-            reader = attending_file._READER.get()
-            assert reader is not None
-            reader.layer = 0
-            reader.read(q, q[:, :2], mask[None, None], {}, True)
+            hear(model, 0, q, q[:, :2], mask[None, None])
         answers.append(found[0][0])
     torch.testing.assert_close(*answers)
     assert answers[0][:, 1].eq(0).all()
@@ -287,10 +290,7 @@ def test_each_row_is_read_under_its_own_mask():
     masks = torch.ones(2, 1, 6, 6).tril().bool()
     masks[0, ..., 1], masks[1, ..., 2] = False, False
     with attending(model, [Question(3, 6, 4, ((1,), (2,)))] * 2) as found:
-        reader = attending_file._READER.get()
-        assert reader is not None
-        reader.layer = 0
-        reader.read(q, q, masks, {}, True)
+        hear(model, 0, q, q[:, :2], masks)
     for at, answer in enumerate(found[0]):
         assert answer[0, at].eq(0).all()
         assert answer[0, 1 - at].gt(0).all()
@@ -389,7 +389,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_reading_makes_no_map_of_all_pairs(family, monkeypatch):
     """benchmarks/attention.py measures the memory of a process."""
-    monkeypatch.setattr(attending_file, "_FEWEST_SCORES", 1)
+    monkeypatch.setattr(interface, "_FEWEST_SCORES", 1)
     model, n = build(family), 600
     model.config.sliding_window = 4096
     row = Attended(ids_of(n + 1, 7), keys=(2, 3, 4), prompt=100, start=101, stop=n + 1)

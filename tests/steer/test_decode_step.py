@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from probes import Site, load
 from probes.model import encode_prompt, n_layers, tokenizer_of
 from probes.saes import SparseAutoencoder
-from steer import Ablate, Add, Clamp, Condition, Controller, Recipe, Rotate, Scope, SetLatents, applied
+from steer import Ablate, Add, Attend, Clamp, Condition, Controller, Recipe, Rotate, Scope, SetLatents, applied
 from steer.recipes import Schedule
 
 STEPS = 40  # more than one adding up of the log
@@ -108,6 +108,16 @@ def test_latents_are_set_in_a_few_and_nothing_waits(organism, activation, most):
     steered, waits = counted(organism, recipe)
     assert waits == []
     assert sorted(a - b for a, b in zip(steered, plain, strict=True))[STEPS // 2] <= 32 + most * n_layers(organism)
+
+
+@pytest.mark.parametrize("head", [None, 2])
+def test_attention_is_scaled_in_some_more_and_nothing_waits(organism, head):
+    """Half of them are the second attention, and the norms of what it changed."""
+    plain, _ = counted(organism)
+    edits = [Attend(Site(i, "pattern", head), 3.0, first=1, last=4) for i in range(n_layers(organism))]
+    steered, waits = counted(organism, Recipe.of(organism, edits, scope="thinking"))
+    assert waits == []
+    assert sorted(a - b for a, b in zip(steered, plain, strict=True))[STEPS // 2] <= 40 + 44 * n_layers(organism)
 
 
 @pytest.mark.parametrize("name", SCOPES)
