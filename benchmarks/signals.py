@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 
 from probes import Completion, Sampling, Site, generate, load
-from probes.activations import Trajectory, read_trajectories
+from probes.activations import read_trajectories
 from probes.directions import conformal_threshold, decided_at, fit_answer_probe, probe_scores
-from probes.evidence import auroc, calibration, read_signals, signal_table
+from probes.evidence import SIGNALS, auroc, calibration, read_signals, signal_table
 from probes.generation import Forced, by_problem, forced_answers
 from probes.model import n_layers
 from probes.tables import Table
@@ -54,6 +54,7 @@ HOW = {  # task, rules of steps, what an answer begins with, tokens a segment, c
 }
 SPLITS = {"probe": 1, "select": 1, "report": None}  # samples a problem; None: as many as asked for
 AT_ONCE, STEP = 100, 2
+LESS = {"cumulative": -1, "layer angle": -1}  # of which less should mean right
 RISKS = (0.05, 0.1, 0.2, 0.3)
 CHOICES = ("brevity", "log-probability", "margin", "net", "cumulative", "aligned")
 console = Console(width=180)
@@ -112,18 +113,27 @@ class Work:
 
     def signals(self) -> dict[str, np.ndarray]:
         """Of each report completion; and, after a few steps of its chain, net and cumulative change."""
-        path = self.store / "signals.json"
-        if not path.exists():
-            own = self.completions("report")
-            forced = [row[0] if row else None for row in self.at_end()]
-            found = read_signals(
-                self.model, own, segment=self.segment, rules=self.rules, holds=self.holds, forced=forced
-            )
-            chains: list[Trajectory] = read_trajectories(self.model, own, segment=self.segment)
-            for name, sign in (("net", 1), ("cumulative", -1)):
-                found[f"{name} after {STEP}"] = np.array([sign * chain.after(STEP)[name] for chain in chains])
-            path.write_text(json.dumps({name: values.tolist() for name, values in found.items()}))
-        return {name: np.array(values) for name, values in json.loads(path.read_text()).items()}
+        own, ends, path = self.completions("report"), self.at_end(), self.store / "signals.jsonl"
+        done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        with path.open("a") as file:
+            for start in range(len(done) * AT_ONCE, len(own), AT_ONCE):
+                part = slice(start, start + AT_ONCE)
+                done.append(self._read(own[part], [row[0] if row else None for row in ends[part]]))
+                file.write(json.dumps(done[-1]) + "\n")
+                file.flush()
+        return {name: np.array([value for part in done for value in part[name]]) for name in done[0]}
+
+    def _read(self, own: Sequence[Completion], forced: Sequence[Forced | None]) -> dict[str, list[float]]:
+        chains = read_trajectories(self.model, own, segment=self.segment)  # read once, for what is below as well
+        rest = [name for name in SIGNALS if name not in chains[0].scores()]
+        found = read_signals(
+            self.model, own, rest, segment=self.segment, rules=self.rules, holds=self.holds, forced=forced
+        )
+        for name in chains[0].scores():
+            found[name] = np.array([LESS.get(name, 1) * chain.scores()[name] for chain in chains])
+        for name in ("net", "cumulative"):
+            found[f"{name} after {STEP}"] = np.array([LESS.get(name, 1) * chain.after(STEP)[name] for chain in chains])
+        return {name: values.tolist() for name, values in found.items()}
 
 
 def text(work: Work) -> dict:
