@@ -1,4 +1,4 @@
-"""Answers that are forced, and confidences, are what a plain pass over the same ids says: in any batch, in any order."""
+"""Answers that are forced, and confidences, are what a plain pass over the same ids says, in any batch."""
 
 from dataclasses import replace
 
@@ -127,7 +127,7 @@ def test_an_answer_is_not_forced_where_nothing_is_thought(organism, completions)
     for stop in (span.text_start - 1, span.text_end + 1):
         with pytest.raises(
             ValueError,
-            match=rf"^An answer is forced within the thinking of '0', {span.text_start} to {span.text_end}, not at {stop}",
+            match=rf"within the thinking of '0', {span.text_start} to {span.text_end}, not at {stop}.",
         ):
             forced_answers(organism, [first], [[stop]])
     with pytest.raises(
@@ -136,8 +136,8 @@ def test_an_answer_is_not_forced_where_nothing_is_thought(organism, completions)
         forced_answers(organism, [replace(first, span=None)], [[9]])
     with pytest.raises(ValueError, match="zip"):
         forced_answers(organism, completions, [[]])
+    bare = load(build("llama"), tokenizer=build_tokenizer(("<pad>", "<bos>", "<eos>", "?"), template=None))
     with pytest.raises(ValueError, match="delimiters"):
-        bare = load(build("llama"), tokenizer=build_tokenizer(("<pad>", "<bos>", "<eos>", "?"), template=None))
         forced_answers(bare, [first], [[9]])
     assert Forced("x", 0, 1, "", first=0.0, second=0.0, entropy=0.0).perplexity == float("inf")
 

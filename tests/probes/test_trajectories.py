@@ -28,7 +28,7 @@ DELIMITERS = {
     "several tokens": Delimiters((6, 7), (8, 9, 8, 10), (5,), (1,)),
 }
 WORDS = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?", *(f"w{i}" for i in range(6, 11)), "Wait", "Well")
-FAMILIES = {"llama": "several tokens", "gemma2": "one token", "qwen3_moe": "several tokens", "gpt2": "one token"}
+FAMILIES = {"llama": "several tokens", "gemma2": "several tokens", "qwen3_moe": "one token", "gpt2": "several tokens"}
 
 
 class Babble(LogitsProcessor):
@@ -150,7 +150,7 @@ def test_of_any_family_it_is_the_formula_written_or_read_again_in_any_batch(fami
     for completion in babbled(model, tokens):
         alone += read_trajectories(model, [completion], segment=3)
         assert_is(alone[-1], by_hand(model, completion, 3))
-    assert max(chain.segments for chain in alone) > 1
+    assert max(chain.segments for chain in alone) > (3 if kind == "several tokens" else 0)
     for batch_size in (2, 64):
         with following(model, segment=3) as streamed:
             completions = babbled(model, tokens, batch_size=batch_size)
@@ -316,7 +316,7 @@ def test_hooks_are_gone_after_it_also_where_it_raises(organism):
     with following(organism):
         assert hooks() > before
     assert hooks() == before
-    with pytest.raises(ValueError, match="no list"), following(organism):
+    with pytest.raises(ValueError, match="give a list of prompts"), following(organism):
         generate(organism, "a 3")
     assert hooks() == before
 
