@@ -198,8 +198,8 @@ class Follower:
 
     def __init__(self, meter: Meter, clock: Clock, left: Left) -> None:
         self.meter, self.clock, self._left = meter, clock, left
-        nothing = meter.fresh(0), torch.zeros(0, dtype=torch.bool, device=meter.model.device)
-        self._memory: Remembered[tuple[Chains, Tensor]] = Remembered(nothing, self._leave)
+        none = torch.zeros(0, dtype=torch.bool, device=meter.model.device)
+        self._memory: Remembered[tuple[Chains, Tensor, Tensor]] = Remembered((meter.fresh(0), none, none), self._leave)
         self._open = False
 
     @property
@@ -213,7 +213,8 @@ class Follower:
         now = self.clock.advance(ids, mask, n_past, rows)
         if now.starts:
             fresh = self.meter.fresh(len(ids))
-            self._memory.begin(rows, (fresh, torch.zeros(len(ids), dtype=torch.bool, device=fresh.fill.device)))
+            no = torch.zeros(len(ids), dtype=torch.bool, device=fresh.fill.device)
+            self._memory.begin(rows, (fresh, no, no))
         else:
             self._memory.turn(rows)
         self.meter.begin(self._thought(now))
@@ -222,9 +223,9 @@ class Follower:
     def settle(self) -> None:
         """Take in the pass that is over."""
         if self._open:
-            chains, closed = self._memory.state
+            chains, opened, closed = self._memory.state
             chains = self.meter.taken(chains)
-            self._memory.state = _closed(chains, closed & (chains.fill > 0)), closed
+            self._memory.state = _closed(chains, closed & (chains.fill > 0)), opened, closed
             self._open = False
 
     def end(self) -> None:
@@ -233,17 +234,20 @@ class Follower:
         self._memory.begin(None, self._memory.state)
 
     def _thought(self, now: Phases) -> Bool[Tensor, "batch new"]:
-        """Tokens that the model wrote, from the end of the opening delimiter through the closing one."""
-        chains, closed = self._memory.state
-        answer = now.phase == 2
-        if now.starts:  # the prompt
-            self._memory.state = chains, answer[:, -1]
+        """Tokens that the model wrote, from the end of the first opening delimiter through the closing one after it."""
+        chains, opened, closed = self._memory.state
+        thinks, answer = now.phase == 1, now.phase == 2
+        if now.starts:  # the prompt; without a header, a block that is closed may be of an earlier turn
+            opened = thinks.any(1) if self.clock.delimiters.turn else thinks[:, -1]
+            self._memory.state = chains, opened, opened & answer[:, -1]
             return torch.zeros_like(answer)
-        over = answer.cumsum(1) + closed[:, None] - answer.long()  # before this token
-        self._memory.state = chains, closed | answer.any(1)
-        return ((now.phase == 1) | answer) & (over == 0)
+        within = opened[:, None] | (thinks.cumsum(1) > 0)
+        ends = answer & within
+        over = ends.cumsum(1) + closed[:, None] - ends.long()  # before this token
+        self._memory.state = chains, within[:, -1], closed | ends.any(1)
+        return within & now.real & (over == 0)
 
-    def _leave(self, numbers: Sequence[int], state: tuple[Chains, Tensor]) -> None:
+    def _leave(self, numbers: Sequence[int], state: tuple[Chains, Tensor, Tensor]) -> None:
         if len(state[1]):
             self._left(numbers or range(len(state[1])), self.meter.finished(state[0]))
 

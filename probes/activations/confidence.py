@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from jaxtyping import Float
@@ -73,7 +74,7 @@ def confidences(
         drawn = torch.tensor(completion.ids, device=log.device)
         entropy = -(log.exp() * log.clamp(min=torch.finfo(log.dtype).min)).sum(-1)
         span = completion.span
-        thought = (0, 0) if span is None else (max(span.start - begin, 0), span.end - begin)
+        thought = (0, 0) if span is None else (max(span.start - begin, 0), max(span.end - begin, 0))
         found[row] = Confidence(log.gather(1, drawn[:, None])[:, 0].cpu(), entropy.cpu(), thought)
     return [one for one in found if one is not None]
 
@@ -137,4 +138,4 @@ def _logits(
 
 def _shared(texts: Sequence[Sequence[int]]) -> list[int]:
     """The ids that all begin with."""
-    return [ids[0] for ids in zip(*texts, strict=False) if len(set(ids)) == 1] if len(texts) > 1 else []
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*texts, strict=False))]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from probes.activations._record import span_means
 from probes.directions._logistic import fit_logistic
 from probes.generation.completions import Completion
+from probes.model.architectures import width_of
 from probes.model.sites import Site
 from probes.tables import Brief
 from probes.thinking.spans import Span
@@ -81,7 +82,7 @@ def fit_answer_probe(
 
 def probe_scores(
     model: PreTrainedModel, probe: AnswerProbe, completions: Sequence[Completion], stops: Sequence[Sequence[int]]
-) -> list[Float[Tensor, " steps"]]:
+) -> list[Float[Tensor, " _"]]:
     """The log odds at the end of each step of each completion.
 
     >>> import torch
@@ -101,9 +102,8 @@ def step_states(
 ) -> Float[Tensor, "steps d_model"]:
     """The activation at the last token of each step, completion after completion."""
     spans = [Span(c.all_ids, stop - 1, stop) for c, own in zip(completions, stops, strict=True) for stop in own]
-    x = torch.zeros(len(spans), 0)
+    x = torch.zeros(len(spans), width_of(model, site))
     for batch in span_means(model, spans, [site], keep_sinks=True, label="steps"):
-        x = torch.zeros(len(spans), batch.means[site].shape[1]) if not x.shape[1] else x
         x[batch.rows] = batch.means[site].float().cpu()
     return x
 
@@ -119,7 +119,7 @@ def decided_at(answers: Sequence[str | None], own: str | None) -> list[bool]:
 
 
 def conformal_threshold(
-    scores: Sequence[Float[Tensor, " steps"]], decided: Sequence[Bool[Tensor, " steps"] | Sequence[bool]], risk: float
+    scores: Sequence[Float[Tensor, " _"]], decided: Sequence[Bool[Tensor, " _"] | Sequence[bool]], risk: float
 ) -> float:
     """The score above which a chain may be stopped, so that the chance that it is stopped before its answer is decided
     is at most `risk`.

@@ -100,6 +100,10 @@ class _Reading:
 
     def answers(self) -> dict[str, list[float]]:
         forced = self._forced() if self.forced is None else self.forced
+        if len(forced) != len(self.completions):
+            raise ValueError(
+                f"{len(forced)} forced answers came with {len(self.completions)} completions: give one each."
+            )
         none = float("nan")
         return {
             "margin": [none if one is None else one.margin for one in forced],

@@ -13,7 +13,13 @@ from probes.tables import Shown, Table
 Interval = tuple[float, float]
 ASK_CONFIDENCE = " After your answer, state how sure you are that it is right as 'Confidence: N%'."
 
-_STATED = re.compile(r"[Cc]onfidence[^\d\n]{0,20}(\d+(?:\.\d+)?)\s*(%|/\s*100|/\s*10\b)?")
+_STATED = re.compile(
+    r"\bconfidence(?:\s+(?:level|score|rating))?(?:\s+in\s+(?:this|that|my|the)\s+(?:final\s+)?(?:answer|solution|result))?"
+    r"(?:\s*\([^()\n]*\))?"  # a scale
+    r"(?:[\s:=*_`$~≈<>\"'\[{]|[-–—](?=\s)|\b(?:is|of|at|about|around|approximately|roughly)\b|\\boxed)*"
+    r"(\d+(?:[.,]\d+)?|\.\d+)\s*(?:(\\?%|per\s?cent)|(?:/|out\s+of)\s*(\d+(?:\.\d+)?))?",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ def calibration(
 
 
 def stated_confidence(text: str) -> float | None:
-    """The confidence that a text states in words, between 0 and 1: `Confidence: 85%`, `confidence is 0.85`.
+    """The confidence that a text states in words, between 0 and 1: `Confidence: 85%`, `confidence is 0.85`, `Confidence
+    (0-10): 8/10`.
 
     The last one counts; None where there is none. `ASK_CONFIDENCE` asks for it (after Zeng et al. 2025, Thinking Out
     Loud). A number above 1 without a unit is a percentage.
@@ -140,9 +147,10 @@ def stated_confidence(text: str) -> float | None:
     found = _STATED.findall(text)
     if not found:
         return None
-    number, unit = float(found[-1][0]), found[-1][1].replace(" ", "")
-    value = number / 10 if unit == "/10" else number / 100 if unit or number > 1 else number
-    return value if value <= 1 else None
+    stated, percent, most = found[-1]
+    number = float(stated.replace(",", "."))
+    of = float(most) if most else 100.0 if percent or number > 1 else 1.0
+    return number / of if number <= of and of else None
 
 
 def _binned(values: Float[np.ndarray, "draws n"], place: np.ndarray, bins: int) -> Float[np.ndarray, "draws bins"]:

@@ -92,7 +92,8 @@ def generate(
         done = {} if held is None else dict(held.rows)
         missing = sum((names[n], sample) not in done for n, sample in rows)
         with bar_of(len(rows), missing, label) as bar:
-            for group in _groups(model, rows, encoded, batch_size, sampling.max_new_tokens):
+            at_once = -(-batch_size * _ROUNDS // samples) * samples
+            for group in _groups(model, rows, encoded, at_once, sampling.max_new_tokens):
                 wanted = [Row(n * samples + i, names[n], i, tuple(encoded[n])) for n, i in group]
                 if all((row.name, row.sample) in done for row in wanted):
                     continue
@@ -109,12 +110,13 @@ def generate(
 
 
 def _groups(
-    model: PreTrainedModel, rows: list[tuple[int, int]], encoded: list[list[int]], size: int, new: int
+    model: PreTrainedModel, rows: list[tuple[int, int]], encoded: list[list[int]], at_once: int, new: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Rows that are written together, whatever is done already: what is lost to a kill is at most one of these."""
+    """Rows that are written together, whatever is done already: what is lost to a kill is at most one of these. Each
+    holds all samples of its prompts, which a decoding may compare."""
     for group in rope_groups(model, [len(encoded[n]) for n, _ in rows], new):
-        for start in range(0, len(group), size * _ROUNDS):
-            yield [rows[i] for i in group[start : start + size * _ROUNDS]]
+        for start in range(0, len(group), at_once):
+            yield [rows[i] for i in group[start : start + at_once]]
 
 
 class _Progress:

@@ -15,7 +15,13 @@ from probes.thinking._segments import Segment
 Verifier = Callable[[list[str]], str | None]  # the answer that the last of some thoughts comes to, or None
 Holds = Callable[[list[str]], bool | None]  # is the last of some thoughts true? None where it states nothing to check
 
-_EQUATION = re.compile(r"(-?\d+(?:\.\d+)?)\s*([-+*/×÷])\s*(-?\d+(?:\.\d+)?)\s*=\s*(-?\d+(?:\.\d+)?)")
+_NUMBER = r"(-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?)"
+_EQUATION = re.compile(
+    rf"(?<![\w.,]){_NUMBER}\s*([-+*/×÷])\s*{_NUMBER}\s*=\s*{_NUMBER}(?![\w^]|[.,]\d|\s*[-+*/×÷]\s*[\d(])"
+)
+# What stands before a part of a longer expression, on its line; and before a minus that is no sign.
+_GOES_ON = re.compile(r"(?:[\w)\]}][^\S\n]*[-+*/×÷·^]|\\(?:times|cdot|div)|\d[^\S\n]*x)[^\S\n]*$")
+_OPERAND = re.compile(r"[\d)\]}][^\S\n]*$")
 
 
 @dataclass(frozen=True)
@@ -100,13 +106,15 @@ def thought_texts(
 def equations_hold(thoughts: Sequence[str]) -> bool | None:
     """Are all equations of the last thought true, such as `12 + 30 = 42`? None where it has none.
 
-    Two numbers, one of + - * / × ÷, and what comes out.
+    Two numbers, one of + - * / × ÷, and what comes out, of a division also rounded or cut off. Parts of a longer
+    expression, such as of `1 + 2 + 3 = 6`, are not checked.
 
     >>> from probes.thinking import equations_hold
     >>> equations_hold(["3 * 4 = 12. 30 + 12 = 43."]), equations_hold(["30 + 12 = 42"]), equations_hold(["Hmm."])
     (False, True, None)
     """
-    checked = [_holds(*match) for match in _EQUATION.findall(thoughts[-1])]
+    text = thoughts[-1].replace("−", "-")
+    checked = [_holds(*match.groups()) for match in _EQUATION.finditer(text) if _is_whole(text[: match.start()], match)]
     return all(checked) if checked else None
 
 
@@ -130,8 +138,13 @@ def _right(answer: str | None, is_right: Callable[[str], bool]) -> bool:
     return answer is not None and is_right(answer)
 
 
+def _is_whole(before: str, match: re.Match[str]) -> bool:
+    """Is the equation no part of a longer expression that began before it?"""
+    return _GOES_ON.search(before) is None and not (match[1].startswith("-") and _OPERAND.search(before))
+
+
 def _holds(left: str, sign: str, right: str, result: str) -> bool:
-    a, b, c = float(left), float(right), float(result)
+    a, b, c = (float(number.replace(",", "")) for number in (left, right, result))
     match sign:
         case "+":
             value = a + b
@@ -140,5 +153,7 @@ def _holds(left: str, sign: str, right: str, result: str) -> bool:
         case "*" | "×":
             value = a * b
         case _:
-            value = a / b if b else math.nan
+            value, decimals = a / b if b else math.nan, len(result.partition(".")[2])
+            if b and decimals and c in (round(value, decimals), math.trunc(value * 10**decimals) / 10**decimals):
+                return True
     return math.isclose(value, c, rel_tol=1e-6, abs_tol=1e-9)

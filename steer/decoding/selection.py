@@ -99,7 +99,7 @@ class Samples(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pick(Brief):
-    """Which sample stands for each problem (-1: none), whether it is right, how many samples were drawn, and how many
+    """Which sample stands for each problem, whether it is right, how many samples were drawn, and how many
     tokens were generated in all.
 
     >>> import numpy as np
@@ -215,7 +215,10 @@ def combined(train: Samples, names: Sequence[str]) -> Callable[[Samples], Float[
     array([[-1.,  1.]])
     """
     values = np.stack([train.signal(name) for name in names]).reshape(len(names), -1)
-    mean, deviation = np.nanmean(values, 1), np.nanstd(values, 1)
+    known = ~np.isnan(values)
+    n = known.sum(1).clip(min=1)
+    mean = np.where(known, values, 0.0).sum(1) / n
+    deviation = np.sqrt((np.where(known, values - mean[:, None], 0.0) ** 2).sum(1) / n)
     scale, right = np.where(deviation > 0, deviation, 1.0), train.correct.reshape(-1).astype(float)
     z = np.nan_to_num((values - mean[:, None]) / scale[:, None])
     spread = z.std(1) * right.std()
