@@ -287,12 +287,12 @@ def test_each_signal_is_its_own_reading_and_more_of_it_should_mean_right(organis
         "answer perplexity": [nan if f is None else -f.perplexity for f in forced],
         "log-probability": [c.log_probability for c in tokens],
         "entropy": [-c.entropy for c in tokens],
-        "length": [-c.thinking_tokens for c in completions],
+        "brevity": [-c.thinking_tokens for c in completions],
     }
     assert set(found) == {*wanted, "failed steps"}
     for name, values in wanted.items():
         np.testing.assert_allclose(found[name], np.array(values, dtype=float), rtol=1e-4, atol=1e-5, err_msg=name)
-        assert name == "length" or np.isnan(found[name][-1])
+        assert name == "brevity" or np.isnan(found[name][-1])
     assert -1 <= np.nanmin(found["failed steps"]) < np.nanmax(found["failed steps"]) <= 0
     given = read_signals(organism, completions, ["margin"], forced=[None, *forced[1:]])["margin"]
     assert np.isnan(given[[0, -1]]).all()
@@ -301,8 +301,8 @@ def test_each_signal_is_its_own_reading_and_more_of_it_should_mean_right(organis
 
 def test_signals_that_cannot_be_read_are_refused(organism, completions):
     with pytest.raises(ValueError, match=r"The signal 'net' is read off a model: name the one that wrote"):
-        read_signals(None, completions, ["length", "net"])
-    assert read_signals(None, completions, ["length"])["length"][-1] == 0
+        read_signals(None, completions, ["brevity", "net"])
+    assert read_signals(None, completions, ["brevity"])["brevity"][-1] == 0
     with pytest.raises(ValueError, match=r"^Failed steps are told by a check of each step: give holds=\.\.\., such as"):
         read_signals(organism, completions, ["failed steps"])
     with pytest.raises((ValueError, TypeError), match="luck"):
