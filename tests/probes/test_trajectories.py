@@ -175,6 +175,16 @@ def test_whatever_the_model_opens_and_closes_what_is_streamed_is_what_is_read_ag
         assert_same(streamed[row], chain, rtol=1e-4, atol=1e-4)
 
 
+def test_what_fills_a_row_that_ended_in_its_thinking_is_no_thought():
+    """In a batch of many, rows that have ended stay until a share of it has."""
+    model, tokens = babbler("llama", "several tokens")
+    with following(model, segment=2) as streamed:
+        completions = babbled(model, tokens, samples=16, new=16)
+    assert sum(c.stop == "eos" and not c.span.closed for c in completions) > 5
+    for row, chain in enumerate(read_trajectories(model, completions, segment=2)):
+        assert_same(streamed[row], chain, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("batch_size", "control"), [(1, None), (3, None), (3, Budget(6)), (64, Budget(9, 1))])
 def test_followed_while_it_is_written_a_chain_is_what_it_is_read_again(organism, batch_size, control):
     decoding = None if control is None else Controlled(organism, control)
