@@ -89,6 +89,15 @@ def test_a_command_ends_in_one_object(facts, words):
     assert facts(words)
 
 
+def test_samples_are_chosen_from_a_store(facts, folder):
+    facts("generate organism -n 30 --samples 3 --temperature 1 -o samples.jsonl")
+    found = facts("select samples.jsonl --by margin --by brevity --model organism -o chosen.jsonl")
+    assert found["first sample"]["drawn"] == 1
+    assert found["best by margin"]["tokens"] == found["majority"]["tokens"]
+    assert found["best by margin"]["accuracy"] > found["best by brevity"]["accuracy"]
+    assert len((folder / "chosen.jsonl").read_text().splitlines()) == 30
+
+
 def test_training_ends_in_one_object(facts, monkeypatch):
     monkeypatch.setattr(training.steer.training, "train", lambda output, **_: output.mkdir())
     monkeypatch.setattr(training.steer.training, "train_donor", lambda _, output, **__: output.mkdir(parents=True))

@@ -62,6 +62,12 @@ nonsense                                              | No such command 'nonsens
 --nonsense                                            | No such option: --nonsense
 generate                                              | Missing argument 'model'
 generate organism                                     | Missing option '--output'
+select missing.jsonl                                  | missing.jsonl
+select empty.jsonl                                    | answers none of the first 1000 problems of chains
+select empty.jsonl --by lenght                        | --by 'lenght' is no signal. Known: net, cumulative
+select empty.jsonl --by net                           | name the one that wrote the completions, --model.
+select empty.jsonl --by 'failed steps'                | needs a check of each step
+select empty.jsonl -o text.txt                        | text.txt exists. Name another file.
 generate organism -o new -n 0                         | '--n' / '-n': it must be at least 1.
 generate organism -o new -n -5                        | '--n' / '-n': it must be at least 1.
 generate organism -o new -n many                      | '--n' / '-n': it must be a whole number.

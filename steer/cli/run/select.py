@@ -54,13 +54,12 @@ def select_(
 ) -> None:
     """Majority vote, and by each signal the best of n, a weighted vote, and the first sample that is good enough, all
     on the same completions: how often they are right, and what they cost. What is fitted is cross-validated."""
-    names = by or ["brevity"]
-    if unknown := [name for name in names if name not in BY]:
+    wanted = by or ["brevity"]
+    if unknown := [name for name in wanted if name not in BY]:
         raise typer.BadParameter(f"--by {unknown[0]!r} is no signal. Known: {', '.join(BY)}.")
-    if "failed steps" in names:
-        raise typer.BadParameter(
-            "--by 'failed steps' needs a check of each step: read_signals(..., holds=...) takes one."
-        )
+    if "failed steps" in wanted:
+        raise typer.BadParameter("--by 'failed steps' needs a check of each step, which read_signals takes.")
+    names = [name for word in wanted for name in BY if name == word]
     if model is None and set(names) - set(probes.evidence.NEEDS_NO_MODEL):
         raise typer.BadParameter(
             "These signals are read off a model: name the one that wrote the completions, --model."
@@ -75,8 +74,7 @@ def select_(
             f"{store} answers none of the first {n} problems of {source.name} in split {split!r}, seed {seed}: give "
             "the task, split and seed that it was made with."
         )
-    wanted = {p.id for p in problems}
-    rows = [c for c in rows if c.id in wanted]
+    rows = [c for c in rows if c.id in {p.id for p in problems}]
     loaded = None if model is None else model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     signals = probes.evidence.read_signals(loaded, rows, names, segment=segment, suffix=suffix)
     samples = steer.decoding.Samples.of(
