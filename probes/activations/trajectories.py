@@ -70,7 +70,7 @@ def following(model: PreTrainedModel, *, segment: int = SEGMENT, steps: int = 16
 
     Gives a dict that fills as rows end: the trajectory of each by its place in what `generate` returns. Rows that a
     store had were not written, and are not in it. Of the steps the first `steps` are kept. Raises ValueError where the
-    model has no thinking delimiters.
+    model has no thinking delimiters, or writes without a cache.
 
     >>> from probes import generate, load
     >>> from probes.activations import following
@@ -81,6 +81,7 @@ def following(model: PreTrainedModel, *, segment: int = SEGMENT, steps: int = 16
     {1: 1, 0: 4}
     """
     _check(segment)
+    check_cached(model)
     meter, found = Meter(model, segment, steps), dict[int, Trajectory]()
     follower = Follower(meter, Clock.of(model), lambda numbers, chains: found.update(zip(numbers, chains, strict=True)))
     with hook_inputs(model, follower.see), meter.listening():
@@ -94,6 +95,16 @@ def thinking_bounds(completion: Completion) -> tuple[int, int]:
     if span is None:
         return 0, 0
     return max(len(completion.prompt_ids), span.first), min(span.end, len(completion.all_ids) - 1)
+
+
+def check_cached(model: PreTrainedModel) -> None:
+    """Raise ValueError where every pass of a run begins anew, so that chains cannot be followed."""
+    config = model.generation_config
+    if config is not None and config.use_cache is False:
+        raise ValueError(
+            "Chains are followed from pass to pass, but this model writes without a cache: set "
+            "generation_config.use_cache, or read the completions again with read_trajectories."
+        )
 
 
 def _steps(completions: Sequence[Completion], segment: int) -> int:

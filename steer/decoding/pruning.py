@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from probes.activations._meter import Follower, Meter, Trajectory
-from probes.activations.trajectories import SEGMENT, read_trajectories
+from probes.activations.trajectories import SEGMENT, check_cached, read_trajectories
 from probes.generation.completions import Completion
 from probes.generation.sampling import CUT
 from probes.model.hooks import hook_inputs
@@ -31,9 +31,9 @@ class Prune:
 
     It is decided when all samples of a prompt have come to step `step`, which takes `step` + 1 segments of thinking, or
     have ended; a chain that ended before is not chosen, unless all did. What is pruned leaves batch and cache, and
-    counts as truncated. Give `generate` as many samples; raises ValueError in a run where it has others. The paper
-    fits a forest to both changes at step 4: fit what `probes.activations.Trajectory.after` gives, to choose by it among
-    chains that are there.
+    counts as truncated. Give `generate` as many samples; raises ValueError in a run where it has others, or no cache.
+    The paper fits a forest to both changes at step 4: fit what `probes.activations.Trajectory.after` gives, to choose
+    by it among chains that are there.
 
     >>> from probes import Sampling, generate, load
     >>> from steer.decoding import Controlled, Prune, selected
@@ -92,6 +92,7 @@ class _Pruning(LogitsProcessor):
     """Of each row of the run, by its number: what its chain was worth, and whether that is known."""
 
     def __init__(self, control: Prune, model: PreTrainedModel, rows: DecodingState) -> None:
+        check_cached(model)
         self.control, self.model, self.rows = control, model, rows
         self.meter = Meter(model, control.segment, control.step)
         self.follower = Follower(self.meter, Clock.of(model), _forget)

@@ -331,7 +331,7 @@ def test_hooks_are_gone_after_it_also_where_it_raises(organism):
     assert hooks() == before
 
 
-def test_what_cannot_be_followed_is_refused(organism, completions):
+def test_what_cannot_be_followed_is_refused(organism, completions, monkeypatch):
     with pytest.raises(
         ValueError, match=r"^A segment of 0 tokens holds nothing: give 1 or more\. The paper's is 500\.$"
     ):
@@ -342,6 +342,14 @@ def test_what_cannot_be_followed_is_refused(organism, completions):
     with pytest.raises(ValueError, match="delimiters"), following(plain):
         pass
     assert read_trajectories(organism, []) == []
+    monkeypatch.setattr(organism.generation_config, "use_cache", False)
+    with (
+        pytest.raises(
+            ValueError, match=r"^Chains are followed from pass to pass, but this model writes without a cache"
+        ),
+        following(organism),
+    ):
+        pass
     assert trajectories_file.SEGMENT == 500
     (chain,) = read_trajectories(organism, completions[:1], segment=3)
     with pytest.raises((ValueError, TypeError), match="code"):

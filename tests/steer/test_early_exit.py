@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from families import build, build_tokenizer
 from scipy.optimize import minimize
 
 from probes import Sampling, Site, generate, load
@@ -14,6 +15,7 @@ from probes.directions import AnswerProbe, conformal_threshold, decided_at, fit_
 from probes.directions._logistic import fit_logistic
 from probes.directions.answer_probe import step_states
 from probes.model import tokenizer_of
+from probes.model.delimiters import Delimiters
 from probes.model.hooks import hook_inputs
 from probes.thinking import RULES, Rules, segments
 from steer.decoding import Budget, Controlled, EarlyExit, EntropyExit, Prune, Together, selected
@@ -222,6 +224,38 @@ def test_in_a_batch_and_resumed_out_of_a_store_exits_are_the_same(organism, prob
     write(organism, control, prompts=PROMPTS[:3], ids=ids[:3], store=path)
     again = write(organism, control, ids=ids, store=path)
     assert [(c.ids, c.events) for c in again] == [(c.ids, c.events) for c in whole]
+
+
+def test_an_exit_is_the_same_without_a_cache_and_never_before_the_first_thought(organism, plain, probe, monkeypatch):
+    stops = [ends_of(organism, c) for c in plain]
+    threshold = float(torch.cat(probe_scores(organism, probe, plain, stops)).quantile(0.6))
+    control, some = EarlyExit(probe, threshold, "organism"), {"prompts": PROMPTS[:2], "samples": 2}
+    cached = write(organism, control, **some)
+    with monkeypatch.context() as own:
+        own.setattr(organism.generation_config, "use_cache", False)
+        assert [c.ids for c in write(organism, control, **some)] == [c.ids for c in cached]
+        with pytest.raises(ValueError, match=r"^Chains are followed from pass to pass, but this model writes without"):
+            write(organism, Prune(2, 1, 3), **some)
+    begun = (3, 56, 6, 48)  # <think> Okay a =3
+    for c in write(organism, EarlyExit(probe, -math.inf, "organism"), prefill=begun, **some):
+        stops = ends_of(organism, c)
+        assert not stops or c.span.text_end == stops[0] > len(c.prompt_ids)
+
+
+def test_an_exit_writes_the_whole_of_a_delimiter_of_several_tokens(probe, monkeypatch):
+    delimiters = Delimiters((6, 7), (8, 9, 8, 10), (5,), (1,))
+    words = ("<pad>", "<bos>", "<eos>", "<think>", "</think>", "?", *(f"w{i}" for i in range(6, 11)), "Wait", "Well")
+    model = load(build("llama"), tokenizer=build_tokenizer(words), delimiters=delimiters)
+    monkeypatch.setitem(RULES, "well", Rules("well", after=tuple(f"w{i}" for i in range(20, 97))))
+    control, fired = EarlyExit(replace(probe, vector=torch.zeros(32)), -1.0, "well"), 0
+    for c in write(model, control, prompts=["w20", "w21 w22"], prefill=delimiters.open):
+        first = next((at for at in range(c.span.text_start, len(c.all_ids)) if c.all_ids[at] >= 20), None)
+        if first is None:
+            continue
+        fired += 1
+        assert c.all_ids[first + 1 : first + 5] == delimiters.close
+        assert (c.span.text_end, c.span.closed) == (first + 1, True)
+    assert fired > 2
 
 
 def test_the_hook_is_gone_after_a_run_also_where_it_raises(organism, probe):
