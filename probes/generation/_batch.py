@@ -13,32 +13,15 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from probes.generation.caches import begun, is_movable, rearranged, widened
-from probes.generation.sampling import Decoding, DecodingRun, Event, ListeningRun, Sampling, TurningRun, row_key
+from probes.generation.engine import Row, Written
+from probes.generation.sampling import Decoding, DecodingRun, ListeningRun, Sampling, TurningRun, row_key
 from probes.generation.settings import NumbersOnly, counts_steps
 from probes.model.loading import tokenizer_of
 from probes.model.passes import holding
+from probes.model.positions import passes_rope_limit
 from probes.rows import Rows
 
 SHARE = 8  # of a batch: that many have ended, or fewer, before its rows move together, which costs about a step
-
-
-@dataclass(frozen=True)
-class Row:
-    """A sample of a prompt that is to be written: its number in the run, its name, its prompt."""
-
-    number: int
-    name: str
-    sample: int
-    prompt: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A row with its new tokens, those after its end included, and what a decoding did to it."""
-
-    row: Row
-    ids: list[int]
-    events: tuple[Event, ...]
 
 
 @dataclass(eq=False)
@@ -56,33 +39,42 @@ class _Part:
         return self.ids.shape[1]
 
 
-def write(
-    model: PreTrainedModel,
-    rows: Sequence[Row],
-    size: int,
-    sampling: Sampling,
-    decoding: Decoding | None,
-    *,
-    together: bool,
-    name: object,
-) -> Iterator[list[Written]]:
-    """The rows written, at most `size` at a time, as they end. `name` is the run's.
+class Transformers:
+    """Our own batches over transformers, with whatever is hooked to the model."""
 
-    Which rows are side by side at which step follows from the rows alone, so that they come out the same to the bit
-    when they are written again. Where rows have to be `together` from their first token on, nobody joins; nor where
-    settings count a batch's steps, or the decoding or the model's cache cannot follow: then a batch is written to its
-    end, and the next begins.
-    """
-    waiting = deque(rows)
-    while waiting:
-        with ExitStack() as listening:
-            batch = _Batch(model, sampling, decoding, name, listening)
-            batch.open([waiting.popleft() for _ in range(min(size, len(waiting)))])
-            joins = not together and batch.turns and not counts_steps(model)
-            while batch.part is not None:
-                batch.run_on(size if waiting and joins else 0)
-                new = size - batch.live if joins else 0
-                yield batch.turn([waiting.popleft() for _ in range(min(new, len(waiting)))], trim=joins)
+    name = "transformers"
+
+    def check(self, model: PreTrainedModel, sampling: Sampling, decoding: Decoding | None) -> None:
+        """It writes whatever it is asked."""
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        sampling: Sampling,
+        decoding: Decoding | None,
+        *,
+        batch_size: int,
+        run: object,
+    ) -> Iterator[list[Written]]:
+        """The rows as they end, at most `batch_size` side by side.
+
+        Which rows are side by side at which step follows from the rows alone, so that they come out the same to the bit
+        when they are written again. Where rows have to be together from their first token on, nobody joins; nor where
+        settings count a batch's steps, or the decoding or the model's cache cannot follow: then a batch is written to
+        its end, and the next begins.
+        """
+        together = passes_rope_limit(model, max(len(row.prompt) for row in rows) + sampling.max_new_tokens)
+        waiting = deque(rows)
+        while waiting:
+            with ExitStack() as listening:
+                batch = _Batch(model, sampling, decoding, run, listening)
+                batch.open([waiting.popleft() for _ in range(min(batch_size, len(waiting)))])
+                joins = not together and batch.turns and not counts_steps(model)
+                while batch.part is not None:
+                    batch.run_on(batch_size if waiting and joins else 0)
+                    new = batch_size - batch.live if joins else 0
+                    yield batch.turn([waiting.popleft() for _ in range(min(new, len(waiting)))], trim=joins)
 
 
 class _Batch:

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from probes.generation._batch import Row, Written, end_ids, write
+from probes.generation._batch import Transformers, end_ids
 from probes.generation._progress import bar_of
 from probes.generation.completions import Completion
+from probes.generation.engine import Engine, Row, Written
 from probes.generation.sampling import CUT, Decoding, Sampling
 from probes.generation.settings import one_draw_a_token
 from probes.generation.store import Store
 from probes.model.delimiters import read_turn
 from probes.model.loading import delimiters_if_any, origin_of, tokenizer_of
-from probes.model.positions import check_room, passes_rope_limit, rope_groups
+from probes.model.positions import check_room, rope_groups
 from probes.model.tokens import Prompt, Template, check_prompts, decode, encode_prompt
 from probes.words import checked
 
@@ -40,6 +41,7 @@ def generate(
     prefill: Sequence[int] = (),
     decoding: Decoding | None = None,
     store: Path | None = None,
+    engine: Engine | None = None,
     judge: Callable[[Completion], bool] | None = None,
     label: str = "generating",
 ) -> list[Completion]:
@@ -51,10 +53,11 @@ def generate(
     the model. At most `batch_size` rows are written side by side: those that have ended leave, and others take their
     places. With `store`, what has ended is appended to that JSONL file, what it already holds is not generated again,
     and in the end it is in the order of the prompts: a run that was killed and started again ends with the same bytes.
-    Randomness belongs to prompt and sample number, so batch size and order change nothing but speed. The progress
-    bar shows tokens a second, and with `judge` the share of new completions that it calls right. Raises ValueError
-    where `ids` do not name the prompts one by one, `prompts` are no list, `store` holds another model's completions, a
-    prompt is longer than the model's positions, or its scores are not numbers.
+    Randomness belongs to prompt and sample number, so batch size and order change nothing but speed. `engine` writes in
+    place of transformers. The progress bar shows tokens a second, and with `judge` the share of new completions that it
+    calls right. Raises ValueError where `ids` do not name the prompts one by one, `prompts` are no list, `store` holds
+    another model's completions, a prompt is longer than the model's positions, its scores are not numbers, or the
+    engine cannot write so.
 
     >>> from probes import Sampling, generate, load
     >>> model = load("organism")
@@ -78,15 +81,16 @@ def generate(
     encoded = [[*encode_prompt(tokenizer, prompt, template=template), *prefill] for prompt in prompts]
     check_room(model, max(map(len, encoded), default=0), sampling.max_new_tokens)
     name = "" if decoding is None else decoding.name
+    engine = Transformers() if engine is None else engine
+    engine.check(model, sampling, decoding)
     rows = sorted(
         ((n, sample) for n in range(len(prompts)) for sample in range(samples)), key=lambda row: -len(encoded[row[0]])
     )
     keep = (
         nullcontext()
         if store is None
-        else Store.opened(Path(store), model, dict(zip(names, encoded, strict=True)), sampling, name)
+        else Store.opened(Path(store), model, dict(zip(names, encoded, strict=True)), sampling, name, engine.name)
     )
-    together = passes_rope_limit(model, max(map(len, encoded), default=0) + sampling.max_new_tokens)
     progress, ends, run = _Progress(judge), end_ids(model), object()
     with keep as held, one_draw_a_token(model):
         done = {} if held is None else dict(held.rows)
@@ -97,7 +101,7 @@ def generate(
                 wanted = [Row(n * samples + i, names[n], i, tuple(encoded[n])) for n, i in group]
                 if all((row.name, row.sample) in done for row in wanted):
                     continue
-                for written in write(model, wanted, batch_size, sampling, decoding, together=together, name=run):
+                for written in engine.write(model, wanted, sampling, decoding, batch_size=batch_size, run=run):
                     new = [_read(model, row, sampling, name, set(ends)) for row in written]
                     if new := [c for c in new if (c.id, c.sample) not in done]:
                         new = new if held is None else held.add(new)

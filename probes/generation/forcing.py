@@ -10,11 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from probes.generation._batch import Row, end_ids, write
+from probes.generation._batch import Transformers, end_ids
 from probes.generation.completions import Completion
+from probes.generation.engine import Row
 from probes.generation.sampling import Event, Sampling
 from probes.model.loading import delimiters_of, tokenizer_of
-from probes.model.positions import check_room, passes_rope_limit
+from probes.model.positions import check_room
 from probes.model.tokens import decode, words_ids
 from probes.rows import Rows
 from probes.tables import Brief
@@ -88,11 +89,10 @@ def forced_answers(
     longest = max((len(row.prompt) for row in rows), default=0)
     check_room(model, longest, max_new_tokens)
     sampling, firsts = Sampling(temperature=0, top_p=1.0, max_new_tokens=max_new_tokens), _Firsts()
-    together = passes_rope_limit(model, longest + max_new_tokens)
-    found: dict[int, Forced] = {}
+    found, write = dict[int, Forced](), Transformers().write
     ordered = sorted(rows, key=lambda row: -len(row.prompt))
     with tqdm(total=len(rows), desc=label, unit="answer", delay=2, leave=False) as bar:
-        for part in write(model, ordered, batch_size, sampling, firsts, together=together, name=object()):
+        for part in write(model, ordered, sampling, firsts, batch_size=batch_size, run=object()) if ordered else ():
             for written in part:
                 completion, stop = owners[written.row.number]
                 answer = decode(tokenizer_of(model), _ended(written.ids, end_ids(model)))

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 
 from probes.files import printable, reading
+from probes.generation._batch import Transformers
 from probes.generation.completions import Completion, order_completions, read_completions, write_completions
 from probes.generation.sampling import Sampling
 from probes.generation.settings import honoured
@@ -45,11 +46,12 @@ class Store:
         prompts: Mapping[str, Sequence[int]],
         sampling: Sampling,
         decoding: str,
+        engine: str,
     ) -> "Iterator[Store]":
         """The store, for this process alone. Raises ValueError where another process has it open, where the file is no
         store, and where what it holds is another's."""
         path = Path(path)
-        writer = writer_of(model)
+        writer = writer_of(model, engine)
         with _alone(path):
             with reading(path, "store of completions"):
                 held = read_completions(path) if path.exists() else []
@@ -70,8 +72,9 @@ class Store:
             order_completions(self.path, [self.rows[key] for key in keys])
 
 
-def writer_of(model: PreTrainedModel) -> str:
-    """A checksum of the weights, of the recipes that are applied to the model now, and of what else changes its scores.
+def writer_of(model: PreTrainedModel, engine: str = Transformers.name) -> str:
+    """A checksum of the weights, of the recipes that are applied to the model now, and of what else changes its scores,
+    another engine than transformers among it.
 
     Raises ValueError where a hook edits the model that has no name: what it does cannot be told from anything else.
     """
@@ -83,6 +86,7 @@ def writer_of(model: PreTrainedModel) -> str:
         )
     own, settings = fingerprint(model), honoured(model)
     words = [own, *map(str, edits), *([repr(sorted(settings.items()))] if settings else [])]
+    words += [] if engine == Transformers.name else [engine]
     return own if words == [own] else sha256(" ".join(words).encode()).hexdigest()[:16]
 
 

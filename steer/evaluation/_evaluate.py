@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from probes.generation._generate import generate
 from probes.generation.completions import Completion
+from probes.generation.engine import Engine
 from probes.generation.sampling import Sampling
 from probes.model.loading import fingerprint
 from probes.words import checked
@@ -56,6 +57,7 @@ def evaluate(
     samples: int = 1,
     batch_size: int = 64,
     store: Path | None = None,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Run every arm on the same problems, and the `baseline`, which is called `plain` and is compared with.
 
@@ -65,7 +67,8 @@ def evaluate(
     problems out among them.
 
     All arms draw with the same noise per problem and sample, so that they are compared in pairs. With `store`, a
-    folder, completions are kept there, a file for each draw, and what it holds is not generated again. Raises
+    folder, completions are kept there, a file for each draw, and what it holds is not generated again. `engine` writes
+    in place of transformers (`probes.engines.Engine`), as far as it can do what an arm asks. Raises
     ValueError for an arm without draws, and for one with the baseline's name; and `NeverFired` for a recipe that
     touched no token of what was generated with it.
 
@@ -83,7 +86,9 @@ def evaluate(
     if empty := [name for name, arm in arms.items() if not _draws(arm)]:
         raise ValueError(f"The arm {empty[0]!r} is an empty list: it has no draw to pool.")
 
-    attempt = partial(solve_with, model, task, sampling=sampling, samples=samples, batch_size=batch_size, store=store)
+    attempt = partial(
+        solve_with, model, task, sampling=sampling, samples=samples, batch_size=batch_size, store=store, engine=engine
+    )
     outcomes = {PLAIN: Outcomes.of(attempt(PLAIN, baseline, problems), problems, task)}
     for name, arm in arms.items():
         draws = _draws(arm)
@@ -107,6 +112,7 @@ def solve_with(
     samples: int,
     batch_size: int,
     store: Path | None,
+    engine: Engine | None = None,
 ) -> Sequence[Completion]:
     """The problems under one draw; completions made elsewhere are what they are."""
     if not (draw is None or isinstance(draw, Recipe | PreTrainedModel | DecodingControl | PromptStyle)):
@@ -122,6 +128,7 @@ def solve_with(
             control=draw if isinstance(draw, DecodingControl) else None,
             style=draw if isinstance(draw, PromptStyle) else PromptStyle(),
             store=within(store, _file_of(name, subject, draw)),
+            engine=engine,
             grader=task.grader,
             label=name,
         )
@@ -138,6 +145,7 @@ def solve(
     control: DecodingControl | None = None,
     style: PromptStyle = PromptStyle(),  # noqa: B008
     store: Path | None = None,
+    engine: Engine | None = None,
     grader: Grader | None = None,
     label: str = "solving",
 ) -> list[Completion]:
@@ -169,6 +177,7 @@ def solve(
         prefill=style.prefill(model),
         decoding=None if control is None else Controlled(model, control),
         store=store,
+        engine=engine,
         judge=None if grader is None else lambda c: is_correct(c, named[c.id], grader),
         label=label,
     )

@@ -12,8 +12,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from probes import Sampling, generate, load
-from probes.generation._batch import Row, Written
 from probes.generation._generate import _read
+from probes.generation.engine import Row, Written
 from probes.model import delimiters_of, encode_prompt, find_delimiters, tokenizer_of
 from probes.needles import Needle
 from probes.thinking import Clock, Rules, segments
