@@ -22,7 +22,8 @@ from rich.console import Console
 
 from probes import Completion, Sampling, Site, generate, load
 from probes.activations import read_trajectories
-from probes.directions import conformal_threshold, decided_at, fit_answer_probe, probe_scores
+from probes.directions import conformal_threshold, decided_at
+from probes.directions.answer_probe import answer_probe, step_states
 from probes.evidence import SIGNALS, auroc, calibration, read_signals, signal_table
 from probes.generation import Forced, by_problem, forced_answers
 from probes.model import n_layers
@@ -110,6 +111,15 @@ class Work:
                 file.flush()
                 done += new
         return done
+
+    def states(
+        self, split: str, own: list[Completion], stops: list[list[int]], sites: list[Site]
+    ) -> dict[Site, torch.Tensor]:
+        """At the end of each step."""
+        path = self.store / f"states-{split}.pt"
+        if not path.exists():
+            torch.save({str(s): x for s, x in step_states(self.model, own, stops, sites).items()}, path)
+        return {Site.parse(name): x for name, x in torch.load(path, weights_only=True).items()}
 
     def signals(self) -> dict[str, np.ndarray]:
         """Of each report completion; and, after a few steps of its chain, net and cumulative change."""
@@ -240,18 +250,18 @@ def exit_(work: Work) -> dict:
     model, own = work.model, {split: work.firsts(split) for split in SPLITS}
     stops = {split: [work.steps(c) for c in own[split]] for split in SPLITS}
     labels = {split: decided(work, split) for split in SPLITS}
-    half = len(own["probe"]) // 2
     layers = sorted({round(n_layers(model) * share) - 1 for share in (0.25, 0.5, 0.65, 0.8, 1.0)})
+    sites = [Site(layer, "resid_post") for layer in layers]
+    x = {split: work.states(split, own[split], stops[split], sites) for split in SPLITS}
+    known = torch.tensor([label for row in labels["probe"] for label in row])
+    half = sum(map(len, stops["probe"][: len(own["probe"]) // 2]))
     worth = {}
-    for layer in layers:  # chosen within the probe split
-        site = Site(layer, "resid_post")
-        probe = fit_answer_probe(model, own["probe"][:half], stops["probe"][:half], labels["probe"][:half], site)
-        scores = torch.cat(probe_scores(model, probe, own["probe"][half:], stops["probe"][half:]))
-        known = torch.tensor([x for row in labels["probe"][half:] for x in row])
-        worth[layer] = auroc(scores[known], scores[~known])
-    site = Site(max(worth, key=worth.__getitem__), "resid_post")
-    probe = fit_answer_probe(model, own["probe"], stops["probe"], labels["probe"], site)
-    scores = {split: probe_scores(model, probe, own[split], stops[split]) for split in ("select", "report")}
+    for site in sites:  # chosen within the probe split
+        scores = answer_probe(x["probe"][site][:half], known[:half], site)(x["probe"][site][half:])
+        worth[str(site)] = auroc(scores[known[half:]], scores[~known[half:]])
+    site = max(sites, key=lambda site: worth[str(site)])
+    probe = answer_probe(x["probe"][site], known, site)
+    scores = {split: list(probe(x[split][site]).split([len(own) for own in stops[split]])) for split in SPLITS}
     thresholds = {risk: conformal_threshold(scores["select"], labels["select"], risk) for risk in RISKS}
     gold = work.problems("report")
     right = [[is_correct(replace(c, answer=f.answer, stop="eos"), p, work.task.grader) for f in row]
@@ -304,7 +314,7 @@ def exit_(work: Work) -> dict:
                      f"stopped {stopped:.0%}"))  # fmt: skip
     console.print(Table(("rule", "answer", "accuracy", "against the whole chain [95 %]", "thinking tokens",
                          "stopped undecided", "note"), tuple(rows), f"Early exit, {len(gold)} problems"))  # fmt: skip
-    return {"site": str(site), "auroc_by_layer": worth, "steps": probe.n,
+    return {"site": str(site), "auroc_by_site": worth, "steps": probe.n,
             "rules": {row[0]: [round(row[2], 3), round(row[4], 1), round(row[5], 3)] for row in rows}}  # fmt: skip
 
 

@@ -76,8 +76,15 @@ def fit_answer_probe(
     labels = torch.tensor([bool(label) for own in decided for label in own])
     if len(labels) < FEWEST:
         raise ValueError(f"A probe needs {FEWEST} steps, but these chains have {len(labels)}. Give more completions.")
-    vector, offset = fit_logistic(step_states(model, completions, stops, site), labels, ridge=ridge)
-    return AnswerProbe(site, vector.float(), offset, len(labels))
+    return answer_probe(step_states(model, completions, stops, [site])[site], labels, site, ridge=ridge)
+
+
+def answer_probe(
+    x: Float[Tensor, "steps d_model"], decided: Bool[Tensor, " steps"], site: Site, *, ridge: float = 1e-2
+) -> AnswerProbe:
+    """Of activations that are there already."""
+    vector, offset = fit_logistic(x, decided, ridge=ridge)
+    return AnswerProbe(site, vector.float(), offset, len(x))
 
 
 def probe_scores(
@@ -93,18 +100,19 @@ def probe_scores(
     >>> probe_scores(model, probe, completions, [[10, 13]])
     [tensor([1.5000, 1.5000])]
     """
-    x = step_states(model, completions, stops, probe.site)
+    x = step_states(model, completions, stops, [probe.site])[probe.site]
     return list(probe(x).split([len(own) for own in stops]))
 
 
 def step_states(
-    model: PreTrainedModel, completions: Sequence[Completion], stops: Sequence[Sequence[int]], site: Site
-) -> Float[Tensor, "steps d_model"]:
-    """The activation at the last token of each step, completion after completion."""
+    model: PreTrainedModel, completions: Sequence[Completion], stops: Sequence[Sequence[int]], sites: Sequence[Site]
+) -> dict[Site, Float[Tensor, "steps d_model"]]:
+    """The activation at the last token of each step, completion after completion, at each site, in one pass."""
     spans = [Span(c.all_ids, stop - 1, stop) for c, own in zip(completions, stops, strict=True) for stop in own]
-    x = torch.zeros(len(spans), width_of(model, site))
-    for batch in span_means(model, spans, [site], keep_sinks=True, label="steps"):
-        x[batch.rows] = batch.means[site].float().cpu()
+    x = {site: torch.zeros(len(spans), width_of(model, site)) for site in sites}
+    for batch in span_means(model, spans, sites, keep_sinks=True, label="steps"):
+        for site in sites:
+            x[site][batch.rows] = batch.means[site].float().cpu()
     return x
 
 

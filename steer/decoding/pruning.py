@@ -32,8 +32,9 @@ class Prune:
     It is decided when all samples of a prompt have come to step `step`, which takes `step` + 1 segments of thinking, or
     have ended; a chain that ended before is not chosen, unless all did. What is pruned leaves batch and cache, and
     counts as truncated. Give `generate` as many samples; raises ValueError in a run where it has others, or no cache.
-    The paper fits a forest to both changes at step 4: fit what `probes.activations.Trajectory.after` gives, to choose
-    by it among chains that are there.
+    Where rows cannot join a batch that runs, a prompt whose samples are in two of them is not pruned: give a batch size
+    that is a multiple of `samples`. The paper fits a forest to both changes at step 4: fit what
+    `probes.activations.Trajectory.after` gives, to choose by it among chains that are there.
 
     >>> from probes import Sampling, generate, load
     >>> from steer.decoding import Controlled, Prune, selected
