@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ class Settings:
         scopes = [step.scope for recipe in self.recipes.values() for step in recipe.steps]
         return list(dict.fromkeys(scope.markers for scope in scopes if scope.after))
 
+    @cached_property
     def machine(self) -> Machine:
+        """What tells phases, and counts these markers."""
         return Machine.of(self.delimiters, self.markers)
 
 

@@ -65,7 +65,7 @@ class Steering:
     ) -> None:
         self.recipes: list[Recipe] = list(settings.recipes.values())
         self.names = {recipe.name: i for i, recipe in enumerate(self.recipes)}
-        self.machine: Machine = settings.machine()
+        self.machine: Machine = settings.machine
         self.device, self.sites = device, {step.site for recipe in self.recipes for step in recipe.steps}
         self.scopes = Scopes.of(self.recipes, settings.markers, device)
         self.tokens = Tokens.of(self.scopes.rows.shape[1], n_tokens, device)

@@ -62,7 +62,7 @@ def salted(request: Any, recipe: str, strength: float, settings: Settings, refus
     if getattr(request, "pooling_params", None) is not None:
         raise refuse("A recipe changes what is written, but this request asks for no text.")
     own = settings.recipes[recipe]
-    at = last_header(settings.machine(), request.prompt_token_ids) if own.by_phase else None
+    at = last_header(settings.machine, request.prompt_token_ids) if own.by_phase else None
     words = "\n".join(map(repr, (own.fingerprint, strength, at, request.cache_salt)))
     request.cache_salt = f"thinksteer-{hashlib.sha256(words.encode()).hexdigest()[:48]}"
 
