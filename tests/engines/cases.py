@@ -1,4 +1,4 @@
-"""What is asked of both engines: tiny random models, recipes of every kind, scope and site, and Hugging Face's answers."""
+"""What is asked of both engines: tiny random models, recipes of every kind, scope and site; Hugging Face's answers."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ BASE = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15, "tie_word_embeddings": False,
 }  # fmt: skip
 FAMILIES = ("llama", "qwen3")
-HEADER, USER, OPEN, CLOSE = (5, 6), (1, 7), (3, 8), (4,)
+HEADER, USER, OPEN = (5, 6), (1, 7), (3, 8)
 
 
 def build(family: str, folder: Path) -> PreTrainedModel:
@@ -41,13 +41,23 @@ def free_close(model: PreTrainedModel) -> int:
     """A token that it writes before long, behind the opening delimiter."""
     written = []
     for ids in prompts():
-        out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, suppress_tokens=[0])
+        out = model.generate(
+            torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=None, suppress_tokens=[0]
+        )
         written.append(out[0, len(ids) + 8 :].tolist())
     return next(token for row in written for token in row if token not in (*HEADER, *USER, *OPEN))
 
 
-def prompts() -> list[list[int]]:
-    """Of one turn and of two, of several lengths; the thinking is open at their ends, but in one it was never opened."""
+def free(model: PreTrainedModel, ids: list[int], n: int) -> list[int]:
+    """Greedily written. Never the pad, which a batch's clock takes for none."""
+    given = torch.tensor([ids])
+    out = model.generate(given, max_new_tokens=n, do_sample=False, eos_token_id=None, suppress_tokens=[0])
+    own: list[int] = out[0, len(ids) :].tolist()
+    return own
+
+
+def prompts(close: int = 4) -> list[list[int]]:
+        [*USER, *words(12), *HEADER, *OPEN, *words(9), close, *words(6), *USER, *words(9), *HEADER, *OPEN, *words(2)],
     made = torch.Generator().manual_seed(1)
 
     def words(n: int) -> list[int]:
@@ -56,7 +66,7 @@ def prompts() -> list[list[int]]:
     return [
         [*USER, *words(9), *HEADER, *OPEN],
         [*USER, *words(30), *OPEN, *words(5), *HEADER, *words(3), *OPEN, *words(4)],
-        [*USER, *words(12), *HEADER, *OPEN, *words(20), *CLOSE, *words(6), *USER, *words(25), *HEADER, *OPEN, *words(2)],
+        [*USER, *words(12), *HEADER, *OPEN, *words(20), close, *words(6), *USER, *words(9), *HEADER, *OPEN, *words(2)],
         [*USER, *words(17), *HEADER, *words(4)],
     ]  # fmt: skip
 
@@ -108,12 +118,14 @@ def recipes(model: PreTrainedModel) -> dict[str, Recipe]:
         "everywhere": [
             (Add(at(3, "resid_post"), v(), 2.0), "answer"), (Add(at(3, "resid_pre"), v(), 1.0), "thinking"),
             (Scale(at(0, "z", 1), 0.5), "all"), (Clamp(at(2, "resid_mid"), v(), low=0.5), "prompt"),
-            (Ablate(at(3, "mlp_out"), v()), thinking["linear"]), (Add(at(0, "result", 0), v(), 0.7), thinking["listed"]),
+            (Ablate(at(3, "mlp_out"), v()), thinking["linear"]),
+            (Add(at(0, "result", 0), v(), 0.7), thinking["listed"]),
         ],
     }  # fmt: skip
     identity = Recipe.of(model, []).model
     return {
-        name: Recipe(tuple(Step(edit, Scope.of(scope)) for edit, scope in steps), identity) for name, steps in own.items()
+        name: Recipe(tuple(Step(edit, Scope.of(scope)) for edit, scope in steps), identity)
+        for name, steps in own.items()
     }
 
 
@@ -126,24 +138,20 @@ class Answer:
 
 
 def answer(model: PreTrainedModel, ids: list[int], recipe: Recipe | None) -> Answer:
-    def run() -> list[int]:
-        out = model.generate(
-            torch.tensor([ids]), max_new_tokens=N_NEW, do_sample=False, eos_token_id=None, suppress_tokens=[0]
-        )
-        own: list[int] = out[0, len(ids) :].tolist()
-        return own
-
     if recipe is None:
-        return Answer(run())
+        return Answer(free(model, ids, N_NEW))
     with applied(model, recipe, must_fire=False) as log:
-        written = run()
+        written = free(model, ids, N_NEW)
     return Answer(written, {(row[0], row[4]): row[5] for row in log.table().rows if row[4] != "never"})
 
 
 def stronger(recipe: Recipe, strength: float) -> Recipe:
     from dataclasses import replace
 
-    steps = (replace(s, intervention=replace(s.intervention, strength=strength * s.intervention.strength)) for s in recipe.steps)
+    steps = (
+        replace(s, intervention=replace(s.intervention, strength=strength * s.intervention.strength))
+        for s in recipe.steps
+    )
     return replace(recipe, steps=tuple(steps))
 
 

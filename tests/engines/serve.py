@@ -19,16 +19,14 @@ def main(job, result):
 
     def params(request):
         own = {"temperature": 0.0, "max_tokens": request["n"], "ignore_eos": True, "detokenize": False, "logprobs": 0}
-        return SamplingParams(**own | {"logit_bias": {0: -100.0}, "extra_args": request["xargs"]} | request.get("more", {}))
+        return SamplingParams(
+            **own | {"logit_bias": {0: -100.0}, "extra_args": request["xargs"]} | request.get("more", {})
+        )
 
     for requests in job["rounds"]:
         prompts = [{"prompt_token_ids": request["ids"]} for request in requests]
         outputs = llm.generate(prompts, [params(request) for request in requests], use_tqdm=False)
-        result["rounds"].append([
-            {"ids": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens,
-             "logprobs": [step[i].logprob for i, step in zip(o.outputs[0].token_ids, o.outputs[0].logprobs, strict=True)]}
-            for o in outputs
-        ])  # fmt: skip
+        result["rounds"].append([written(output.outputs[0], output.num_cached_tokens) for output in outputs])
         if job["plugin"]:
             result["logs"].append(llm.collective_rpc("thinksteer_log")[0])
     for request in job.get("bad", []):
@@ -41,6 +39,11 @@ def main(job, result):
         result["status"] = llm.collective_rpc("thinksteer_status")[0]
     result["seconds"] = time.perf_counter() - begun
     return result
+
+
+def written(own, cached):
+    logprobs = [step[i].logprob for i, step in zip(own.token_ids, own.logprobs, strict=True)]
+    return {"ids": list(own.token_ids), "logprobs": logprobs, "cached": cached}
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def cold_and_warm(ready):
 
 def test_tokens_are_those_of_hugging_face_with_a_cold_and_a_warm_cache(ready, cold_and_warm):
     first, second = cold_and_warm["rounds"]
-    print(f"{ready.family}: {len(first) + len(second)} requests in {cold_and_warm['seconds']:.1f} s")
+    assert len(first) + len(second) >= 160
     assert ready.equal(first) == []
     assert ready.equal(second) == []
     assert not any(own["cached"] for own in first[:10])

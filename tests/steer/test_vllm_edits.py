@@ -1,4 +1,4 @@
-"""Each intervention in the table form of the vLLM plugin does what `steer.interventions` does, and nothing elsewhere."""
+"""Each intervention in the table form of the vLLM plugin does what `steer.interventions` does, and no more."""
 
 import random
 
@@ -113,7 +113,11 @@ def test_the_stream_is_edited_in_place_and_untouched_rows_keep_their_bits(tmp_pa
 
 
 def test_heads_are_edited_and_the_whole_of_z_before_them(tmp_path):
-    edits = [Scale(Site(1, "z", head=2), 0.0), Add(Site(1, "z"), vector(1), 1.0), Add(Site(1, "z", head=0), vector(2, 8))]
+    edits = [
+        Scale(Site(1, "z", head=2), 0.0),
+        Add(Site(1, "z"), vector(1), 1.0),
+        Add(Site(1, "z", head=0), vector(2, 8)),
+    ]
     at = list(table(tmp_path, *edits).values())
     x, touched = torch.randn(N, 32), some()
     new = x.clone()

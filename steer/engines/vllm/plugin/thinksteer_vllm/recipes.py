@@ -96,8 +96,8 @@ class Recipe:
         if different:
             words = ", ".join(f"{key} {self.model.get(key)} there, {facts[key]} here" for key in different)
             raise Refused(
-                f"The recipe {self.name!r} was made for the model {self.model.get('name')!r}, not for this one: {words}. "
-                "Derive it again on this model, or leave it out."
+                f"The recipe {self.name!r} was made for the model {self.model.get('name')!r}, not for this one: "
+                f"{words}. Derive it again on this model, or leave it out."
             )
         for number, step in enumerate(self.steps):
             where = f"Step {number} of the recipe {self.name!r}, {step},"

@@ -67,10 +67,7 @@ class Scopes:
         phase, thought, marked, ids = (x[..., None] for x in where)
         rows, wanted, marker = self.rows[recipe], self.phase[recipe], self.marker[recipe]
         listed = self.listed[self.listing[recipe], ids.clamp(max=self.listed.shape[1] - 1)]
-        if len(marked):
-            count = marked[..., 0].T.gather(1, marker)
-        else:
-            count = torch.zeros_like(rows)
+        count = marked[..., 0].T.gather(1, marker) if len(marked) else torch.zeros_like(rows)
         hit = (
             ((wanted == phase) | (wanted == PHASES.index("all")))
             & (thought >= self.first[recipe])

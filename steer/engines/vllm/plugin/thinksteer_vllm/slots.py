@@ -42,9 +42,7 @@ class Slots:
         code = (hits * self.codes).sum(1)
         control, phase, thinks, fresh, _ = self.turns[before[:, CONTROL] * CODES + code].unbind(1)
         thoughts = before[:, THOUGHTS] * fresh + thinks
-        counts = [
-            before[:, COUNTS + i] * fresh + hits[:, a:b].any(1) * thinks for i, (a, b) in enumerate(self.ways)
-        ]
+        counts = [before[:, COUNTS + i] * fresh + hits[:, a:b].any(1) * thinks for i, (a, b) in enumerate(self.ways)]
         after = torch.cat(
             [torch.stack([control, thoughts, *counts], dim=1), starts | ((bits & inner) << length)], dim=1
         )

@@ -104,7 +104,9 @@ class Steering:
         steps = [share for share in shares if self._steps(share)]
         parts = [self._step(steps, input_ids)] if steps else []
         parts += [self._read(share) for share in shares if share not in steps]
-        place, recipe, strength, counted, phase, thought, ids = (torch.cat(column) for column in list(zip(*parts))[:7])
+        place, recipe, strength, counted, phase, thought, ids = (
+            torch.cat(column) for column in list(zip(*parts, strict=True))[:7]
+        )
         marked = torch.cat([part[7] for part in parts], dim=1)
         rows, multiples = self.scopes.touch(recipe, (phase, thought, marked, ids))
         self.tokens.rows[:, place], self.tokens.multiples[:, place] = rows.T, multiples.T
@@ -175,9 +177,9 @@ class Steering:
         row, end = self._rows[share.request], share.begin + share.stop - share.start
         if row.track.seen != share.begin:
             row.track = Track.of(self.machine, share.asked.prompt)
-            row.track.read(np.asarray(share.known(share.begin))[: share.begin])
+            row.track.read(_known(share, 0, share.begin))
             self.rebuilt += 1
-        ids = np.asarray(share.known(end))[share.begin : end].astype(np.int64)
+        ids = _known(share, share.begin, end)
         told = row.track.read(ids)
         positions = np.arange(share.begin, end)
         counted, row.counted = positions >= row.counted, max(row.counted, end)
@@ -192,3 +194,13 @@ class Steering:
             torch.from_numpy(counted), phase, thought, tokens, marked,
         )  # fmt: skip
         return tuple(column.to(self.device) for column in columns)
+
+
+def _known(share: Share, start: int, stop: int) -> np.ndarray:
+    ids = np.asarray(share.known(stop), dtype=np.int64)[start:stop]
+    if len(ids) != stop - start or (ids < 0).any():
+        raise RuntimeError(
+            f"thinksteer needs the tokens {start} to {stop} of the request {share.request}, and the host does not know "
+            "them: its state was lost. This vLLM schedules in a way that the plugin does not know."
+        )
+    return ids

@@ -32,7 +32,9 @@ def read_wish(extra: Mapping[str, Any] | None, settings: Settings | None, refuse
     if unknown := sorted(set(wish) - {KEY, STRENGTH}):
         raise refuse(f"{', '.join(unknown)} is not known to thinksteer. Known: {KEY} (a recipe), {STRENGTH}.")
     if settings is None:
-        raise refuse(f"This server was started without recipes. Start it with --additional-config '{{\"{KEY}\": ...}}'.")
+        raise refuse(
+            f"This server was started without recipes. Start it with --additional-config '{{\"{KEY}\": ...}}'."
+        )
     name, strength = wish.get(KEY), wish.get(STRENGTH, 1.0)
     if not isinstance(name, str) or name not in settings.recipes:
         raise refuse(f"There is no recipe {name!r}. This server has the recipes: {known}.")
