@@ -57,7 +57,7 @@ def free(model: PreTrainedModel, ids: list[int], n: int) -> list[int]:
 
 
 def prompts(close: int = 4) -> list[list[int]]:
-        [*USER, *words(12), *HEADER, *OPEN, *words(9), close, *words(6), *USER, *words(9), *HEADER, *OPEN, *words(2)],
+    """Of one turn and of two, of several lengths; the thinking is open at their ends, but in one it never was."""
     made = torch.Generator().manual_seed(1)
 
     def words(n: int) -> list[int]:
@@ -66,7 +66,7 @@ def prompts(close: int = 4) -> list[list[int]]:
     return [
         [*USER, *words(9), *HEADER, *OPEN],
         [*USER, *words(30), *OPEN, *words(5), *HEADER, *words(3), *OPEN, *words(4)],
-        [*USER, *words(12), *HEADER, *OPEN, *words(20), close, *words(6), *USER, *words(9), *HEADER, *OPEN, *words(2)],
+        [*USER, *words(12), *HEADER, *OPEN, *words(9), close, *words(6), *USER, *words(39), *HEADER, *OPEN, *words(2)],
         [*USER, *words(17), *HEADER, *words(4)],
     ]  # fmt: skip
 

@@ -216,7 +216,7 @@ def test_each_token_gets_the_rows_of_its_gates_whatever_the_schedule(runner, see
             for own in play.all.values() if own.name is not None
         )  # fmt: skip
         assert sum(fired.values()) == total
-    assert play.steering.status()["rebuilt"] > 0
+        assert play.steering.status()["rebuilt"] > 0
 
 
 def test_a_request_past_the_front_end_stops_the_engine_rather_than_run_unsteered(settings):
@@ -228,6 +228,6 @@ def test_what_the_host_does_not_know_is_said_and_not_guessed(settings):
     from thinksteer_vllm.steering import Asked, Share
 
     for known in ([1, 9], [1, 9, -1]):
+        steering, share = steering_of(settings), Share("r", Asked(0, 1.0, [1]), 0, 1, 3, lambda _, own=known: own)
         with pytest.raises(RuntimeError, match="needs the tokens 0 to 3 of the request r"):
-            steering = steering_of(settings)
-            steering.fill([Share("r", Asked(0, 1.0, [1]), 0, 1, 3, lambda _, own=known: own)], torch.tensor([3]))
+            steering.fill([share], torch.tensor([3]))
