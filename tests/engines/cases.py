@@ -21,6 +21,7 @@ BASE = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.15, "tie_word_embeddings": False,
 }  # fmt: skip
 FAMILIES = ("llama", "qwen3")
+THIRDS = tuple(range(9, 97, 3))
 HEADER, USER, OPEN = (5, 6), (1, 7), (3, 8)
 
 
@@ -71,6 +72,19 @@ def prompts(close: int = 4) -> list[list[int]]:
     ]  # fmt: skip
 
 
+def scopes() -> dict[str, Scope]:
+    """Of the thinking, by what they ask."""
+    return {
+        "after": Scope("thinking", after=2, markers=tuple((t,) for t in range(10, 97, 2))),
+        "window": Scope("thinking", window=(2, 9)),
+        "linear": Scope("thinking", schedule=Schedule("linear", start=1.0, end=-0.5, over=12)),
+        "cosine": Scope("thinking", schedule=Schedule("cosine", start=0.0, end=1.0, over=9), window=(1, None)),
+        "step": Scope("thinking", schedule=Schedule("step", start=1.0, end=0.3, over=5)),
+        "controller": Scope("thinking", controller=Controller(set_point=7.0)),
+        "listed": Scope("thinking", tokens=THIRDS),
+    }
+
+
 def recipes(model: PreTrainedModel) -> dict[str, Recipe]:
     """By name. Every kind, every site, every scope that ids and positions can tell."""
     made = torch.Generator().manual_seed(2)
@@ -82,16 +96,7 @@ def recipes(model: PreTrainedModel) -> dict[str, Recipe]:
     def at(layer: int, name: Any, head: int | None = None) -> Site:
         return Site(layer, name, head=head)
 
-    tokens = tuple(range(9, 97, 3))
-    thinking = {
-        "after": Scope("thinking", after=2, markers=tuple((t,) for t in range(10, 97, 2))),
-        "window": Scope("thinking", window=(2, 9)),
-        "linear": Scope("thinking", schedule=Schedule("linear", start=1.0, end=-0.5, over=12)),
-        "cosine": Scope("thinking", schedule=Schedule("cosine", start=0.0, end=1.0, over=9), window=(1, None)),
-        "step": Scope("thinking", schedule=Schedule("step", start=1.0, end=0.3, over=5)),
-        "controller": Scope("thinking", controller=Controller(set_point=7.0)),
-        "listed": Scope("thinking", tokens=tokens),
-    }
+    thinking = scopes()
     own: dict[str, list[tuple[Any, str | Scope]]] = {
         "add": [(Add(at(1, "resid_post"), v(), 3.0), "all")],
         "add-pre": [(Add(at(0, "resid_pre"), v(), 1.0), "thinking"), (Add(at(2, "resid_pre"), v(), 2.0), "answer")],
@@ -109,7 +114,7 @@ def recipes(model: PreTrainedModel) -> dict[str, Recipe]:
         "cosine": [(Add(at(2, "resid_post"), v(), 6.0), thinking["cosine"])],
         "controller": [(Ablate(at(2, "attn_out"), v(), 1.0, target=3.0), thinking["controller"])],
         "after": [(Add(at(0, "mlp_out"), v(), 4.0), thinking["after"])],
-        "tokens": [(Add(at(1, "attn_out"), v(), 3.0), Scope("all", tokens=tokens))],
+        "tokens": [(Add(at(1, "attn_out"), v(), 3.0), Scope("all", tokens=THIRDS))],
         "one-place": [
             (Add(at(1, "resid_post"), v(), 3.0), "thinking"), (Ablate(at(1, "resid_post"), v()), "all"),
             (Rotate(at(1, "resid_post"), v(), 3.0), thinking["window"]), (Scale(at(1, "resid_post"), 1.3), "prompt"),

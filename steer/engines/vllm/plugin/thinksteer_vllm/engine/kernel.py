@@ -39,6 +39,29 @@ def edit(x: Tensor, residual: Tensor | None, at: Sequence[Place], tokens: Tokens
 if triton is not None:
 
     @triton.jit
+    def _changed(  # noqa: PLR0913
+        x, vector, kind, multiple, strength, numbers_ptr,
+        ADD: tl.constexpr, ABLATE: tl.constexpr, SCALE: tl.constexpr, CLAMP: tl.constexpr, ROTATE: tl.constexpr,
+    ):  # fmt: skip
+        """One step; of an Add the multiple holds the request's strength, and the vector the step's."""
+        own = strength * tl.load(numbers_ptr)
+        projection = tl.sum(x * vector, axis=0)
+        if kind == ADD:
+            x = x + multiple * vector
+        if kind == ABLATE:
+            x = x + multiple * own * (tl.load(numbers_ptr + 1) - projection) * vector
+        if kind == CLAMP:
+            kept = tl.minimum(tl.maximum(projection, tl.load(numbers_ptr + 2)), tl.load(numbers_ptr + 3))
+            x = x + multiple * own * (kept - projection) * vector
+        if kind == SCALE:
+            x = x * (1 + multiple * (own - 1))
+        if kind == ROTATE:
+            new = x + own * vector
+            length = tl.maximum(tl.sqrt(tl.sum(new * new, axis=0)), 1.1754943508222875e-38)
+            x = x + multiple * (new * (tl.sqrt(tl.sum(x * x, axis=0)) / length) - x)
+        return x
+
+    @triton.jit
     def _edit(  # noqa: PLR0913
         x_ptr, residual_ptr, rows_ptr, multiples_ptr, strength_ptr,
         order_ptr, local_ptr, kinds_ptr, vectors_ptr, numbers_ptr,
@@ -65,26 +88,12 @@ if triton is not None:
             row = tl.load(local_ptr + tl.load(rows_ptr + cell))
             kind = tl.load(kinds_ptr + row)
             if kind > 0:
-                multiple = tl.load(multiples_ptr + cell)
                 vector = tl.load(vectors_ptr + row * width + at, mask=inside, other=0.0)
-                own = strength * tl.load(numbers_ptr + row * 4)
-                projection = tl.sum(x * vector, axis=0)
+                multiple = tl.load(multiples_ptr + cell)
                 if kind == ADD:
-                    factor = (multiple * strength).to(dtype).to(tl.float32)
-                    x = x + factor * vector
-                if kind == ABLATE:
-                    x = x + multiple * own * (tl.load(numbers_ptr + row * 4 + 1) - projection) * vector
-                if kind == CLAMP:
-                    kept = tl.maximum(projection, tl.load(numbers_ptr + row * 4 + 2))
-                    kept = tl.minimum(kept, tl.load(numbers_ptr + row * 4 + 3))
-                    x = x + multiple * own * (kept - projection) * vector
-                if kind == SCALE:
-                    x = x * (1 + multiple * (own - 1))
-                if kind == ROTATE:
-                    new = x + own * vector
-                    length = tl.maximum(tl.sqrt(tl.sum(new * new, axis=0)), 1.1754943508222875e-38)
-                    turned = new * (tl.sqrt(tl.sum(x * x, axis=0)) / length)
-                    x = x + multiple * (turned - x)
+                    multiple = (multiple * strength).to(dtype).to(tl.float32)
+                x = _changed(x, vector, kind, multiple, strength, numbers_ptr + row * 4,
+                             ADD, ABLATE, SCALE, CLAMP, ROTATE)  # fmt: skip
                 x = x.to(dtype).to(tl.float32)
         if HAS_RESIDUAL:
             tl.store(residual_ptr + token * residual_stride + at, x.to(dtype), mask=inside)

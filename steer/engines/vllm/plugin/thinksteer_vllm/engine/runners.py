@@ -4,8 +4,9 @@ The first runner (V1) was run in tests, on a CPU. The second (V2), which is that
 after its source, and its parts are tested with batches made by hand.
 """
 
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,11 @@ from thinksteer_vllm.settings import settings_of
 from thinksteer_vllm.steering import Asked, Share, Steering
 
 log = logging.getLogger("vllm.thinksteer")  # other names are not shown
+HOOKS: Mapping[str, tuple[str, ...]] = {  # of a ModelState of V2, with what they are given
+    "add_request": ("req_index", "new_req_data"),
+    "remove_request": ("req_id",),
+    "preprocess_state": ("input_batch",),
+}
 
 
 def begin(model: nn.Module, config: Any) -> None:
@@ -86,8 +92,19 @@ def second_class(base: type, steering: Steering) -> type:
         steering.forget(self.thinksteer.__contains__)
         steering.fill(list(shares_of(input_batch, self.thinksteer)), input_batch.input_ids)
 
+    check_hooks(base)
     methods = (__init__, add_request, remove_request, preprocess_state)
     return type(f"Steered{base.__name__}", (base,), {method.__name__: method for method in methods})
+
+
+def check_hooks(base: type) -> None:
+    """Raise Refused where V2 does not tell what we need to hear."""
+    lost = [name for name, given in HOOKS.items() if not _hears(getattr(base, name, None), given)]
+    if lost:
+        raise Refused(
+            f"This vLLM's {base.__name__} has no {', '.join(lost)} as thinksteer-vllm knows them. "
+            "Set VLLM_USE_V2_MODEL_RUNNER=0, or install a newer thinksteer-vllm."
+        )
 
 
 def shares_of(batch: Any, requests: dict[str, tuple[Asked, list[int]]]) -> Iterator[Share]:
@@ -107,6 +124,10 @@ def _take_second(model: nn.Module, config: Any) -> None:
     assert steering is not None
     made = second_class(resolve_model_state_cls(config, model), steering)
     model.get_model_state_cls = lambda: made  # type: ignore[assignment]
+
+
+def _hears(method: Any, given: tuple[str, ...]) -> bool:
+    return method is not None and set(given) <= set(inspect.signature(method).parameters)
 
 
 def _most_tokens(config: Any) -> int:
