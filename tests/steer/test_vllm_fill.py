@@ -15,7 +15,7 @@ from thinksteer_vllm.engine.runners import fill_first, second_class
 from thinksteer_vllm.machine import Delimiters as Words
 from thinksteer_vllm.recipes import read_recipe
 from thinksteer_vllm.refusal import Refused
-from thinksteer_vllm.settings import Settings
+from thinksteer_vllm.settings import ADMITTED, Settings
 from thinksteer_vllm.steering import Steering
 
 from probes import Site
@@ -120,7 +120,7 @@ class Play:
             del self.living[key]
 
     def params(self, own):
-        return Named(extra_args=None if own.name is None else {"thinksteer": own.name})
+        return Named(extra_args=None if own.name is None else {"thinksteer": own.name, ADMITTED: True})
 
 
 def first_runner(play):
@@ -220,8 +220,11 @@ def test_each_token_gets_the_rows_of_its_gates_whatever_the_schedule(runner, see
 
 
 def test_a_request_past_the_front_end_stops_the_engine_rather_than_run_unsteered(settings):
-    with pytest.raises(Refused, match="came past the front end"):
-        steering_of(settings).asked({"thinksteer": "nobody"}, [1])
+    steering = steering_of(settings)
+    assert steering.asked({"thinksteer": "one", ADMITTED: True}, [1]) is not None
+    for extra in ({"thinksteer": "nobody", ADMITTED: True}, {"thinksteer": "one"}):
+        with pytest.raises(Refused, match="came past the front end"):
+            steering.asked(extra, [1])
 
 
 def test_what_the_host_does_not_know_is_said_and_not_guessed(settings):

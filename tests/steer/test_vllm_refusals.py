@@ -77,6 +77,7 @@ def engine(**changes: Any) -> Named:
                             "decode_context_parallel_size": 1, "enable_dbo": False, "ubatch_size": 0},
         "compilation_config": {"pass_config": Named(enable_sp=False, fuse_allreduce_rms=False), "mode": 0},
         "cache_config": {"kv_offloading_size": None}, "load_config": {"load_format": "auto"},
+        "device_config": {"device_type": "cpu"},
         "model_config": {"runner_type": "generate", "is_encoder_decoder": False,
                          "hf_text_config": Named(model_type="llama", num_hidden_layers=3, hidden_size=32)},
         "speculative_config": None, "kv_transfer_config": None, "lora_config": None, "diffusion_config": None,
@@ -103,6 +104,7 @@ LIMITS = {
     "micro-batches": {"parallel_config__enable_dbo": True},
     "KV connector": {"kv_transfer_config": Named()},
     "kv_offloading_size": {"cache_config__kv_offloading_size": 4.0},
+    "another device's runner": {"device_config__device_type": "xpu"},
     "LoRA": {"lora_config": Named()},
     "diffusion models": {"diffusion_config": Named()},
     "a pooling model": {"model_config__runner_type": "pooling"},
@@ -151,6 +153,7 @@ def settings(tmp_path) -> Settings:
         ({"thinksteer": "always", "thinksteer_strength": True}, "finite number that multiplies all strengths"),
         ({"thinksteer": "always", "thinksteer_strength": float("nan")}, "but got nan"),
         ({"thinksteer": "always", "thinksteer_layer": 3}, "thinksteer_layer is not known to thinksteer"),
+        ({"thinksteer": "always", "thinksteer_admitted": True}, "thinksteer_admitted is not known to thinksteer"),
     ],
 )
 def test_a_wish_that_cannot_be_met_is_refused(extra, sentence, settings):
@@ -182,8 +185,14 @@ def test_what_does_not_go_with_a_recipe_is_refused(params, arguments, sentence):
 
 
 def request(ids, **changes):
-    own = {"prompt_token_ids": ids, "prompt_embeds": None, "mm_features": None, "cache_salt": None}
-    return Named(**own | changes)
+    own = {
+        "prompt_token_ids": ids,
+        "prompt_embeds": None,
+        "mm_features": None,
+        "cache_salt": None,
+        "sampling_params": Named(extra_args={"thinksteer": "x"}),
+    }
+    return Named(**own | changes)  # fmt: skip
 
 
 def salt(settings, name, ids, strength=1.0, **changes):

@@ -48,7 +48,7 @@ class Scopes:
             number += len(own)
             rows.append(own + [0] * (longest - len(own)))
         return cls(
-            rows=torch.tensor(rows, device=device),
+            rows=torch.tensor(rows, dtype=torch.long, device=device),
             phase=table(lambda s: PHASES.index(s.phase)),
             first=table(lambda s: s.window[0] or -1),
             last=table(lambda s: _NEVER if s.window[1] is None else s.window[1]),

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ from thinksteer_vllm.refusal import Refused
 
 VERSION = "0.2.0"
 KEY = "thinksteer"
+STRENGTH = "thinksteer_strength"
+ADMITTED = "thinksteer_admitted"  # which the front end sets, and no client may
 _KEYS = ("recipes", "delimiters", "fingerprints", "version")
 _WORDS = ("open", "close", "turn", "user", "tool")
 _FILES = ("recipe.yaml", "recipe.safetensors")
+_READ: dict[int, tuple[Any, "Settings"]] = {}  # with what they were read from, so that no other takes its number
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,10 @@ def settings_of(vllm_config: Any) -> Settings | None:
     given = extra.get(KEY) if isinstance(extra, dict) else None
     if given is None:
         return None
-    return _read(_frozen(given))
+    known = _READ.get(id(given))
+    if known is None or known[0] is not given:
+        known = _READ[id(given)] = given, _read(given)
+    return known[1]
 
 
 def fingerprint(folder: Path | str) -> str:
@@ -58,9 +64,7 @@ def fingerprint(folder: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
-@lru_cache(maxsize=4)
-def _read(frozen: Any) -> Settings:
-    given = _thawed(frozen)
+def _read(given: Any) -> Settings:
     if not isinstance(given, dict) or not isinstance(given.get("recipes"), dict) or not given["recipes"]:
         raise Refused(f"The setting {KEY!r} is a mapping with recipes, name: folder; but got {str(given)[:80]}.")
     if unknown := sorted(set(given) - set(_KEYS)):
@@ -99,18 +103,3 @@ def _pattern(name: str, value: Any) -> Pattern:
     if isinstance(value, dict) and name in ("open", "close"):
         return Letters({int(token): tuple(move) for token, move in value.items()})
     raise Refused(f"The delimiter {name!r} is a list of token ids, but got {str(value)[:80]}.")
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return "map", tuple((key, _frozen(own)) for key, own in value.items())
-    if isinstance(value, list | tuple):
-        return "list", tuple(map(_frozen, value))
-    return "plain", value
-
-
-def _thawed(frozen: Any) -> Any:
-    kind, value = frozen
-    if kind == "map":
-        return {key: _thawed(own) for key, own in value}
-    return list(map(_thawed, value)) if kind == "list" else value

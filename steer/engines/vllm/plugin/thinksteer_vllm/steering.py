@@ -12,7 +12,7 @@ from thinksteer_vllm.machine import PHASES, Machine, Track
 from thinksteer_vllm.recipes import SITES, Recipe
 from thinksteer_vllm.refusal import Refused
 from thinksteer_vllm.scopes import Scopes
-from thinksteer_vllm.settings import VERSION, Settings
+from thinksteer_vllm.settings import ADMITTED, KEY, STRENGTH, VERSION, Settings
 from thinksteer_vllm.slots import Slots
 from thinksteer_vllm.tables import Place, Tokens, index_of, places
 
@@ -66,6 +66,7 @@ class Steering:
         self.recipes: list[Recipe] = list(settings.recipes.values())
         self.names = {recipe.name: i for i, recipe in enumerate(self.recipes)}
         self.machine: Machine = settings.machine
+        self.by_phase = bool(settings.delimiters.open)
         self.device, self.sites = device, {step.site for recipe in self.recipes for step in recipe.steps}
         self.scopes = Scopes.of(self.recipes, settings.markers, device)
         self.tokens = Tokens.of(self.scopes.rows.shape[1], n_tokens, device)
@@ -85,12 +86,15 @@ class Steering:
 
     def asked(self, extra: Mapping[str, Any] | None, prompt: Sequence[int] | None) -> Asked | None:
         """What a request asks for that the front end has let in."""
-        name = (extra or {}).get("thinksteer")
+        name = (extra or {}).get(KEY)
         if name is None:
             return None
-        if name not in self.names or prompt is None:
-            raise Refused(f"A request for the recipe {name!r} came past the front end, which would have refused it.")
-        return Asked(self.names[name], float((extra or {}).get("thinksteer_strength", 1.0)), prompt)
+        if name not in self.names or prompt is None or not (extra or {}).get(ADMITTED):
+            raise Refused(
+                f"A request for the recipe {name!r} came past the front end, which refuses or salts it: send requests "
+                "by a server of vLLM that has the plugin, or by LLM."
+            )
+        return Asked(self.names[name], float((extra or {}).get(STRENGTH, 1.0)), prompt)
 
     @torch.inference_mode()
     def fill(self, shares: Sequence[Share], input_ids: Tensor) -> None:
@@ -124,12 +128,12 @@ class Steering:
 
     def log(self) -> list[dict[str, Any]]:
         """By recipe, step and phase: the tokens that were touched, each once, though a request may be computed anew."""
-        counts = self.fired.tolist()
+        counts, phases = self.fired.tolist(), PHASES if self.by_phase else ("all",)
         return [
             {"recipe": recipe.name, "step": k, "what": str(step), "phase": phase, "tokens": counts[i][k][j]}
             for i, recipe in enumerate(self.recipes)
             for k, step in enumerate(recipe.steps)
-            for j, phase in enumerate(PHASES)
+            for j, phase in enumerate(phases)
             if counts[i][k][j]
         ]
 

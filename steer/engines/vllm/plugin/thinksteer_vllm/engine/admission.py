@@ -5,14 +5,14 @@ where the last header of the prompt ends. The salt holds these, so that no other
 """
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from thinksteer_vllm.machine import last_header
-from thinksteer_vllm.settings import KEY, Settings, settings_of
+from thinksteer_vllm.settings import ADMITTED, KEY, STRENGTH, Settings, settings_of
 
-STRENGTH = "thinksteer_strength"
 Refusal = Callable[[str], Exception]
 
 
@@ -66,18 +66,22 @@ def salted(request: Any, recipe: str, strength: float, settings: Settings, refus
     own = settings.recipes[recipe]
     at = last_header(settings.machine, request.prompt_token_ids) if own.by_phase else None
     words = "\n".join(map(repr, (own.fingerprint, strength, at, request.cache_salt)))
+    params = request.sampling_params
+    params.extra_args = {**params.extra_args, ADMITTED: True}  # a worker takes no other
     request.cache_salt = f"thinksteer-{hashlib.sha256(words.encode()).hexdigest()[:48]}"
 
 
 def admitting(original: Callable[..., Any]) -> Callable[..., Any]:
     """`InputProcessor.process_inputs`, which lets a request in, behind these checks."""
+    signature = inspect.signature(original)
 
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **named: Any) -> Any:
         settings = settings_of(self.vllm_config)
         wish = read_wish(getattr(params, "extra_args", None), settings, refusal)
         if wish is None or settings is None:
             return original(self, request_id, prompt, params, *args, **named)
-        check_request(params, named, refusal)
+        given = signature.bind(self, request_id, prompt, params, *args, **named).arguments
+        check_request(params, given, refusal)
         request = original(self, request_id, prompt, params, *args, **named)
         salted(request, *wish, settings, refusal)
         return request

@@ -47,6 +47,9 @@ def _foreign(config: Any) -> dict[str, bool]:
         "speculative decoding drafts tokens without steering, and takes some back: leave speculative_config out": (
             config.speculative_config is not None
         ),
+        "it was written for CPUs and GPUs (cuda), and another device's runner would not steer: use those": (
+            config.device_config.device_type not in ("cpu", "cuda")
+        ),
         "LoRA wraps the layers that are edited, and is not tested: leave it out": config.lora_config is not None,
         "diffusion models do not write token by token: serve them without recipes": config.diffusion_config is not None,
         "a pooling model writes no tokens: serve it without recipes": config.model_config.runner_type != "generate",
