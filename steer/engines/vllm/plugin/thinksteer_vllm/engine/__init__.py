@@ -1,0 +1,1 @@
+"""What of vLLM is met: its loaders, layers, runners and its front end."""
