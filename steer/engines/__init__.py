@@ -1,0 +1,1 @@
+"""Where a recipe runs, other than in plain Hugging Face code."""
