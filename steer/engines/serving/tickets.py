@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from probes.generation.sampling import Sampling
 from steer.engines.serving.fired import FiredRow
@@ -85,6 +85,7 @@ class Ticket:
             self.deliver(how)
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What writes the tokens of tickets. All but its own work may be called from any thread."""
 
