@@ -36,10 +36,9 @@ def serve_(
     served = steer.engines.serving
     if engine not in served.ENGINES:
         raise ValueError(f"--engine {engine} is unknown. Known: {', '.join(served.ENGINES)}.")
-    lost = served.missing()
-    if lost and not dry_run:
-        raise ImportError(f"Serving needs {' and '.join(lost)}: pip install 'thinksteer[serve]'.")
     recipes = {name: steer.recipes.Recipe.load(folder) for name, folder in _named(recipe or []).items()}
+    if not dry_run:
+        served.check_installed()
     address = served.Address(host, port, api_key)
     loaded = model_of(model, dtype=dtype, device_map=device_map, delimiters=delimiters)
     service = served.Service(model, loaded, recipes, max_tokens)
@@ -52,7 +51,11 @@ def serve_(
         "api_key": api_key is not None,
     }
     if dry_run:
-        end(service.table(), {"dry_run": True, **facts, "host": host, "port": port, "missing": lost}, as_json)
+        end(
+            service.table(),
+            {"dry_run": True, **facts, "host": host, "port": port, "missing": served.missing()},
+            as_json,
+        )
         return
 
     def ready(url: str) -> None:

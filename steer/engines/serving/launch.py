@@ -57,6 +57,19 @@ def missing() -> list[str]:
     return [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
 
 
+def check_installed() -> None:
+    """Raise ImportError where a library of a web server is missing.
+
+    >>> from steer.engines.serving import check_installed
+    >>> try:
+    ...     check_installed()
+    ... except ImportError as error:
+    ...     told = str(error)  # Serving needs fastapi and uvicorn: pip install 'thinksteer[serve]'.
+    """
+    if lost := missing():
+        raise ImportError(f"Serving needs {' and '.join(lost)}: pip install 'thinksteer[serve]'.")
+
+
 def serve(
     service: Service,
     address: Address,
@@ -80,8 +93,7 @@ def serve(
     """
     if engine not in ENGINES:
         raise ValueError(f"{engine!r} is no engine. Known: {', '.join(ENGINES)}.")
-    if lost := missing():
-        raise ImportError(f"Serving needs {' and '.join(lost)}: pip install 'thinksteer[serve]'.")
+    check_installed()
     with listening(address) as listener:
         made = ENGINES[engine](service, max_batch)
         try:

@@ -34,10 +34,8 @@ class Service(Shown):
     >>> from steer.engines.serving import Service
     >>> model = load("organism")
     >>> recipe = Recipe.of(model, [Add(Site(2, "resid_post"), torch.ones(96), 0.5)], scope="thinking")
-    >>> print(Service("organism", model, {"louder": recipe}, max_tokens=64))
-    Served: organism
-      recipe                                                 steps
-      louder  add at L2.resid_post, scope thinking, strength 0.5
+    >>> Service("organism", model, {"louder": recipe}).table().rows
+    (('louder', 'add at L2.resid_post, scope thinking, strength 0.5'),)
     """
 
     name: str
