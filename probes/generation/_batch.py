@@ -1,7 +1,7 @@
 """Rows that are written side by side: those that have ended leave the batch, and those that wait take their places."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Transformers:
         waiting = deque(rows)
         while waiting:
             with ExitStack() as listening:
-                batch = _Batch(model, sampling, decoding, run, listening)
+                batch = Batch(model, sampling, decoding, run, listening)
                 batch.open([waiting.popleft() for _ in range(min(batch_size, len(waiting)))])
                 joins = not together and batch.turns and not counts_steps(model)
                 while batch.part is not None:
@@ -77,7 +77,7 @@ class Transformers:
                     yield batch.turn([waiting.popleft() for _ in range(min(new, len(waiting)))], trim=joins)
 
 
-class _Batch:
+class Batch:
     """What is written now. With `turns`, rows may leave and join: cache and decoding follow them."""
 
     _now: Rows
@@ -114,20 +114,22 @@ class _Batch:
         self.live = len(rows)
 
     @torch.no_grad()
-    def run_on(self, wanted: int) -> None:
+    def run_on(self, wanted: int, pause: Callable[[], bool] = lambda: False) -> None:
         """Write until rows may move: until all have ended, one has come to its limit, or enough of them have ended, of
-        those here or of the number that is wanted here."""
+        those here or of the number that is wanted here. Or, at any token, until `pause` says so."""
         part = self.part
         assert part is not None
         every = 1 if part.ids.device.type == "cpu" else SHARE  # asking a device means waiting for it
         enough = max(1, max(len(part.rows), wanted) // SHARE) if self.turns else len(part.rows)
+        limits, over = [row.limit(self.sampling) for row in part.rows], any if self.turns else all
         decode: Any = self.model
         with decode._optimize_model_for_decode():
             while True:
-                spent = part.width - min(part.begins) >= self.sampling.max_new_tokens
-                if spent or (part.width - max(part.begins)) % every == 0:
+                spent = over(part.width - begin >= most for begin, most in zip(part.begins, limits, strict=True))
+                now = spent or pause()
+                if now or (part.width - max(part.begins)) % every == 0:
                     gone = int(part.ended.sum())
-                    if spent or gone >= enough:
+                    if now or gone >= enough:
                         self.live = len(part.rows) - gone
                         return
                 self._step(part)
@@ -140,9 +142,8 @@ class _Batch:
         self._arranged.numbers.check([row.name for row in part.rows])
         ended, ids = part.ended.tolist(), part.ids.tolist()
         events = [()] * len(ended) if self.run is None else self.run.events()
-        limit = self.sampling.max_new_tokens
         written = [
-            Written(row, ids[at][begin : begin + limit], tuple(events[at]))
+            Written(row, ids[at][begin : begin + row.limit(self.sampling)], tuple(events[at]))
             for at, (row, begin) in enumerate(zip(part.rows, part.begins, strict=True))
             if ended[at]
         ]
@@ -213,8 +214,7 @@ class _Batch:
         scores = self._arranged.processors(ids, self._settings(ids, scores))
         tokens = scores.argmax(1).masked_fill(part.ended, self.pad)
         part.ids = torch.cat([part.ids, tokens[:, None]], 1)
-        limits = part.width - self._arranged.begins >= self.sampling.max_new_tokens
-        part.ended = part.ended | torch.isin(tokens, self.ends) | limits
+        part.ended = part.ended | torch.isin(tokens, self.ends) | (part.width >= self._arranged.most)
 
     def _arrange(self, parts: list[tuple[_Part, list[int]]], *, trim: bool) -> _Part:
         """Rows of what was written, and new ones, side by side."""
@@ -241,20 +241,22 @@ class _Batch:
             self._now = Rows(self.name, numbers, begins, ends, joining=self.part is not None)
         if isinstance(self.run, TurningRun):
             self.run.turn(self._now, mask)
-        keys = [row_key(list(row.prompt), self.sampling.seed, row.sample) for row in part.rows]
+        seeds = [self.sampling.seed if row.seed is None else row.seed for row in part.rows]
+        keys = [row_key(list(row.prompt), seed, row.sample) for row, seed in zip(part.rows, seeds, strict=True)]
         draw, valid = self.sampling.processors(keys, part.begins, part.ids.device), NumbersOnly()
         own = draw if self.run is None else self.run.processors(draw)
-        first = torch.tensor(part.begins, device=part.ids.device)
-        self._arranged = _Arranged(valid, LogitsProcessorList([valid, *own]), first)
+        most = [begin + row.limit(self.sampling) for row, begin in zip(part.rows, part.begins, strict=True)]
+        limits = torch.tensor(most, device=part.ids.device)
+        self._arranged = _Arranged(valid, LogitsProcessorList([valid, *own]), limits)
 
 
 @dataclass(frozen=True)
 class _Arranged:
-    """What decides the next tokens of rows that are side by side."""
+    """What decides the next tokens of rows that are side by side, and how wide the batch is when each has its last."""
 
     numbers: NumbersOnly
     processors: LogitsProcessorList
-    begins: Int[Tensor, " batch"]
+    most: Int[Tensor, " batch"]
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:

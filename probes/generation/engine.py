@@ -11,17 +11,25 @@ from probes.generation.sampling import Decoding, Event, Sampling
 
 @dataclass(frozen=True)
 class Row:
-    """A sample of a prompt that is to be written: its number in the run, its name, its prompt.
+    """A sample of a prompt that is to be written: its number in the run, its name, its prompt. Its seed and its limit
+    are the sampling's, unless it has its own.
 
+    >>> from probes import Sampling
     >>> from probes.engines import Row
-    >>> Row(number=0, name="sum", sample=0, prompt=(1, 6, 17, 5))
-    Row(number=0, name='sum', sample=0, prompt=(1, 6, 17, 5))
+    >>> Row(number=0, name="sum", sample=0, prompt=(1, 6, 17, 5)).limit(Sampling(max_new_tokens=48))
+    48
     """
 
     number: int
     name: str
     sample: int
     prompt: tuple[int, ...]
+    seed: int | None = None
+    max_new_tokens: int | None = None
+
+    def limit(self, sampling: Sampling) -> int:
+        """How many new tokens it may have."""
+        return sampling.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def read_turn(
     found = _thinking(prompt, said, delimiters)
     whole = [*prompt, *said]
     if found is None:
-        return None, None, _answer(tokenizer, said, delimiters)
+        return None, None, _answer(tokenizer, said, delimiters).strip()
     span, opened, closed = found
     before = opened.after if opened.end > len(prompt) else ""
     after = "" if closed is None else closed.before
@@ -245,7 +245,7 @@ def _answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], delimiters: 
         text = find(ids, message, begins)
         ids = [] if text is None else ids[text + 1 :]
         begins = find(ids, channel)
-    return decode(tokenizer, ids, special=False).strip()
+    return decode(tokenizer, ids, special=False)
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:

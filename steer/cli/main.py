@@ -24,6 +24,7 @@ from steer.cli.run.compare import compare_
 from steer.cli.run.evaluate import evaluate_
 from steer.cli.run.generate import generate_
 from steer.cli.run.select import select_
+from steer.cli.run.serve import serve_
 from steer.cli.run.sweep import sweep_
 from steer.cli.weights.diff import diff_
 from steer.cli.weights.exchange import export_, import_
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare_,
     "select": select_,
     "sweep": sweep_,
+    "serve": serve_,
     "rice": rice_,
     "direction": direction_,
     "recipe": recipe_,

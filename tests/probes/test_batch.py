@@ -48,13 +48,13 @@ def by_transformers(model, prompt, sampling, sample):
 @pytest.fixture
 def moves(monkeypatch):
     """How many rows joined each time, as batches are written."""
-    seen, turn = [], _batch._Batch.turn
+    seen, turn = [], _batch.Batch.turn
 
     def noted(self, rows, *, trim):
         seen.append(len(rows))
         return turn(self, rows, trim=trim)
 
-    monkeypatch.setattr(_batch._Batch, "turn", noted)
+    monkeypatch.setattr(_batch.Batch, "turn", noted)
     return seen
 
 

@@ -75,6 +75,7 @@ def test_every_command_has_json(name):
         "direction organism --positive quick.jsonl --negative slow.jsonl --last --site L2.resid_post -o n.safetensors",
         "recipe organism --ablate d.safetensors -o ablated",
         "diff organism organism",
+        "serve organism --recipe quicker=recipe --dry-run",
         "export recipe --to gguf -o recipe.gguf",
         "import recipe.gguf organism -o back",
         "vector make organism organism -o delta --rank 1",

@@ -103,6 +103,10 @@ generate ./nothing -o new                             | './nothing' is not a mod
 generate a/b/c -o new                                 | 'a/b/c' is not a model: there is no such folder.
 generate nothing.gguf -o new                          | nothing.gguf does not exist.
 generate cut.gguf -o new                              | cut.gguf
+serve organism --recipe recipe                        | --recipe recipe has no name: give it as NAME=FOLDER.
+serve organism --recipe r=others --dry-run            | This recipe was made for the model 'organism'
+serve organism --recipe r=recipe --engine vroom       | --engine vroom is unknown. Known: transformers.
+serve organism --max-batch 0                          | '--max-batch': it must be at least 1.
 compare organism --recipe recipe                      | Missing option '--prompt'
 compare organism --recipe recipe --prompt             | Option '--prompt' requires an argument.
 compare organism --recipe nothing --prompt a          | nothing holds no recipe.yaml
