@@ -113,7 +113,7 @@ def test_a_probe_is_fitted_on_and_scores_the_last_token_of_each_step(organism, p
             states += [hidden[SITE.layer + 1][0, stop - 1] for stop in own]
             labels += known
     x = torch.stack(states)
-    torch.testing.assert_close(step_states(organism, plain, stops, SITE), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(step_states(organism, plain, stops, [SITE])[SITE], x, atol=1e-4, rtol=1e-4)
     vector, offset = fit_logistic(x, torch.tensor(labels))
     scores = torch.cat(probe_scores(organism, probe, plain, stops))
     torch.testing.assert_close(scores, x @ vector.float() + offset, atol=2e-2, rtol=2e-2)
