@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from probes.directions.answer_probe import AnswerProbe
 from probes.model.hooks import hook_site
 from probes.model.loading import tokenizer_of
+from probes.needles import Needle
 from probes.thinking._segments import present_rules, step_ids
 from steer.decoding.control import Processors
 from steer.decoding.state import DecodingState, Ids, Scores
@@ -47,8 +48,9 @@ class EarlyExit:
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         """The processors of one run."""
         score = _Score(self.probe, self.threshold, model)
-        ends = _AtStepEnds(rows, step_ends(model, self.rules))
-        return Processors(after=(_Exit(ends, score),), turns=True, listens=(score.listening,))
+        return Processors(
+            after=(_Exit(rows, StepEnds.of(model, self.rules), score),), turns=True, listens=(score.listening,)
+        )
 
 
 @dataclass(frozen=True)
@@ -73,31 +75,44 @@ class EntropyExit:
     def processors(self, model: PreTrainedModel, rows: DecodingState) -> Processors:
         """The processors of one run."""
         entropy = _Entropy(self.below)
-        ends = _AtStepEnds(rows, step_ends(model, self.rules))
-        return Processors(before=(entropy,), after=(_Exit(ends, entropy),), turns=True)
-
-
-def step_ends(model: PreTrainedModel, rules: str) -> tuple[int, ...]:
-    """The ids of the tokens that end a step by these rules. Raises ValueError where they end none."""
-    tokenizer = tokenizer_of(model)
-    known, _ = present_rules(tokenizer, rules)
-    if not known.after:
-        raise ValueError(f"The rules {rules!r} say where a step begins, not where it ends: name rules with `after`.")
-    return tuple(sorted({token for words in known.after for token in step_ids(tokenizer, words)}))
+        return Processors(before=(entropy,), after=(_Exit(rows, StepEnds.of(model, self.rules), entropy),), turns=True)
 
 
 @dataclass(frozen=True, eq=False)
-class _AtStepEnds:
-    rows: DecodingState
-    ids: tuple[int, ...]
-    _listed: dict[int, Tensor] = field(default_factory=dict)
+class StepEnds:
+    """What ends a step: texts that are found whatever tokens they share, and tokens where a text is one of its own."""
 
-    def where(self, input_ids: Ids, width: int) -> Tensor:
-        if width not in self._listed:
-            listed = torch.zeros(max(width, max(self.ids) + 1), dtype=torch.bool, device=input_ids.device)
-            listed[list(self.ids)] = True
-            self._listed[width] = listed
-        return self._listed[width][input_ids[:, -1]] & (self.rows.thoughts > 0)
+    texts: tuple[Needle, ...]
+    ids: tuple[int, ...]
+    _listed: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, rules: str) -> "StepEnds":
+        """By these rules. Raises ValueError where they end none."""
+        tokenizer = tokenizer_of(model)
+        known, _ = present_rules(tokenizer, rules)
+        if not known.after:
+            raise ValueError(
+                f"The rules {rules!r} say where a step begins, not where it ends: name rules with `after`."
+            )
+        needles = {words: Needle.of(tokenizer, words) for words in known.after}
+        alone = [words for words, needle in needles.items() if needle is None]
+        ids = sorted({token for words in alone for token in step_ids(tokenizer, words)})
+        return cls(tuple(needle for needle in needles.values() if needle is not None), tuple(ids))
+
+    def at(self, input_ids: Ids, width: int) -> Tensor:
+        """Whether each row's newest token ends a step, in a vocabulary of that many tokens."""
+        found = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for needle in self.texts:
+            found = found | needle.ends(input_ids[:, -len(needle.text) :])[:, -1]
+        if self.ids:
+            key = (width, input_ids.device)
+            if key not in self._listed:
+                listed = torch.zeros(max(width, max(self.ids) + 1), dtype=torch.bool, device=input_ids.device)
+                listed[list(self.ids)] = True
+                self._listed[key] = listed
+            found = found | self._listed[key][input_ids[:, -1]]
+        return found
 
 
 class _Score:
@@ -132,10 +147,11 @@ class _Entropy(LogitsProcessor):
 
 
 class _Exit(LogitsProcessor):
-    def __init__(self, ends: _AtStepEnds, verdict: "_Score | _Entropy") -> None:
-        self.ends, self.verdict = ends, verdict
+    def __init__(self, rows: DecodingState, ends: StepEnds, verdict: "_Score | _Entropy") -> None:
+        self.rows, self.ends, self.verdict = rows, ends, verdict
 
     def __call__(self, input_ids: Ids, scores: Scores) -> Scores:
-        rows = self.ends.rows
-        fires = self.verdict.fires.to(rows.device) & self.ends.where(input_ids, scores.shape[1])
+        rows = self.rows
+        over = self.ends.at(input_ids, scores.shape[1]) & (rows.thoughts > 0)
+        fires = self.verdict.fires.to(rows.device) & over
         return rows.end_thinking(scores, rows.thinking & rows.free & (fires | rows.shut))

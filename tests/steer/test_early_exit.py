@@ -19,7 +19,7 @@ from probes.model.delimiters import Delimiters
 from probes.model.hooks import hook_inputs
 from probes.thinking import RULES, Rules, segments
 from steer.decoding import Budget, Controlled, EarlyExit, EntropyExit, Prune, Together, selected
-from steer.decoding.early_exit import step_ends
+from steer.decoding.early_exit import StepEnds
 
 SITE = Site(2, "resid_post")
 PROMPTS = ["a 3 b +4 c *7 d -2", "a 5 b -2 c +9", "a 3 quick", "a 1 b +1 c *2 d +3 e *2", "b +4"]
@@ -54,7 +54,7 @@ def hooks_of(model):
 
 def ends_of(model, completion):
     """One past each token of the thinking that ends a step, within the text that the model wrote."""
-    ids, span = step_ends(model, "organism"), completion.span
+    ids, span = StepEnds.of(model, "organism").ids, completion.span
     if span is None:
         return []
     return [at + 1 for at in range(span.text_start, span.text_end) if completion.all_ids[at] in ids]
@@ -398,3 +398,13 @@ def test_pruning_goes_on_out_of_a_store_and_beside_a_budget(organism, tmp_path):
     for c in write(organism, Together((Budget(9), prune)), **own):
         assert c.thinking_tokens <= 11
     assert tokenizer_of(organism).decode([4]) == "</think>"
+
+
+def test_a_step_ends_where_its_text_is_whole_whatever_tokens_it_is_written_in():
+    """The reasoner writes a blank line as two tokens: the first ends nothing."""
+    model = load("reasoner")
+    tokenizer = tokenizer_of(model)
+    ids = tokenizer.encode("First.\n\nThe start is 3.\nStill.\n\nSo 3.", add_special_tokens=False)
+    ends = StepEnds.of(model, "seal")
+    hits = [n for n in range(1, len(ids) + 1) if bool(ends.at(torch.tensor([ids[:n]]), len(tokenizer)))]
+    assert [tokenizer.decode(ids[:n]) for n in hits] == ["First.\n\n", "First.\n\nThe start is 3.\nStill.\n\n"]
