@@ -6,11 +6,11 @@ from .association import associate as associate
 from .association import mutual_information as mutual_information
 from .association import npmi as npmi
 from .association import risk_difference as risk_difference
-from .chains import NEEDS_NO_MODEL as NEEDS_NO_MODEL
-from .chains import SIGNALS as SIGNALS
 from .chains import read_signals as read_signals
 from .layers import Evidence as Evidence
 from .layers import LayerEvidence as LayerEvidence
+from .names import NEEDS_NO_MODEL as NEEDS_NO_MODEL
+from .names import SIGNALS as SIGNALS
 from .reliability import Bin as Bin
 from .reliability import Calibration as Calibration
 from .reliability import calibration as calibration

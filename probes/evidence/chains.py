@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 
 from probes.activations.confidence import confidences
 from probes.activations.trajectories import SEGMENT, read_trajectories
+from probes.evidence.names import NEEDS_NO_MODEL, SIGNALS, SignalName
 from probes.generation.completions import Completion
 from probes.generation.forcing import Forced, forced_answers
 from probes.thinking._segments import segments
@@ -17,12 +17,6 @@ from probes.thinking.redundancy import Holds, thought_texts
 from probes.thinking.rules import Rules
 from probes.words import checked
 
-SignalName = Literal[
-    "net", "cumulative", "aligned", "layer magnitude", "layer angle", "margin", "answer entropy", "answer perplexity",
-    "log-probability", "entropy", "failed steps", "brevity",
-]  # fmt: skip
-SIGNALS: tuple[SignalName, ...] = get_args(SignalName)
-NEEDS_NO_MODEL: tuple[SignalName, ...] = ("brevity",)
 Values = Float[np.ndarray, " n"]
 
 _FEWER = ("cumulative", "layer angle", "answer entropy", "answer perplexity", "entropy", "failed steps", "brevity")

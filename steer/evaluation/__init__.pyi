@@ -16,6 +16,7 @@ from .outcomes import repetition as repetition
 from .picking import PickScore as PickScore
 from .picking import PickTable as PickTable
 from .picking import pick_table as pick_table
+from .picking import score_signals as score_signals
 from .picking import standard_picks as standard_picks
 from .selection import Selection as Selection
 from .selection import select as select

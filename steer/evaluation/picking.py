@@ -1,11 +1,13 @@
 """Rules that choose among samples, side by side: how often they are right, and at what cost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
+from probes.evidence.signals import SignalTable, signal_table
+from probes.generation.completions import Completion
 from probes.tables import Shown, Table
 from steer.decoding.selection import (
     Pick,
@@ -18,6 +20,8 @@ from steer.decoding.selection import (
     majority,
 )
 from steer.evaluation.statistics import interval_of_mean
+from steer.tasks.grading import is_correct
+from steer.tasks.task import Problem, Task
 
 Interval = tuple[float, float]
 
@@ -98,6 +102,30 @@ def pick_table(samples: Samples, picks: Mapping[str, Pick]) -> PickTable:
     votes = [majority(samples.first(k + 1)) for k in range(samples.votes.shape[1])]
     costs, right = np.array([v.tokens.mean() for v in votes]), np.array([v.correct for v in votes], dtype=float)
     return PickTable(len(votes), tuple(_score(name, pick, costs, right) for name, pick in picks.items()))
+
+
+def score_signals(
+    completions: Sequence[Completion],
+    problems: Sequence[Problem],
+    task: Task,
+    signals: Mapping[str, Float[np.ndarray, " n"]],
+) -> SignalTable:
+    """How well each signal of some completions tells right from wrong (`probes.evidence.signal_table`).
+
+    >>> import numpy as np
+    >>> from probes import generate, load
+    >>> from steer import task_named
+    >>> from steer.evaluation import score_signals
+    >>> model, task = load("organism"), task_named("chains")
+    >>> problems = task.sample(8, "select")
+    >>> made = generate(model, [p.question for p in problems], ids=[p.id for p in problems])
+    >>> score_signals(made, problems, task, {"long": np.array([float(len(c.ids)) for c in made])})["long"].n
+    8
+    """
+    gold = {problem.id: problem for problem in problems}
+    correct = np.array([is_correct(c, gold[c.id], task.grader) for c in completions])
+    length = np.array([c.thinking_tokens for c in completions])
+    return signal_table(signals, correct, [c.id for c in completions], length)
 
 
 def standard_picks(samples: Samples) -> dict[str, Pick]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 import probes.evidence
@@ -83,10 +82,7 @@ def select_(
     if samples.votes.shape[1] < 2:
         raise ValueError(f"{store} has one completion of each problem: there is nothing to choose from.")
     found = steer.evaluation.pick_table(samples, steer.evaluation.standard_picks(samples))
-    told = probes.evidence.signal_table(
-        signals, _right(rows, problems, source), [c.id for c in rows],
-        np.array([c.thinking_tokens for c in rows]),
-    )  # fmt: skip
+    told = steer.evaluation.score_signals(rows, problems, source, signals)
     console.print(told.table())
     if output is not None:
         best = steer.decoding.best_of(samples, names[0]).sample
@@ -94,10 +90,3 @@ def select_(
         chosen = [sorted(groups[p.id], key=lambda c: c.sample)[at] for p, at in zip(problems, best, strict=True)]
         probes.generation.write_completions(output, chosen)
     end(found.table(), {s.name: probes.fields.plain_fields(s) for s in found.scores}, as_json)
-
-
-def _right(
-    rows: list[probes.generation.Completion], problems: list[steer.tasks.Problem], source: steer.tasks.Task
-) -> np.ndarray:
-    gold = {p.id: p for p in problems}
-    return np.array([steer.tasks.is_correct(c, gold[c.id], source.grader) for c in rows])
