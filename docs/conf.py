@@ -46,7 +46,10 @@ autodoc_default_options = {"members": True, "undoc-members": True}
 
 nitpicky = True
 nitpick_ignore_regex = [("py:class", "Tensor|ndarray")]  # as they stand within a shape; for others see `_no_page`
-suppress_warnings = ["mystnb.unknown_mime_type"]  # an interactive figure is drawn by the notebook, not by the site
+suppress_warnings = [
+    "mystnb.unknown_mime_type",  # an interactive figure is drawn by the notebook, not by the site
+    "ref.python",  # `bytes` is a type in a signature, and a field of two of our own classes
+]
 
 if os.environ.get("DOCS_ONLINE") == "1":
     extensions.append("sphinx.ext.intersphinx")
