@@ -48,13 +48,13 @@ def streamed(tokenizer, delimiters, prompt, ids):
 def test_joined_it_is_the_answer_whatever_tokens_are_cut(tokenizer, opened):
     delimiters, rng, told = find_delimiters(tokenizer, ("<think>", "</think>")), random.Random(0), 0
     prompt = tokenizer.encode(f"user: hi\nassistant:{opened}")
-    for _ in range(200):
+    for _ in range(60):
         text = "".join(rng.choices(PIECES, k=rng.randint(0, 12)))
         text += rng.choice(("</think>", ".</think>\n\n", "")) + "".join(rng.choices(PIECES, k=rng.randint(0, 8)))
         text = text if opened or rng.random() < 0.2 else f"<think>{text}"
         early, _ = streamed(tokenizer, delimiters, prompt, tokenizer.encode(text))
         told += len(early)
-    assert told > 400
+    assert told > 120
 
 
 def test_every_token_is_told_when_it_comes(tokenizer):
