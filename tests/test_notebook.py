@@ -190,7 +190,7 @@ def test_the_sixth_notebook_scores_latents_and_asks_what_they_follow(capsys):
 
 def test_the_seventh_notebook_reads_signals_and_chooses_among_samples(capsys):
     names = left_behind_by("07_signals.ipynb")
-    assert len(names["correct"]) == 40
+    assert len(names["correct"]) == 24
     assert names["chain"].thinking in capsys.readouterr().out
     assert names["decided"][-1]  # what is forced at the chain's end is its own answer
     assert names["way"].segments == -(-names["way"].tokens // 10)
