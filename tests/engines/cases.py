@@ -101,7 +101,7 @@ def recipes(model: PreTrainedModel) -> dict[str, Recipe]:
         "add": [(Add(at(1, "resid_post"), v(), 3.0), "all")],
         "add-pre": [(Add(at(0, "resid_pre"), v(), 1.0), "thinking"), (Add(at(2, "resid_pre"), v(), 2.0), "answer")],
         "ablate-mid": [(Ablate(at(2, "resid_mid"), v(), target=2.0), "thinking")],
-        "ablate": [(Ablate(at(1, "resid_post"), v(), target=-2.5), thinking["listed"])],
+        "ablate": [(Ablate(at(1, "resid_post"), v(), target=-9.0), thinking["listed"])],
         "scale-mlp": [(Scale(at(1, "mlp_out"), 0.2), "all")],
         "scale-attn": [(Scale(at(2, "attn_out"), 2.5), "prompt"), (Scale(at(0, "attn_out"), 0.0), "answer")],
         "clamp": [(Clamp(at(1, "resid_post"), v(), low=1.5, high=2.0), thinking["window"])],
