@@ -187,7 +187,7 @@ def _append(file: Path) -> None:
 @contextmanager
 def _opened(file: Path) -> Iterator[Store]:
     prompts = {str(i): generate(organism(), PROMPTS)[i].prompt_ids for i in range(2)}
-    with Store.opened(file, organism(), prompts, Sampling(max_new_tokens=40), "") as store:
+    with Store.opened(file, organism(), prompts, Sampling(max_new_tokens=40), "", "transformers") as store:
         yield store
 
 

@@ -118,7 +118,7 @@ def test_the_folded_model_says_what_the_recipe_said(thinkedit_names):
 
 def test_what_a_notebook_keeps_is_what_its_problems_ask(thinkedit_names):
     for path in (FOLDER / "stories").glob("*.jsonl"):
-        held = [completion.id for completion in thinkedit_names["read_completions"](path)]
+        held = list(dict.fromkeys(completion.id for completion in thinkedit_names["read_completions"](path)))
         assert held in ([p.id for p in thinkedit_names[name]][: len(held)] for name in ("problems", "report"))
 
 

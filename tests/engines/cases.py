@@ -58,7 +58,10 @@ def free(model: PreTrainedModel, ids: list[int], n: int) -> list[int]:
 
 
 def prompts(close: int = 4) -> list[list[int]]:
-    """Of one turn and of two, of several lengths; the thinking is open at their ends, but in one it never was."""
+    """Of one turn and of two, of several lengths; the thinking is open at their ends, but in one it never was.
+
+    Of the last, what a cache holds ends within the thinking.
+    """
     made = torch.Generator().manual_seed(1)
 
     def words(n: int) -> list[int]:
@@ -69,6 +72,7 @@ def prompts(close: int = 4) -> list[list[int]]:
         [*USER, *words(30), *OPEN, *words(5), *HEADER, *words(3), *OPEN, *words(4)],
         [*USER, *words(12), *HEADER, *OPEN, *words(9), close, *words(6), *USER, *words(39), *HEADER, *OPEN, *words(2)],
         [*USER, *words(17), *HEADER, *words(4)],
+        [*USER, *words(6), *HEADER, *OPEN, *words(38)],
     ]  # fmt: skip
 
 
@@ -101,7 +105,7 @@ def recipes(model: PreTrainedModel) -> dict[str, Recipe]:
         "add": [(Add(at(1, "resid_post"), v(), 3.0), "all")],
         "add-pre": [(Add(at(0, "resid_pre"), v(), 1.0), "thinking"), (Add(at(2, "resid_pre"), v(), 2.0), "answer")],
         "ablate-mid": [(Ablate(at(2, "resid_mid"), v(), target=2.0), "thinking")],
-        "ablate": [(Ablate(at(1, "resid_post"), v(), target=-2.5), thinking["listed"])],
+        "ablate": [(Ablate(at(1, "resid_post"), v(), target=-9.0), thinking["listed"])],
         "scale-mlp": [(Scale(at(1, "mlp_out"), 0.2), "all")],
         "scale-attn": [(Scale(at(2, "attn_out"), 2.5), "prompt"), (Scale(at(0, "attn_out"), 0.0), "answer")],
         "clamp": [(Clamp(at(1, "resid_post"), v(), low=1.5, high=2.0), thinking["window"])],

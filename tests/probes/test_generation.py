@@ -10,7 +10,7 @@ import torch
 from families import build, build_tokenizer
 from scipy.stats import chisquare
 
-from probes.generation import _generate as generation
+from probes.generation._batch import Transformers
 from probes.generation._generate import generate
 from probes.generation.completions import Completion, by_problem, read_completions, write_completions
 from probes.generation.sampling import GumbelNoise, Sampling, row_key
@@ -164,16 +164,16 @@ def test_thinking_that_never_closes_lasts_to_the_end_and_the_stop_token_is_none_
 
 
 def test_what_a_killed_run_stored_is_not_generated_again(organism, tmp_path, monkeypatch):
-    store, write, made = tmp_path / "completions.jsonl", generation.write, []
+    store, write, made = tmp_path / "completions.jsonl", Transformers.write, []
     whole = generate(organism, CHAINS, sampling=WARM, batch_size=1)
 
-    def noted(model, rows, size, *rest, **options):
+    def noted(engine, model, rows, *rest, **options):
         if len(made) == kill_after:
             raise KeyboardInterrupt
         made.extend(row.name for row in rows)
-        return write(model, rows, size, *rest, **options)
+        return write(engine, model, rows, *rest, **options)
 
-    monkeypatch.setattr(generation, "write", noted)
+    monkeypatch.setattr(Transformers, "write", noted)
     kill_after = 4  # rows, which are written together
     with pytest.raises(KeyboardInterrupt):
         generate(organism, CHAINS, sampling=WARM, batch_size=1, store=store)

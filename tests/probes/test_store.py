@@ -147,7 +147,7 @@ def test_two_writers_of_one_store_that_are_killed_lose_and_double_nothing(kills,
 def test_the_holder_of_a_store_is_named(model, tmp_path):
     from probes.generation.store import Store
 
-    with Store.opened(tmp_path / "s.jsonl", model, {}, SAMPLING, ""):
+    with Store.opened(tmp_path / "s.jsonl", model, {}, SAMPLING, "", "transformers"):
         text = "from probes.generation.store import _alone\nfrom pathlib import Path\nimport sys\n"
         text += "try:\n    with _alone(Path(sys.argv[1])): print('free')\nexcept ValueError as error: print(error)"
         script = [sys.executable, "-c", text, str(tmp_path / "s.jsonl")]

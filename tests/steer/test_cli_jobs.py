@@ -10,6 +10,7 @@ import typer
 from probes import Direction
 from probes.directions import direction_between
 from probes.generation import _generate, progress
+from probes.generation._batch import Transformers
 from probes.model import Site, load
 from steer import Ablate, Add, Recipe, Scope
 from steer.cli.main import app, main
@@ -174,13 +175,13 @@ def test_a_job_generates_what_its_dry_run_told(facts, monkeypatch, tmp_path, wor
     assert dry["max_tokens"] == expected * (256 if words.startswith("compare") else 48)
     assert dry["minutes"] > 0
     assert list(tmp_path.iterdir()) == []  # nothing was done
-    done, write = [], _generate.write
+    done, write = [], Transformers.write
 
-    def counted(model, rows, *rest, **options):
+    def counted(engine, model, rows, *rest, **options):
         done.extend(rows)
-        return write(model, rows, *rest, **options)
+        return write(engine, model, rows, *rest, **options)
 
-    monkeypatch.setattr(_generate, "write", counted)
+    monkeypatch.setattr(Transformers, "write", counted)
     facts(words.format(tmp_path))
     examples = 6 if words.startswith("thinkedit") else 0  # of three kinds, where a run has them
     assert expected - examples <= len(done) <= expected

@@ -111,6 +111,6 @@ def test_a_recipe_that_changed_since_the_settings_were_written_is_refused(tmp_pa
     assert read.delimiters.open == delimiters_of(model).open
     path = tmp_path / "r" / "recipe.yaml"
     path.write_text(path.read_text().replace("0.5", "0.25"))
-    settings = {"thinksteer": dict(settings["thinksteer"])}  # another object: what was read of one is remembered
+    later = {"thinksteer": dict(settings["thinksteer"])}  # as another process has them: what was read is remembered
     with pytest.raises(thinksteer_vllm.Refused, match="it has changed since they were written"):
-        settings_of(SimpleNamespace(additional_config=settings))
+        settings_of(SimpleNamespace(additional_config=later))
