@@ -46,6 +46,7 @@ class _Watch:
 
 _WATCHES: "WeakKeyDictionary[nn.Module, _Watch]" = WeakKeyDictionary()
 _ROWS: "WeakKeyDictionary[nn.Module, Rows]" = WeakKeyDictionary()
+_ELSEWHERE: "WeakKeyDictionary[nn.Module, dict[str, int]]" = WeakKeyDictionary()
 
 
 def edits_of(model: nn.Module) -> tuple[str | None, ...]:
@@ -54,6 +55,17 @@ def edits_of(model: nn.Module) -> tuple[str | None, ...]:
     names = [] if watch is None else watch.names
     said = [None if name is None else name if isinstance(name, str) else name() for name in names]
     return tuple(dict.fromkeys(said))
+
+
+def tell_touched(model: nn.Module, name: str, tokens: int) -> None:
+    """An engine that runs the model elsewhere tells how many tokens more the edit of this name has touched there."""
+    told = _ELSEWHERE.setdefault(model, {})
+    told[name] = told.get(name, 0) + tokens
+
+
+def touched_elsewhere(model: nn.Module, name: str) -> int | None:
+    """What engines told of an edit that is attached now; None where none of them ran."""
+    return _ELSEWHERE.get(model, {}).get(name)
 
 
 def rows_of(model: nn.Module) -> Rows | None:
@@ -86,6 +98,8 @@ def named_edit(model: nn.Module, name: Name | None) -> Iterator[None]:
             yield
         finally:
             watch.names.remove(name)
+            if not watch.names:
+                _ELSEWHERE.pop(model, None)
 
 
 @contextmanager

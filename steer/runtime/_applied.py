@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from probes.activations._interface import listening
 from probes.model.hooks import all_attached, hook_inputs, hook_site
-from probes.model.passes import named_edit
+from probes.model.passes import named_edit, touched_elsewhere
 from probes.model.routers import hook_router
 from probes.model.sites import Site
 from probes.rows import Rows
@@ -50,7 +50,8 @@ def applied(
     Gives the log of what is touched. Raises ValueError where the recipe was made on another model, or reads a site that
     is computed only after the edit it decides on; and, at the end of the block, `NeverFired` where no step touched
     a token, unless `must_fire` is false. With `must_run` false it is no error that the model did not run at all, as
-    where a store had everything.
+    where a store had everything. An engine that runs the model elsewhere tells what was touched there; the log holds
+    what was touched here.
 
     >>> import torch
     >>> from probes import Site, generate, load
@@ -115,7 +116,9 @@ def applied(
             stack.enter_context(all_attached(model, at, name=recipe.fingerprint))
         yield log
         log.end_pass()
-    if must_fire and steps and not log.tokens and (must_run or log.ran):
+        elsewhere = touched_elsewhere(model, recipe.fingerprint()) if must_fire and not log.tokens else 0
+    ran = must_run or log.ran or elsewhere is not None
+    if must_fire and steps and not (log.tokens or elsewhere) and ran:
         raise NeverFired(
             f"The recipe was applied, but touched no token: {'; '.join(dict.fromkeys(map(_said, words)))}. Did the "
             "model run, and did it get to where the scope begins? With must_fire=False this is no error."

@@ -1,6 +1,5 @@
 """What is asked of both engines: tiny random models, recipes of every kind, scope and site; Hugging Face's answers."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +164,5 @@ def stronger(recipe: Recipe, strength: float) -> Recipe:
 
 
 def requests(rows: Iterator[tuple[list[int], dict[str, Any] | None]]) -> list[dict[str, Any]]:
-    return [{"ids": ids, "n": N_NEW, "xargs": xargs} for ids, xargs in rows]
-
-
-def written(path: Path, job: dict[str, Any]) -> Path:
-    path.write_text(json.dumps(job))
-    return path
+    more = {"logit_bias": {0: -100.0}}  # never the pad
+    return [{"ids": ids, "n": N_NEW, "xargs": xargs, "more": more} for ids, xargs in rows]

@@ -4,9 +4,6 @@ Each engine has a process of its own. `make vllm` runs this, in an environment o
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +14,10 @@ import pytest
 if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("thinksteer_vllm") is None:
     pytest.skip("needs vLLM and its plugin: make vllm", allow_module_level=True)
 
-import json
-
 import cases
 
 from steer.engines.vllm import serving_settings
+from steer.engines.vllm.job import run_job
 
 STRENGTHS = {"add": 0.5, "ablate-mid": -1.0, "rotate": 1.5, "scale-mlp": 2.0, "clamp-mlp": 0.6}
 ENGINE = {
@@ -51,23 +47,15 @@ class Ready:
             "model": str(self.folder / "model"), "engine": {**ENGINE, **extra, **engine}, "plugin": plugin,
             "rounds": [self.requests()] * rounds, "bad": list(bad),
         }  # fmt: skip
-        return serve(cases.written(self.folder / f"{name}.json", job), plugin=plugin)
+        own = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | ({} if plugin else {"VLLM_PLUGINS": ""})
+        place = self.folder / name
+        place.mkdir(exist_ok=True)
+        return run_job(job, place, env=own)
 
     def equal(self, got: list[dict[str, Any]]) -> list[tuple[int, str | None, float]]:
         """The requests whose tokens are not those of Hugging Face."""
         rows = zip(self.answers.items(), got, strict=True)
         return [key for (key, answer), own in rows if own["ids"] != answer.ids]
-
-
-def serve(job: Path, *, plugin: bool) -> dict[str, Any]:
-    result = job.with_suffix(".result")
-    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    own |= {} if plugin else {"VLLM_PLUGINS": ""}
-    command = [sys.executable, str(Path(__file__).with_name("serve.py")), str(job), str(result)]
-    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    told: dict[str, Any] = json.loads(result.read_text())
-    return told
 
 
 def _xargs(name: str | None, strength: float) -> dict[str, Any] | None:
