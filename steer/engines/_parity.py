@@ -33,12 +33,13 @@ class Heard:
 
 @dataclass(frozen=True)
 class Way:
-    """What a way of running the model gave: answers, prompt by prompt, or why it was not run; and the tokens that the
-    recipe touched."""
+    """What a way of running the model gave: answers, prompt by prompt, and the tokens that the recipe touched; or why
+    there are none, and whether it was tried, and failed."""
 
     answers: tuple[Heard, ...] = ()
     touched: int | None = None
     left_out: str = ""
+    failed: bool = False
 
 
 Runner = Callable[[PreTrainedModel, Recipe | None, Sequence[Ids], int], Way]
@@ -48,8 +49,8 @@ Runner = Callable[[PreTrainedModel, Recipe | None, Sequence[Ids], int], Way]
 class Parity(Shown):
     """Answers by way; the first is what the others are compared with.
 
-    A way agrees where each of its answers is that of the first, or first differs at a token whose logit is within
-    `tolerance` of the next: there the last bits of two sums decide.
+    A way that was run agrees where each of its answers is that of the first, or first differs at a token whose logit
+    is within `tolerance` of the next: there the last bits of two sums decide.
 
     >>> from steer.engines import Heard, Parity, Way
     >>> sure, unsure = Heard([5, 6], [-0.1, -0.1], [4.0, 3.0]), Heard([5, 7], [-0.1, -0.9])
@@ -68,9 +69,10 @@ class Parity(Shown):
 
     @property
     def differing(self) -> list[str]:
-        """The ways that do not agree."""
+        """The ways that do not agree, or failed."""
         found = {name: list(self._differences(name)) for name in self.ways}
-        return [name for name, own in found.items() if any(margin > self.tolerance for *_, margin in own)]
+        far = {name for name, own in found.items() if any(margin > self.tolerance for *_, margin in own)}
+        return [name for name, way in self.ways.items() if way.failed or name in far]
 
     def first_difference(self, name: str) -> tuple[int, int, float] | None:
         """Prompt, token and margin of the answer that differs where the first was surest; None where none does."""
@@ -176,7 +178,8 @@ def _asked(model: PreTrainedModel, prompts: Sequence[Ids], n: int, **settings: A
     ids = torch.tensor([[pad] * (width - len(own)) + own for own in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(own)) + [1] * len(own) for own in prompts], device=model.device)
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=n, eos_token_id=ends, pad_token_id=pad, return_dict_in_generate=True,
+        do_sample=False, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=n, eos_token_id=ends, pad_token_id=pad,
+        return_dict_in_generate=True,
         output_logits=True, **settings,
     )  # fmt: skip
     write: Any = model.generate

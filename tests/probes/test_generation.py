@@ -114,6 +114,19 @@ def test_top_k_and_top_p_restrict_the_support_and_keep_the_proportions():
         assert fits(counts[support], LOGITS[support].softmax(0))
 
 
+def test_padding_counts_as_nothing_that_was_said():
+    """A repetition penalty would make the pad, which is often the end, less likely in rows that are padded."""
+    model = build("llama")
+    model.generation_config.repetition_penalty = 3.0
+    with torch.no_grad():
+        model.lm_head.weight[0] = model.lm_head.weight[2]  # the pad is as likely as the end
+    prompts = ["w7", "w7 w8 w9 w10 w11 w12 w13 w14"]
+    sampling = Sampling(temperature=1.5, top_p=1.0, max_new_tokens=24)
+    whole = generate(model, prompts, sampling=sampling, samples=40)
+    assert whole == generate(model, prompts, sampling=sampling, samples=40, batch_size=1)
+    assert sum(0 in c.ids for c in whole) > 5
+
+
 def test_samples_differ_the_same_seed_repeats_and_another_does_not():
     model = build("llama")
 

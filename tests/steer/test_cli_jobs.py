@@ -77,6 +77,7 @@ def test_every_command_has_json(name):
         "recipe organism --ablate d.safetensors -o ablated",
         "diff organism organism",
         "serve organism --recipe quicker=recipe --dry-run",
+        "parity organism recipe -n 2 --max-new-tokens 12 --no-vllm",
         "export recipe --to gguf -o recipe.gguf",
         "import recipe.gguf organism -o back",
         "vector make organism organism -o delta --rank 1",

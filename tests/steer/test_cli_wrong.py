@@ -107,6 +107,9 @@ serve organism --recipe recipe                        | --recipe recipe has no n
 serve organism --recipe r=others --dry-run            | This recipe was made for the model 'organism'
 serve organism --recipe r=recipe --engine vroom       | --engine vroom is unknown. Known: transformers.
 serve organism --max-batch 0                          | '--max-batch': it must be at least 1.
+parity organism nothing                               | nothing holds no recipe.yaml
+parity organism others                                | This recipe was made for the model 'organism'
+parity organism recipe --tolerance -1                 | '--tolerance': it must be at least 0.
 compare organism --recipe recipe                      | Missing option '--prompt'
 compare organism --recipe recipe --prompt             | Option '--prompt' requires an argument.
 compare organism --recipe nothing --prompt a          | nothing holds no recipe.yaml

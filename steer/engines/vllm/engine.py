@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from probes.generation._batch import end_ids
@@ -219,8 +220,6 @@ def _reads(decoding: Decoding) -> bool:
     """Does it listen to the model's passes, or look across rows, which vLLM runs one by one?"""
     if not isinstance(decoding, Controlled):
         return isinstance(decoding, ListeningRun)
-    import torch
-
     mask = torch.ones(1, 1, dtype=torch.long)
     rows = DecodingState(delimiters_if_any(decoding.model), end_ids(decoding.model), mask)
     made = decoding.control.processors(decoding.model, rows)

@@ -17,13 +17,13 @@ from typing import Any
 def run_job(job: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
     """A job done in another process. Raises RuntimeError, with the last of what it said, where that fails."""
     given, result = folder / "job.json", folder / "result.json"
-    given.write_text(json.dumps(job))
+    given.write_text(json.dumps(job), encoding="utf-8")
     own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ, **(env or {})}
     command = [sys.executable, "-m", __name__, str(given), str(result)]
     done = subprocess.run(command, env=own, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"vLLM ended with {done.returncode}: {done.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(result.read_text())
+    told: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return told
 
 
@@ -72,4 +72,5 @@ def _written(own: Any, cached: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(do(json.loads(Path(sys.argv[1]).read_text()))))
+    told = do(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(told), encoding="utf-8")

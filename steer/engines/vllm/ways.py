@@ -17,7 +17,7 @@ from steer.engines.vllm.job import run_job
 from steer.engines.vllm.settings import serving_settings
 from steer.recipes.recipe import Recipe
 
-_CHUNK, _BLOCK = 32, 16
+_CHUNK = _BLOCK = 32  # a CPU takes no smaller block
 
 
 def vllm_ways(*, folder: Path | None = None, **options: Any) -> Mapping[str, Runner]:
@@ -56,7 +56,7 @@ class _Served:
             self._told[chunked] = self._asked(chunked, model, recipe, prompts, n)
         told = self._told[chunked]
         if "refused" in told:
-            return Way(left_out=f"refused: {told['refused'][:300]}")
+            return Way(left_out=f"refused: {told['refused'][:300]}", failed=True)
         answers = tuple(Heard(own["ids"], own["logprobs"]) for own in told["rounds"][number])
         counts = [sum(row["tokens"] for row in log) for log in told["logs"]]
         touched = counts[number] - (counts[number - 1] if number else 0) if counts else None
