@@ -103,19 +103,18 @@ def test_without_vllm_its_ways_are_left_out(organism, recipe):
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM and its plugin: make vllm")
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_vllm_is_alike_cold_warm_and_chunked(family, tmp_path):
+@pytest.mark.parametrize(("family", "name"), [("llama", "one-place"), ("qwen3", "everywhere")])
+def test_vllm_is_alike_cold_warm_and_chunked(family, name, tmp_path):
     import cases
 
     model = cases.build(family, tmp_path / "model")
     prompts = [" ".join(f"w{7 + (5 * i + 3 * j) % 80}" for j in range(24 + 9 * i)) for i in range(6)]
     made = cases.recipes(model)
-    for name in ("one-place", "everywhere"):
-        found = parity(model, made[name], prompts, more=vllm_ways(folder=tmp_path / "model"), max_new_tokens=24)
-        assert found.holds, found.table()
-        assert not any(way.left_out for way in found.ways.values())
-        assert all(found.logprob_difference(way) < 1e-3 for way in found.ways)
-        cold, warm, chunked, again = (found.ways[way].touched for way in list(found.ways)[-4:])
-        assert cold == chunked == found.ways["single"].touched
-        assert warm <= cold
-        assert again <= cold
+    found = parity(model, made[name], prompts, more=vllm_ways(folder=tmp_path / "model"), max_new_tokens=24)
+    assert found.holds, found.table()
+    assert not any(way.left_out for way in found.ways.values())
+    assert all(found.logprob_difference(way) < 1e-3 for way in found.ways)
+    cold, warm, chunked, again = (found.ways[way].touched for way in list(found.ways)[-4:])
+    assert cold == chunked == found.ways["single"].touched
+    assert warm <= cold
+    assert again <= cold
