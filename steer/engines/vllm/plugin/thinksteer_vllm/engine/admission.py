@@ -14,6 +14,7 @@ from thinksteer_vllm.machine import last_header
 from thinksteer_vllm.settings import ADMITTED, KEY, STRENGTH, Settings, settings_of
 
 Refusal = Callable[[str], Exception]
+LARGEST = 3.4e38  # of float32
 
 
 def refusal(text: str) -> Exception:
@@ -40,6 +41,8 @@ def read_wish(extra: Mapping[str, Any] | None, settings: Settings | None, refuse
         raise refuse(f"There is no recipe {name!r}. This server has the recipes: {known}.")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
         raise refuse(f"{STRENGTH} is a finite number that multiplies all strengths, but got {strength!r}.")
+    if any(abs(strength) * max(1.0, abs(step.strength)) > LARGEST for step in settings.recipes[name].steps):
+        raise refuse(f"{STRENGTH} is {strength:g}: times the strengths of {name!r} it is beyond float32.")
     return name, float(strength)
 
 
@@ -93,8 +96,29 @@ def without_beams(original: Callable[..., Any]) -> Callable[..., Any]:
     """`to_beam_search_params` of a request, which would drop what it asks of us."""
 
     def to_beam_search_params(self: Any, *args: Any, **named: Any) -> Any:
-        if any(key.startswith(KEY) for key in getattr(self, "vllm_xargs", None) or {}):
+        if any(key.startswith(KEY) for key in gathered(self, refusal)):
             raise refusal("A recipe cannot follow beam search, which swaps rows between steps: use sampling.")
         return original(self, *args, **named)
 
     return to_beam_search_params
+
+
+def gathering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`to_sampling_params` of a request, which would not read keys that stand beside the others."""
+
+    def to_sampling_params(self: Any, *args: Any, **named: Any) -> Any:
+        found = gathered(self, refusal)
+        if found != (self.vllm_xargs or {}):
+            self.vllm_xargs = found
+        return original(self, *args, **named)
+
+    return to_sampling_params
+
+
+def gathered(request: Any, refuse: Refusal) -> dict[str, Any]:
+    """What a body says to plugins: its `vllm_xargs`, with our keys that stand beside the others."""
+    inner, beside = dict(request.vllm_xargs or {}), request.model_extra or {}
+    for key, value in beside.items():
+        if key.startswith(KEY) and value is not None and inner.setdefault(key, value) != value:
+            raise refuse(f"{key} is {value!r}, but {inner[key]!r} in vllm_xargs: give one of them.")
+    return inner
