@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thinksteer_vllm.engine import op
-from thinksteer_vllm.engine.admission import admitting, gathering, without_beams
+from thinksteer_vllm.engine.admission import admitting, gathering, noting, without_beams
 from thinksteer_vllm.refusal import Refused
 from thinksteer_vllm.settings import settings_of
 
@@ -103,6 +103,7 @@ PATCHES = (
           ("self", "vllm_config", "model_config", "prefix"), _loading),
     Patch("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward",
           ("self", "input_ids", "positions", "inputs_embeds"), _running),
+    Patch("vllm.v1.engine.input_processor", "InputProcessor", "__init__", ("self", "vllm_config"), noting),
     Patch("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs",
           ("self", "request_id", "prompt", "params", "resumable", "lora_request"), admitting),
     *(Patch(f"vllm.entrypoints.openai.{kind}.protocol", owner, method, ("self", "max_tokens"), around)
