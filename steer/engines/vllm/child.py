@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TextIO
 
 _KEPT = 400  # lines
 _GENTLY, _AT_ONCE = 5.0, 2.0  # seconds: to end by itself, and once it is killed
@@ -24,9 +23,11 @@ _EMPTY = ("Engine core initialization failed", "WorkerProc initialization failed
 class Child:
     """A process, in a group of its own, so that all that it starts can be ended with it."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], out: TextIO | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], tell: Callable[[str], object] | None = None
+    ) -> None:
         self.lines: deque[str] = deque(maxlen=_KEPT)
-        self.out = sys.stderr if out is None else out
+        self.tell = _to_stderr if tell is None else tell
         self.process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -67,9 +68,13 @@ class Child:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
-            with suppress(OSError, ValueError):  # who listened has gone
-                self.out.write(line)
-                self.out.flush()
+            self.tell(line)
+
+
+def _to_stderr(line: str) -> None:
+    with suppress(OSError, ValueError):  # who listened has gone
+        sys.stderr.write(line)
+        sys.stderr.flush()
 
 
 def reason_of(lines: Sequence[str] | deque[str]) -> str:
