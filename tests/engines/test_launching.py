@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
@@ -129,15 +130,18 @@ def test_what_is_not_installed_is_named(specs, entries, lost, monkeypatch):
 
 
 def test_a_plan_holds_no_weights_and_what_the_service_would_tell(model, recipes, folders):
-    asked = []
+    asked, living = [], []
 
     def loading(dtype):
+        own = load("organism")
         asked.append(dtype)
-        return load("organism")
+        living.append(weakref.ref(own))
+        return own
 
     plan = plan_of("organism", folders, loading, options=("--dtype", "float32"), n_probes=1)
     service = Service("organism", model, recipes)
     assert asked == ["float32"]
+    assert living[0]() is None
     assert (plan.dtype, plan.facts) == ("float32", service.facts)
     assert plan.table.rows == service.table().rows
     own = plan.settings["thinksteer"]
@@ -281,6 +285,7 @@ def test_a_child_that_dies_is_told_with_what_it_said():
     ("lines", "reason"),
     [
         ([], "it said nothing."),
+        (["pydantic.ValidationError: 1", "  Value error, Too long: take 9. [type=value_error, i"], "Too long: take 9."),
         (["one", "", "two"], "its last lines are: one / two"),
         (["usage: x", "api_server.py: error: argument --dtype: invalid choice"], "argument --dtype: invalid choice"),
         (["(A pid=1) ValueError: too long", "  at 3", "RuntimeError: Engine core initialization failed."], "too long."),

@@ -108,9 +108,9 @@ serve organism --recipe r=others --dry-run            | This recipe was made for
 serve organism --recipe r=recipe --engine vroom       | --engine vroom is unknown. Known: transformers, vllm.
 serve organism --recipe r=others --engine vllm --dry-run | This recipe was made for the model 'organism'
 serve organism --engine vllm                          | --engine vllm needs vllm and thinksteer-vllm: pip install vllm
-serve organism --engine vllm --max-tokens 9           | --max-tokens is read by --engine transformers alone
-serve organism --probes 2                             | --probes is read by --engine vllm alone
-serve organism -- --seed 1                            | Options behind a -- are read by --engine vllm alone
+serve organism --engine vllm --max-tokens 9           | --max-tokens: --engine transformers alone reads it.
+serve organism --probes 2                             | --probes: --engine vllm alone reads it.
+serve organism -- --seed 1                            | What stands behind a --: --engine vllm alone reads it.
 serve organism --engine vllm -- --port 1              | --port is not for vLLM's options: give --port before the --.
 serve organism --engine vllm --dry-run --probes 9     | There are 8 prompts to probe with, but 9 are asked for.
 serve organism --max-batch 0                          | '--max-batch': it must be at least 1.

@@ -15,6 +15,7 @@ from steer.cli.loading import check_source, model_of
 from steer.cli.options import Delimit, DeviceMap, Dtype, Json, Model, console, end
 
 _ENGINES = ("transformers", "vllm")
+_BEHIND = "What stands behind a --"
 
 
 def serve_(
@@ -49,7 +50,7 @@ def serve_(
     """Answer requests as OpenAI's API has them; each may name one of the recipes, and a strength."""
     if engine not in _ENGINES:
         raise ValueError(f"--engine {engine} is unknown. Known: {', '.join(_ENGINES)}.")
-    _check_fits(engine, {"--max-tokens": max_tokens, "--probes": probes, "Options behind a --": options or None})
+    _check_fits(engine, {"--max-tokens": max_tokens, "--probes": probes, _BEHIND: options or None})
     folders = _named(recipe or [])
     address = steer.engines.serving.Address(host, port, api_key)
     facts = {"model": model, "engine": engine, "host": host, "port": port, "api_key": api_key is not None}
@@ -111,11 +112,10 @@ def _would(table: Table, facts: Mapping[str, Any], missing: Sequence[str], as_js
 
 def _check_fits(engine: str, given: Mapping[str, object]) -> None:
     """Raise ValueError for what one engine alone reads, given to the other."""
-    others = ("--max-tokens",) if engine == "vllm" else ("--probes", "Options behind a --")
+    others, there = (("--max-tokens",), "transformers") if engine == "vllm" else (("--probes", _BEHIND), "vllm")
     for name in others:
         if given[name] is not None:
-            there = "--engine transformers" if engine == "vllm" else "--engine vllm"
-            raise ValueError(f"{name} {'are' if name.startswith('O') else 'is'} read by {there} alone: leave it out.")
+            raise ValueError(f"{name}: --engine {there} alone reads it. Leave it out, or take that engine.")
 
 
 def _short(facts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ _KEPT = 400  # lines
 _GENTLY, _AT_ONCE = 5.0, 2.0  # seconds: to end by itself, and once it is killed
 _DEATH = 1  # PR_SET_PDEATHSIG
 _AHEAD = re.compile(r"^(\x1b\[[\d;]*m)*(\([^)]*pid=\d+\)\s*)?(\x1b\[[\d;]*m)*((ERROR|CRITICAL)\s.*?\]\s*)?")
-_NAMED = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Refused): ")
+_NAMED = re.compile(r"^(?:(?:[\w.]+\.)?\w*(?:Error|Exception|Refused): |Value error, )")
+_DETAILS = re.compile(r" \[type=.*$")  # of pydantic
 _EMPTY = ("Engine core initialization failed", "WorkerProc initialization failed", "Engine core proc")
 
 
@@ -83,7 +84,7 @@ def reason_of(lines: Sequence[str] | deque[str]) -> str:
     told = [line for line in plain if _NAMED.match(line) and not any(word in line for word in _EMPTY)]
     told = told or [line for line in plain if ": error: " in line]  # of the parser of options
     if told:
-        text = _NAMED.sub("", told[-1])
+        text = _DETAILS.sub("", _NAMED.sub("", told[-1]))
         return text if text.endswith(".") else f"{text}."
     last = " / ".join([line for line in plain if line][-3:])
     return f"its last lines are: {last}" if last else "it said nothing."

@@ -5,6 +5,7 @@ vLLM asks for its key under /v1 alone, so these ask for it themselves.
 
 import hmac
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,10 +40,8 @@ class Addresses:
             app.add_api_route(path, tell, methods=["GET"], include_in_schema=False)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:  # noqa: ARG002
-        import vllm.envs as envs
-
         self.engine = engine_client
-        self.keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        self.keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
 
     def recipes(self, authorization: str | None) -> tuple[int, dict[str, Any]]:
         """The status, and the recipes step by step."""
