@@ -90,13 +90,14 @@ def reasoner(folder):
     asked = ["Tom has 3 boxes of 4 pens. How many pens has he?", "Add 17 and 26."]
     quick = direction_between(model, [f"{text} Be brief." for text in asked], asked, "L15.resid_post")
     noise = torch.randn(2, 576, generator=torch.Generator().manual_seed(0))
+    noise /= noise.norm(dim=1, keepdim=True)
     mixed = (
-        Step(Scale(Site(12, "mlp_out"), 0.7), Scope("prompt")),
-        Step(Add(Site(20, "resid_post"), noise[0] / noise[0].norm(), 12.0), Scope("thinking")),
+        Step(Scale(Site(12, "mlp_out"), 0.3), Scope("all")),
+        Step(Clamp(Site(20, "resid_post"), noise[0], low=2.0), Scope("answer")),
     )
     made = {
-        "thinking": Recipe.of(model, [Add.of(quick, 2.0)], scope="thinking"),
-        "without": Recipe.of(model, [Ablate(Site(10, "resid_post"), noise[1])]),
+        "thinking": Recipe.of(model, [Add.of(quick, 0.3)], scope="thinking"),
+        "without": Recipe.of(model, [Ablate(Site(10, "resid_post"), noise[1], target=20.0)]),
         "mixed": Recipe(mixed, Recipe.of(model, []).model),
     }
     names, things = ("Tom", "Anna", "Ben", "Mia", "Ida"), ("pens", "apples", "coins", "books")

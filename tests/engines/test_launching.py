@@ -143,7 +143,7 @@ def test_a_plan_holds_no_weights_and_what_the_service_would_tell(model, recipes,
     assert asked == ["float32"]
     assert living[0]() is None
     assert (plan.dtype, plan.facts) == ("float32", service.facts)
-    assert plan.table.rows == service.table().rows
+    assert plan.table().rows == service.table().rows
     own = plan.settings["thinksteer"]
     assert own["facts"] == plan.facts
     assert own["steps"]["thinking"] == [["add", "L2.resid_post", "thinking"]]

@@ -71,8 +71,8 @@ def serve_(
         )
         facts |= {"recipes": _short(plan.facts), "dtype": plan.dtype, "max_batch": max_batch}
         if dry_run:
-            return _would(plan.table, facts, vllm.missing_for_vllm(), as_json)
-        return vllm.serve_vllm(plan, address, max_batch=max_batch, ready=_Ready(plan.table, facts, as_json))
+            return _would(plan.table(), facts, vllm.missing_for_vllm(), as_json)
+        return vllm.serve_vllm(plan, address, max_batch=max_batch, ready=_Ready(plan.table(), facts, as_json))
     served, recipes = steer.engines.serving, {name: steer.recipes.Recipe.load(own) for name, own in folders.items()}
     if not dry_run:
         served.check_installed()

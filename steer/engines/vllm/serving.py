@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from probes.model.delimiters import Delimiters, find_delimiters
 from probes.model.embedded import resolve
-from probes.tables import Table
+from probes.tables import Shown, Table
 from steer.engines.serving.launch import Address, listening
 from steer.engines.serving.service import Service, check_name, recipes_facts, recipes_table
 from steer.engines.vllm.child import Child, Told, signals_end, wait_for
@@ -31,13 +31,12 @@ from steer.recipes.recipe import Recipe
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where it is asked that listens everywhere
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Shown):
     """What a server is started with, and what it must write then. It holds no weights.
 
     >>> from steer.engines.vllm import Plan
-    >>> plan = Plan("organism", "organism", "float32", {})
-    >>> plan.table.rows
+    >>> Plan("organism", "organism", "float32", {}).table().rows
     ()
     """
 
@@ -49,7 +48,6 @@ class Plan:
     options: tuple[str, ...] = ()  # of vLLM
     expected: Expected | None = None  # None: nothing is probed
 
-    @property
     def table(self) -> Table:
         """A row for each recipe."""
         return recipes_table(self.name, self.recipes)
