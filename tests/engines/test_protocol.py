@@ -202,7 +202,7 @@ def test_without_vllm_its_engine_says_what_to_install(model):
         pytest.skip("it is installed")
     from steer.engines.vllm import VLLM
 
-    with pytest.raises(ImportError, match=r"vllm and thinksteer_vllm are not installed: pip install vllm"):
+    with pytest.raises(ImportError, match=r"vllm and thinksteer-vllm are not installed: pip install vllm"):
         VLLM(model)
 
 

@@ -429,7 +429,7 @@ def test_the_command_refuses_in_one_line(recipes, tmp_path, monkeypatch, capsys)
         (f"--recipe x={tmp_path}", "holds no recipe.yaml: it is not a recipe."),
         (f"--recipe x={tmp_path / 'r'} --recipe x={tmp_path / 'r'}", "--recipe x is named twice"),
         (f"--recipe x={tmp_path / 'others'}", "This recipe was made for the model 'organism'"),
-        ("--engine vroom", "--engine vroom is unknown. Known: transformers."),
+        ("--engine vroom", "--engine vroom is unknown. Known: transformers, vllm."),
         ("--port 99999", "'--port': it must be at most 65535."),
         ("--host 256.1.1.1 --port 0", "Nobody can listen at 256.1.1.1:0"),
     ):

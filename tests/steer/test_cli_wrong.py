@@ -105,7 +105,14 @@ generate nothing.gguf -o new                          | nothing.gguf does not ex
 generate cut.gguf -o new                              | cut.gguf
 serve organism --recipe recipe                        | --recipe recipe has no name: give it as NAME=FOLDER.
 serve organism --recipe r=others --dry-run            | This recipe was made for the model 'organism'
-serve organism --recipe r=recipe --engine vroom       | --engine vroom is unknown. Known: transformers.
+serve organism --recipe r=recipe --engine vroom       | --engine vroom is unknown. Known: transformers, vllm.
+serve organism --recipe r=others --engine vllm --dry-run | This recipe was made for the model 'organism'
+serve organism --engine vllm                          | --engine vllm needs vllm and thinksteer-vllm: pip install vllm
+serve organism --engine vllm --max-tokens 9           | --max-tokens: --engine transformers alone reads it.
+serve organism --probes 2                             | --probes: --engine vllm alone reads it.
+serve organism -- --seed 1                            | What stands behind a --: --engine vllm alone reads it.
+serve organism --engine vllm -- --port 1              | --port is not for vLLM's options: give --port before the --.
+serve organism --engine vllm --dry-run --probes 9     | There are 8 prompts to probe with, but 9 are asked for.
 serve organism --max-batch 0                          | '--max-batch': it must be at least 1.
 parity organism nothing                               | nothing holds no recipe.yaml
 parity organism others                                | This recipe was made for the model 'organism'

@@ -16,7 +16,7 @@ from steer.engines.vllm.settings import PLUGIN_VERSION
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = {"torch", "numpy", "yaml", "safetensors", "thinksteer_vllm"} | set(sys.stdlib_module_names)
-LATE = {"vllm"}  # inside functions
+LATE = {"vllm", "fastapi"}  # inside functions; vLLM brings the other
 OPTIONAL = {"triton"}  # behind a try
 
 
@@ -68,7 +68,11 @@ def test_its_wheel_is_whole_and_imports_where_there_is_no_vllm(wheel, tmp_path):
     written = {str(path.relative_to(PLUGIN)) for path in (PLUGIN / "thinksteer_vllm").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == written
     (entry,) = tmp_path.glob("*.dist-info/entry_points.txt")
-    assert entry.read_text().split() == ["[vllm.general_plugins]", "thinksteer", "=", "thinksteer_vllm:register"]
+    lines = [line.replace(" ", "") for line in entry.read_text().splitlines() if line]
+    assert lines == [
+        "[vllm.endpoint_plugins]", "thinksteer=thinksteer_vllm.engine.addresses:Addresses",
+        "[vllm.general_plugins]", "thinksteer=thinksteer_vllm:register",
+    ]  # fmt: skip
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['vllm'] = None\n"
         "import thinksteer_vllm as t, thinksteer_vllm.engine.patches, thinksteer_vllm.engine.runners\n"

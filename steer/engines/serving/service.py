@@ -46,8 +46,7 @@ class Service(Shown):
 
     def __post_init__(self) -> None:
         for name, recipe in self.recipes.items():
-            if not name or not name.isprintable() or name.strip() != name:
-                raise ValueError(f"{name!r} is no name of a recipe: give it letters that can be printed.")
+            check_name(name)
             recipe.check(self.model)
             if any(step.scope.phase != "all" for step in recipe.steps):
                 delimiters_of(self.model)
@@ -73,17 +72,7 @@ class Service(Shown):
     @cached_property
     def facts(self) -> list[dict[str, Any]]:
         """The recipes as a client is told of them."""
-        model = identity_of(self.model)
-        return [
-            {
-                "name": name,
-                "method": recipe.method,
-                "steps": steps_of(recipe),
-                "fingerprint": self.fingerprints[name],
-                "model": model,
-            }
-            for name, recipe in self.recipes.items()
-        ]
+        return recipes_facts(self.recipes, identity_of(self.model))
 
     @property
     def positions(self) -> int | None:
@@ -93,8 +82,7 @@ class Service(Shown):
 
     def table(self) -> Table:
         """A row for each recipe."""
-        rows = tuple((name, "; ".join(steps_of(recipe))) for name, recipe in self.recipes.items())
-        return Table(("recipe", "steps"), rows, f"Served: {self.name}")
+        return recipes_table(self.name, self.recipes)
 
     def read(self, raw: bytes, *, chat: bool) -> tuple[Body, Asked]:
         """A request's body, and what it asks of the model. Raises Refused for what cannot be done."""
@@ -153,6 +141,32 @@ class Service(Shown):
                 parameter="max_tokens",
             )
         return room if asked is None else asked
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for what cannot be the name of a recipe."""
+    if not name or not name.isprintable() or name.strip() != name:
+        raise ValueError(f"{name!r} is no name of a recipe: give it letters that can be printed.")
+
+
+def recipes_table(model: str, recipes: Mapping[str, Recipe]) -> Table:
+    """A row for each recipe that is served with the model of this name."""
+    rows = tuple((name, "; ".join(steps_of(recipe))) for name, recipe in recipes.items())
+    return Table(("recipe", "steps"), rows, f"Served: {model}")
+
+
+def recipes_facts(recipes: Mapping[str, Recipe], model: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """What a client is told of recipes for a model; for that which each was made on, if none is given."""
+    return [
+        {
+            "name": name,
+            "method": recipe.method,
+            "steps": steps_of(recipe),
+            "fingerprint": recipe.fingerprint(),
+            "model": dict(recipe.model if model is None else model),
+        }
+        for name, recipe in recipes.items()
+    ]
 
 
 def steps_of(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""Recipes inside vLLM: the settings that its plugin, `thinksteer-vllm`, is started with."""
+"""Recipes inside vLLM: its server with them, and the settings that its plugin, `thinksteer-vllm`, is started with."""
 
 from probes.exports import exports
 

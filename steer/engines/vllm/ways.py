@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from probes.generation._batch import end_ids
 from probes.model.loading import delimiters_if_any
 from steer.engines._parity import Heard, Runner, Way
-from steer.engines.vllm.engine import missing, write_for_vllm
+from steer.engines.vllm.command import missing_for_vllm
+from steer.engines.vllm.engine import write_for_vllm
 from steer.engines.vllm.job import run_job
 from steer.engines.vllm.settings import serving_settings
 from steer.recipes.recipe import Recipe
@@ -50,7 +51,7 @@ class _Served:
         self, number: int, chunked: bool, model: PreTrainedModel, recipe: Recipe | None, prompts: Sequence[list[int]],
         n: int,
     ) -> Way:  # fmt: skip
-        if lost := missing():
+        if lost := missing_for_vllm():
             return Way(left_out=f"{' and '.join(lost)} not installed")
         if chunked not in self._told:
             self._told[chunked] = self._asked(chunked, model, recipe, prompts, n)

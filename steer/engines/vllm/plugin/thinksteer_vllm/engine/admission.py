@@ -14,6 +14,8 @@ from thinksteer_vllm.machine import last_header
 from thinksteer_vllm.settings import ADMITTED, KEY, STRENGTH, Settings, settings_of
 
 Refusal = Callable[[str], Exception]
+LARGEST = 3.4e38  # of float32
+_SERVED: dict[str, Settings | None] = {}  # what this process lets requests in for
 
 
 def refusal(text: str) -> Exception:
@@ -40,6 +42,8 @@ def read_wish(extra: Mapping[str, Any] | None, settings: Settings | None, refuse
         raise refuse(f"There is no recipe {name!r}. This server has the recipes: {known}.")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
         raise refuse(f"{STRENGTH} is a finite number that multiplies all strengths, but got {strength!r}.")
+    if any(abs(strength) * max(1.0, abs(step.strength)) > LARGEST for step in settings.recipes[name].steps):
+        raise refuse(f"{STRENGTH} is {strength:g}: times the strengths of {name!r} it is beyond float32.")
     return name, float(strength)
 
 
@@ -71,6 +75,16 @@ def salted(request: Any, recipe: str, strength: float, settings: Settings, refus
     request.cache_salt = f"thinksteer-{hashlib.sha256(words.encode()).hexdigest()[:48]}"
 
 
+def noting(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`InputProcessor.__init__`: from here on this process knows what it serves."""
+
+    def __init__(self: Any, vllm_config: Any, *args: Any, **named: Any) -> None:
+        _SERVED["settings"] = settings_of(vllm_config)
+        original(self, vllm_config, *args, **named)
+
+    return __init__
+
+
 def admitting(original: Callable[..., Any]) -> Callable[..., Any]:
     """`InputProcessor.process_inputs`, which lets a request in, behind these checks."""
     signature = inspect.signature(original)
@@ -93,8 +107,34 @@ def without_beams(original: Callable[..., Any]) -> Callable[..., Any]:
     """`to_beam_search_params` of a request, which would drop what it asks of us."""
 
     def to_beam_search_params(self: Any, *args: Any, **named: Any) -> Any:
-        if any(key.startswith(KEY) for key in getattr(self, "vllm_xargs", None) or {}):
+        if any(key.startswith(KEY) for key in gathered(self, refusal)):
             raise refusal("A recipe cannot follow beam search, which swaps rows between steps: use sampling.")
         return original(self, *args, **named)
 
     return to_beam_search_params
+
+
+def gathering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`to_sampling_params` of a request, which would not read keys that stand beside the others.
+
+    A wish that cannot be granted is refused here already: later a stream would have begun, with the status 200.
+    """
+
+    def to_sampling_params(self: Any, *args: Any, **named: Any) -> Any:
+        found = gathered(self, refusal)
+        if found != (self.vllm_xargs or {}):
+            self.vllm_xargs = found
+        if "settings" in _SERVED:
+            read_wish(found, _SERVED["settings"], refusal)
+        return original(self, *args, **named)
+
+    return to_sampling_params
+
+
+def gathered(request: Any, refuse: Refusal) -> dict[str, Any]:
+    """What a body says to plugins: its `vllm_xargs`, with our keys that stand beside the others."""
+    inner, beside = dict(request.vllm_xargs or {}), getattr(request, "model_extra", None) or {}
+    for key, value in beside.items():
+        if key.startswith(KEY) and value is not None and inner.setdefault(key, value) != value:
+            raise refuse(f"{key} is {value!r}, but {inner[key]!r} in vllm_xargs: give one of them.")
+    return inner

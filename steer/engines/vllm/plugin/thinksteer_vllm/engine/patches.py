@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thinksteer_vllm.engine import op
-from thinksteer_vllm.engine.admission import admitting, without_beams
+from thinksteer_vllm.engine.admission import admitting, gathering, noting, without_beams
 from thinksteer_vllm.refusal import Refused
 from thinksteer_vllm.settings import settings_of
 
@@ -103,10 +103,10 @@ PATCHES = (
           ("self", "vllm_config", "model_config", "prefix"), _loading),
     Patch("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "_model_forward",
           ("self", "input_ids", "positions", "inputs_embeds"), _running),
+    Patch("vllm.v1.engine.input_processor", "InputProcessor", "__init__", ("self", "vllm_config"), noting),
     Patch("vllm.v1.engine.input_processor", "InputProcessor", "process_inputs",
           ("self", "request_id", "prompt", "params", "resumable", "lora_request"), admitting),
-    Patch("vllm.entrypoints.openai.chat_completion.protocol", "ChatCompletionRequest", "to_beam_search_params",
-          ("self", "max_tokens"), without_beams),
-    Patch("vllm.entrypoints.openai.completion.protocol", "CompletionRequest", "to_beam_search_params",
-          ("self", "max_tokens"), without_beams),
+    *(Patch(f"vllm.entrypoints.openai.{kind}.protocol", owner, method, ("self", "max_tokens"), around)
+      for kind, owner in (("chat_completion", "ChatCompletionRequest"), ("completion", "CompletionRequest"))
+      for method, around in (("to_beam_search_params", without_beams), ("to_sampling_params", gathering))),
 )  # fmt: skip
