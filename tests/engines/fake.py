@@ -4,6 +4,7 @@ The file of options names a table beside it, `fake.json`: of each recipe (None i
 """
 
 import json
+import os
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,8 +25,15 @@ def handler(table, *, counts=True, key=None):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert (body["temperature"], body["repetition_penalty"], body["ignore_eos"]) == (0.0, 1.0, True)
             name = body.get("vllm_xargs", {}).get("thinksteer", "")
-            if name:
+            if name in fired:
                 fired[name] += counts
+            if name not in table:
+                sys.stderr.write(
+                    "(W pid=1) RuntimeError: This head_dim is not done\n"
+                    "X.EngineDeadError: EngineCore encountered an issue."
+                )
+                sys.stderr.flush()
+                os._exit(1)
             ids = table[name][" ".join(map(str, body["prompt"]))]
             self.tell({"choices": [{"token_ids": ids[: body["max_tokens"]]}]})
 

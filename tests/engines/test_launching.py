@@ -380,6 +380,12 @@ def test_it_is_never_ready_where_it_does_not_steer(planned):
     serve_vllm(replace(planned, expected=None), Address(port=0), ready=lambda *_: os.kill(os.getpid(), signal.SIGINT))
 
 
+def test_an_engine_that_dies_under_the_probe_says_why(planned):
+    Path(planned.source).with_name("fake.json").write_text("{}")
+    with pytest.raises(ValueError, match="ended while it was probed, with exit status 1: This head_dim is not done."):
+        serve_vllm(planned, Address(port=0))
+
+
 def test_it_says_why_it_ended(planned):
     Path(planned.source).with_name("fake.json").unlink()
     with pytest.raises(ValueError, match=r"vLLM ended before it was ready, with exit status 1: .*No such file"):

@@ -18,7 +18,12 @@ _DEATH = 1  # PR_SET_PDEATHSIG
 _AHEAD = re.compile(r"^(\x1b\[[\d;]*m)*(\([^)]*pid=\d+\)\s*)?(\x1b\[[\d;]*m)*((ERROR|CRITICAL)\s.*?\]\s*)?")
 _NAMED = re.compile(r"^(?:(?:[\w.]+\.)?\w*(?:Error|Exception|Refused): |Value error, )")
 _DETAILS = re.compile(r" \[type=.*$")  # of pydantic
-_EMPTY = ("Engine core initialization failed", "WorkerProc initialization failed", "Engine core proc")
+_EMPTY = (
+    "Engine core initialization failed",
+    "WorkerProc initialization failed",
+    "Engine core proc",
+    "EngineCore encountered",
+)
 
 
 class Child:
@@ -48,8 +53,10 @@ class Child:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def check(self, when: str) -> None:
-        """Raise ValueError where it has ended, with what it said last."""
+    def check(self, when: str, *, patience: float = 0.0) -> None:
+        """Raise ValueError where it has ended, or ends in so many seconds, with what it said last."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(patience)
         if not self.alive:
             self._reader.join(_AT_ONCE)
             raise ValueError(f"vLLM ended {when}, with exit status {self.process.returncode}: {reason_of(self.lines)}")

@@ -116,6 +116,10 @@ def compared(expected: Written, ids: Sequence[int], ends: frozenset[int], tolera
     return None, True
 
 
+class Unanswered(ValueError):
+    """A server that fails to answer, whatever it would have written."""
+
+
 @dataclass(frozen=True)
 class Client:
     """A server that is asked as its clients ask it."""
@@ -160,9 +164,9 @@ class Client:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             text = " ".join(error.read().decode(errors="replace").split())
-            raise ValueError(f"The server answered {path} of the probe with {error.code}: {text:.300}") from error
+            raise Unanswered(f"The server answered {path} of the probe with {error.code}: {text:.300}") from error
         except OSError as error:
-            raise ValueError(f"The server did not answer {path} of the probe: {error}.") from error
+            raise Unanswered(f"The server did not answer {path} of the probe: {error}.") from error
 
 
 def probed(client: Client, expected: Expected) -> Table:

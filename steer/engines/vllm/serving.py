@@ -24,10 +24,11 @@ from steer.engines.vllm.command import (
     environment_of,
     settings_file,
 )
-from steer.engines.vllm.probing import PROMPTS, Client, Expected, probed
+from steer.engines.vllm.probing import PROMPTS, Client, Expected, Unanswered, probed
 from steer.engines.vllm.settings import serving_settings
 from steer.recipes.recipe import Recipe
 
+_DYING = 5.0  # seconds, from an engine's end to its server's
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where it is asked that listens everywhere
 
 
@@ -164,8 +165,8 @@ def _probed(client: Client, plan: Plan, child: Child) -> Table | None:
         return None
     try:
         return probed(client, plan.expected)
-    except ValueError:
-        child.check("while it was probed")
+    except Unanswered:
+        child.check("while it was probed", patience=_DYING)
         raise
 
 
