@@ -16,7 +16,7 @@ check: .venv/.installed browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/sphinx-build -W -n -q -b html docs docs/_build/html
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=25
 
 browser:  # the tests of the report draw it in one
 	@command -v chromium chromium-browser google-chrome google-chrome-stable chrome >/dev/null || \

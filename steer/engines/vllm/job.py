@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 
+_PER_ROUND = ("rounds", "logs", "seconds", "cpu_seconds")
+
+
 def run_job(job: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | None = None) -> dict[str, Any]:
     """A job done in another process. Raises RuntimeError, with the last of what it said, where that fails."""
     given, result = folder / "job.json", folder / "result.json"
@@ -36,11 +39,12 @@ def do(job: Mapping[str, Any]) -> dict[str, Any]:
         llm = LLM(job["model"], **job["engine"])
     except Exception as error:  # noqa: BLE001 - what it is refused with is the result
         return {"refused": f"{type(error).__name__}: {error}"}
-    told: dict[str, Any] = {"start": time.perf_counter() - begun, "rounds": [], "logs": [], "bad": [], "seconds": []}
+    told: dict[str, Any] = {"start": time.perf_counter() - begun} | {key: [] for key in _PER_ROUND} | {"bad": []}
     for requests in job["rounds"]:
-        begun = time.perf_counter()
+        begun, spent = time.perf_counter(), time.process_time()
         outputs = llm.generate(_prompts(requests), [_params(request) for request in requests], use_tqdm=False)
         told["seconds"].append(time.perf_counter() - begun)
+        told["cpu_seconds"].append(time.process_time() - spent)
         told["rounds"].append([_written(output.outputs[0], output.num_cached_tokens) for output in outputs])
         if job["plugin"]:
             told["logs"].append(llm.collective_rpc("thinksteer_log")[0])
