@@ -1,8 +1,8 @@
 """Steered requests in vLLM beside plain ones: tokens a second, as a ratio, in one engine, round by round.
 
-SmolLM2-135M-Instruct, float32, one thread, prefix caching off, processor's clock. Arms take turns: plain; `add`, one vector in the stream
-behind one block while thinking; `everywhere`, a vector ablated from the stream behind every block. What the kernel
-moves is counted on paper, for a model of 8 billion parameters.
+SmolLM2-135M-Instruct, float32, one thread, prefix caching off, processor's clock. Arms take turns: plain; `add`, one
+vector in the stream behind one block while thinking; `everywhere`, a vector ablated from the stream behind every block.
+What the kernel moves is counted on paper, for a model of 8 billion parameters.
 
     GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python benchmarks/serving.py [ROUNDS]
 """

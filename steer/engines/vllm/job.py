@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
 _PER_ROUND = ("rounds", "logs", "seconds", "cpu_seconds")
 
 
