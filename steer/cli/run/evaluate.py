@@ -8,6 +8,7 @@ import typer
 import probes.generation
 import steer.decoding
 import steer.evaluation
+import steer.harness
 import steer.recipes
 import steer.tasks
 from steer.cli.dry import evaluation_work, tell
@@ -65,11 +66,19 @@ def evaluate_(
     as_json: Json = False,
 ) -> None:
     """Accuracy, thinking length and truncation of a model, of recipes on it beside random directions of the same norm
-    and of the same effect on the next token, of decoding controls, of prompts, and of other checkpoints, in pairs."""
+    and of the same effect on the next token, of decoding controls, of prompts, and of other checkpoints, in pairs.
+
+    With --task lm-eval:NAME, or lm-eval:FILE.yaml, a task of lm-eval, its prompts and its metrics, over the same arms
+    but prompts and random directions.
+    """
     styles = {words: steer.decoding.prompt_named(words) for words in prompt or []}
     arms: dict[str, steer.evaluation.Arm] = {words: steer.decoding.control_named(words) for words in control or []}
     arms |= styles
-    wanted, source = split_named(split), steer.tasks.task_named(task)
+    by_harness = task.removeprefix(_HARNESS) if task.startswith(_HARNESS) else None
+    if by_harness is not None:
+        _check_harness(prompt=prompt, samples=samples, temperature=temperature, dry_run=dry_run)
+        steer.harness.check_installed()
+    wanted, source = split_named(split), None if by_harness is not None else steer.tasks.task_named(task)
     recipes = {str(path): steer.recipes.Recipe.load(path) for path in recipe or []}
     for path in checkpoint or []:
         check_source(str(path))
@@ -82,6 +91,13 @@ def evaluate_(
         style.prefill(loaded)  # refuses what the vocabulary cannot write
     for other in map(str, checkpoint or ()):
         arms[other] = model_of(other, dtype=dtype, device_map=device_map, delimiters=delimiters)
+    if source is None:
+        found = steer.harness.evaluate_harness(
+            loaded, str(by_harness), {**recipes, **arms},
+            n=n, max_new_tokens=max_new_tokens, batch_size=batch_size, store=store, seed=seed,
+        )  # fmt: skip
+        end(found.table(), found.to_dict(), as_json)
+        return
     sampling = sampling_of(loaded, source, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     problems = source.sample(n, wanted, seed=seed)
     work = evaluation_work(len(arms) + len(recipes), len(recipes), draws=draws, n=n, samples=samples)
@@ -103,3 +119,14 @@ def evaluate_(
             sampling=sampling, samples=samples, batch_size=batch_size, store=store,
         )  # fmt: skip
     end(result.table(), result.to_dict(), as_json)
+
+
+_HARNESS = "lm-eval:"
+
+
+def _check_harness(*, prompt: list[str] | None, samples: int, temperature: float | None, dry_run: bool) -> None:
+    """Raise ValueError for what a task of the harness decides itself."""
+    given = {"--prompt": prompt, "--samples": samples != 1, "--temperature": temperature is not None}
+    for name, value in {**given, "--dry-run": dry_run}.items():
+        if value:
+            raise ValueError(f"{name} does not go with --task {_HARNESS}NAME, which says itself how it is asked.")
