@@ -26,7 +26,12 @@ TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 4 
 @dataclass(frozen=True)
 class Heard:
     """What one prompt was answered: tokens, and of each its log-probability and, where it is known, by how much its
-    logit is above the next."""
+    logit is above the next.
+
+    >>> from steer.engines import Heard
+    >>> Heard([5, 6], [-0.1, -0.7], [4.0, 0.2]).ids
+    [5, 6]
+    """
 
     ids: Ids
     logprobs: list[float]
@@ -36,7 +41,12 @@ class Heard:
 @dataclass(frozen=True)
 class Way:
     """What a way of running the model gave: answers, prompt by prompt, and the tokens that the recipe touched; or why
-    there are none, and whether it was tried, and failed."""
+    there are none, and whether it was tried, and failed.
+
+    >>> from steer.engines import Way
+    >>> Way(left_out="vllm not installed").failed
+    False
+    """
 
     answers: tuple[Heard, ...] = ()
     touched: int | None = None

@@ -41,13 +41,17 @@ class VLLM:
     process; `close` it, or use it as a context. Raises ImportError where vLLM or its plugin is not installed, and
     ValueError for a recipe that does not run there.
 
-    >>> from probes import load
+    >>> import torch
+    >>> from probes import Site, generate, load
+    >>> from steer import Add, Recipe, applied
     >>> from steer.engines.vllm import VLLM
     >>> model = load("organism")
-    >>> VLLM(model, {"": "shorter"})
-    Traceback (most recent call last):
-        ...
-    TypeError: recipes are by name, name: Recipe; but got '': 'shorter'.
+    >>> recipe = Recipe.of(model, [Add(Site(2, "resid_post"), torch.ones(96), 0.05)])
+    >>> try:
+    ...     with VLLM(model, {"shorter": recipe}) as engine, applied(model, recipe, must_run=False):
+    ...         completions = generate(model, ["a 3 b +4"], engine=engine)
+    ... except (ImportError, ValueError) as error:
+    ...     told = str(error)  # vllm and thinksteer-vllm are not installed ...
     """
 
     def __init__(
@@ -59,9 +63,7 @@ class VLLM:
         **options: Any,
     ) -> None:
         recipes = dict(recipes or {})
-        for name, recipe in recipes.items():
-            if not (isinstance(name, str) and isinstance(recipe, Recipe)):
-                raise TypeError(f"recipes are by name, name: Recipe; but got {name!r}: {recipe!r:.80}.")
+        for recipe in recipes.values():
             recipe.check(model)
         self.recipes = {recipe.fingerprint(): name for name, recipe in recipes.items()}
         check_installed()
