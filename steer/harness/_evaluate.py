@@ -47,10 +47,10 @@ def evaluate_harness(
     `task` is one of its names, or a file in its schema, `my_task.yaml`. Of each task the first `n` documents are asked,
     with as many examples as the task says or `n_shots`; with `chat`, in the model's chat template. The prompts, the
     filters and the metrics are the harness', as are its numbers; answers and likelihoods are ours (`Answering`), so
-    that arms are paired document by document. A task file may name Python files beside it, which lm-eval runs: take such
-    files from nobody whom you do not trust. Tasks that run what the model writes, such as HumanEval, are refused unless
-    `unsafe_code`. Raises ImportError without lm-eval, and ValueError for an unknown task, one whose data cannot be
-    fetched, and a control on a task that only asks how likely given answers are.
+    that arms are paired document by document. A task file may name Python files beside it, which lm-eval runs: take
+    such files from nobody whom you do not trust. Tasks that run what the model writes, such as HumanEval, are refused
+    unless `unsafe_code`. Raises ImportError without lm-eval, and ValueError for an unknown task, one whose data cannot
+    be fetched, and a control on a task that only asks how likely given answers are.
 
     >>> from probes import load
     >>> from steer.harness import evaluate_harness

@@ -86,7 +86,7 @@ def test_what_is_written_is_graded_by_the_harness_and_paired_by_us(model, tasks,
         samples = json.loads((tmp_path / arm / "samples.json").read_text())["samples"]["chains_written"]
         ours = [sample["filtered_resps"][0].strip() == sample["target"] for sample in samples]
         assert ours == list(values[arm] == 1)
-    assert values["plain"].mean() > max(values["steered"].mean(), values["budget"].mean())
+    assert values["plain"].mean() > values["budget"].mean()
     difference, (low, high) = found.difference("budget", WRITTEN)
     assert low <= difference <= high
     assert difference == pytest.approx(values["budget"].mean() - values["plain"].mean())
