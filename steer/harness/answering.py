@@ -124,9 +124,14 @@ class Answering:
         temperature = float(settings.get("temperature") or 0.0)
         if not settings.get("do_sample", temperature > 0) or not temperature:
             return own
-        read = {name: kind(settings[name]) for name, kind in (("top_p", float), ("top_k", int), ("min_p", float))
-                if settings.get(name) is not None}  # fmt: skip
-        return replace(own, **{"top_p": 1.0, "temperature": temperature, **read})
+        top_p, top_k, min_p = (settings.get(name) for name in ("top_p", "top_k", "min_p"))
+        return replace(
+            own,
+            temperature=temperature,
+            top_p=1.0 if top_p is None else float(top_p),
+            top_k=int(top_k or 0),
+            min_p=float(min_p or 0.0),
+        )
 
     def _pair(self, context: str, continuation: str) -> tuple[tuple[int, ...], int]:
         """As the harness cuts a pair: spaces at the end of the context belong to what follows; an empty context is the

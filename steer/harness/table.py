@@ -114,7 +114,8 @@ class HarnessEvaluation(Shown):
         return self.arms[arm][metric].is_mean and self.arms[self.baseline][metric].is_mean
 
     def _difference(self, arm: str, metric: Metric) -> Float[np.ndarray, " docs"]:
-        return self.arms[arm][metric].values - self.arms[self.baseline][metric].values
+        own: Float[np.ndarray, " docs"] = self.arms[arm][metric].values - self.arms[self.baseline][metric].values
+        return own
 
     def _p(self, arm: str, metric: Metric) -> float:
         own, plain = (self.arms[name][metric].values for name in (arm, self.baseline))

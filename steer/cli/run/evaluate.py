@@ -1,7 +1,7 @@
 """`steer evaluate`: arms on one set of problems, in pairs, with their controls."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -92,8 +92,9 @@ def evaluate_(
     for other in map(str, checkpoint or ()):
         arms[other] = model_of(other, dtype=dtype, device_map=device_map, delimiters=delimiters)
     if source is None:
+        named: dict[str, Any] = {**recipes, **arms}
         found = steer.harness.evaluate_harness(
-            loaded, str(by_harness), {**recipes, **arms},
+            loaded, str(by_harness), named,
             n=n, max_new_tokens=max_new_tokens, batch_size=batch_size, store=store, seed=seed,
         )  # fmt: skip
         end(found.table(), found.to_dict(), as_json)
