@@ -44,9 +44,9 @@ class Answering:
     >>> from steer.harness import Answering
     >>> answering = Answering(load("organism"))
     >>> answering.written([("<bos> a 3 b +4 ?", {"until": ["<eos>"], "max_gen_toks": 24})])
-    ['7']
+    ['1']
     >>> [(round(total, 2), greedy) for total, greedy in answering.likelihoods([("<bos> a 3 b +4 ? <think>", " Okay")])]
-    [(-0.0, True)]
+    [(-0.76, True)]
     """
 
     model: PreTrainedModel
