@@ -1,5 +1,7 @@
 """What the documentation prints runs as printed; the site builds without a warning, and has every public name."""
 
+import ast
+import importlib
 import subprocess
 import sys
 
@@ -8,8 +10,15 @@ from pages import ROOT, blocks, check, mentioned, pages, run, same
 from public import public_names
 from sphinx.util.inventory import InventoryFile
 
+# Half a minute or more each; `make slow` runs them.
+LONG = ("heads", "compare", "experts", "signals", "latents", "decoding")
+PAGES = [
+    pytest.param(page, marks=[pytest.mark.slow] * (page.parent.name == "howto" and page.stem in LONG))
+    for page in pages()[1:]
+]
 
-@pytest.mark.parametrize("page", pages()[1:], ids=lambda page: str(page.relative_to(ROOT / "docs")))
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
 def test_a_page_runs_as_printed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -22,6 +31,15 @@ def test_a_page_runs_as_printed(page, tmp_path, monkeypatch):
 def test_the_commands_that_a_page_mentions_are_known(page):
     for command in mentioned(page.read_text()):
         check(command)
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_imports_is_there(page):
+    for block in blocks(page.read_text()):
+        for node in ast.walk(ast.parse(block.text)) if block.kind == "python" else ():
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,7 @@ def _models():
         family_model(family)
 
 
-@settings(max_examples=300, **QUICK)
+@settings(max_examples=120, **QUICK)
 @given(cases())
 def test_a_recipe_means_the_same_however_the_model_is_run(case):
     check(case)

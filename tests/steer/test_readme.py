@@ -1,4 +1,4 @@
-"""What the README prints runs as printed, and its main claim holds."""
+"""What the README prints runs as printed, and its main claim holds: the main job whole, so it is one of `make slow`."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 from pages import ROOT, Block, blocks, run, same
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
 BLOCKS = blocks((ROOT / "README.md").read_text())
 PYTHON = [block for block in BLOCKS if block.kind == "python"]
 
