@@ -4,7 +4,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -15,6 +15,7 @@ DEATHS = 3  # of actors by one job, one after the other, before it is given up
 OBJECTS = 200 << 20  # bytes that a Ray of our own keeps for what is passed
 
 
+@runtime_checkable
 class Pool(Protocol):
     """Readers that have loaded the same model."""
 
