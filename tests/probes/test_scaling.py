@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,22 @@ def test_one_worker_reads_what_a_plain_process_reads(organism, completions, toke
     assert same(counts, read_experts(organism, completions, ["Okay"], batch_tokens=tokens).total())
     alone = head_writes(organism, spans, {0: torch.arange(96.0), 3: torch.ones(96)})
     assert torch.equal(writes.nan_to_num(-1), alone.nan_to_num(-1))
+
+
+def test_shards_are_added_up_in_their_order_whichever_comes_first(completions):
+    class Backwards:
+        """A pool whose last shard comes first."""
+
+        def __init__(self, pool):
+            self.identity, self.pids, self.forwards = pool.identity, pool.pids, pool.run
+
+        def run(self, method, jobs):
+            return reversed(list(self.forwards(method, jobs)))
+
+    spans = [thinking(c) for c in completions]
+    with spread("organism", 1, shard_tokens=70) as workers:
+        other = replace(workers, pool=Backwards(workers.pool))
+        assert same(other.record(spans, SITES), workers.record(spans, SITES))
 
 
 def test_a_reading_that_was_killed_goes_on_where_it_was(completions, tmp_path, monkeypatch):
