@@ -32,7 +32,7 @@ from probes.scaling import Workers, pools
 from probes.scaling.reader import source_of
 from probes.tables import Table
 
-ROUNDS, TEXTS, POS, SHARD = 6, 64, 128, 1024
+ROUNDS, TEXTS, POS, SHARD = 5, 32, 128, 512
 
 
 def main() -> None:
