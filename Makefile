@@ -4,7 +4,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check docs slow peers vllm organism browser
+.PHONY: demo test check docs slow peers ray vllm organism browser
 
 demo: .venv/.installed
 	$(BIN)/steer demo
@@ -35,6 +35,10 @@ peers: .venv/.installed  # files read back by the neighbours that are heavy to i
 	$(PYTHON) -m venv .venv/mergekit  # what it asks for beside torch has clashed with ours before
 	.venv/mergekit/bin/pip install --quiet --constraint constraints.txt torch mergekit==0.1.5
 	MERGEKIT_YAML=.venv/mergekit/bin/mergekit-yaml $(BIN)/python -m pytest -q tests/interop
+
+ray: .venv/.installed  # workers that are actors of Ray: kills, and the same sums
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest -q tests/probes/test_scaling_ray.py --durations=5
 
 vllm: .venv-vllm/.installed  # the plugin in the engine itself; without a GPU, and 3 GB to install once
 	PYTHONPATH=tests VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 \

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "probes.exports", "probes.late", "probes.files", "probes.texts", "probes.fields", "probes.tensors", "probes.tables",
     "probes.needles", "probes.words", "probes.gguf_files", "probes.rows", "probes.model",
-    "probes.generation", "probes.figures", "probes.thinking", "probes.activations", "probes.directions",
-    "probes.engines", "probes.evidence", "probes.saes", "probes",
+    "probes.generation", "probes.figures", "probes.thinking", "probes.activations", "probes.scaling",
+    "probes.directions", "probes.engines", "probes.evidence", "probes.saes", "probes",
     "steer.checkpoints", "steer.interventions", "steer.tasks", "steer.recipes", "steer.decoding", "steer.runtime",
     "steer.interop", "steer.folding", "steer.evaluation", "steer.harness", "steer.engines", "steer.deltas",
     "steer.training", "steer.methods", "steer.report", "steer", "steer.cli", "steer.__main__",

@@ -1,6 +1,6 @@
 """Read activations and reduce them as they are read: per sequence, the mean over a span of positions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,8 @@ def span_means(
     Activations; Xiao et al. 2024, StreamingLLM); a norm that is large in many coordinates is kept. A span that holds
     nothing else is read as it is. A sequence is read once, however many spans it has. Batches are cut by length and by
     a budget of tokens, padded on the right. Layers above the highest site are not computed, and nothing longer than a
-    span's mean is kept. Raises what `probes.model.captured` does for a site that the model does not have.
+    span's mean is kept. An empty `label` shows no bar. Raises what `probes.model.captured` does for a site that the
+    model does not have.
 
     >>> from probes import Site, load
     >>> from probes.activations import span_means
@@ -96,7 +97,7 @@ def _read(
         owners.setdefault(span.ids, []).append(number)
     texts = [spans[numbers[0]] for numbers in owners.values()]
     reduction = Reduction(keep_sinks=keep_sinks)
-    with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False) as bar:
+    with tqdm(total=len(spans), desc=label, unit="span", delay=2, leave=False, disable=not label) as bar:
         for rows in batches(model, texts, batch_tokens):
             own = [owners[texts[row].ids] for row in rows]
             ids, real = padded([texts[row].ids for row in rows])
@@ -154,7 +155,7 @@ def record(
 ) -> dict[Site, Recorded]:
     """Per site, the moments over all spans, merged batch by batch: memory is O(sites x d_model).
 
-    Attention sinks are left out unless `keep_sinks`, as `span_means` says.
+    Attention sinks are left out unless `keep_sinks`, as `span_means` says. An empty `label` shows no bar.
 
     >>> from probes import Site, load, record
     >>> from probes.thinking import text_span
@@ -187,8 +188,13 @@ def batches(model: PreTrainedModel, spans: Sequence[Span], batch_tokens: int) ->
     lengths = [len(span.ids) for span in spans]
     check_room(model, max(lengths, default=0))
     for group in rope_groups(model, lengths):
-        order = sorted(group, key=lambda i: -lengths[i])
-        while order:
-            size = max(1, batch_tokens // lengths[order[0]])
-            yield order[:size]
-            order = order[size:]
+        yield from cut(group, lengths, batch_tokens)
+
+
+def cut(rows: Iterable[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Rows, longest first, in batches of at most `batch_tokens` tokens once they are padded; one row at least."""
+    order = sorted(rows, key=lambda i: -lengths[i])
+    while order:
+        size = max(1, batch_tokens // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]

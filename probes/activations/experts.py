@@ -110,11 +110,13 @@ def read_experts(
     markers: Sequence[str] = (),
     *,
     batch_tokens: int = 16_384,
+    label: str = "reading experts",
 ) -> ExpertReading:
     """Which experts the tokens of completions choose, prompt included, in one pass over each.
 
     A marker is searched as token ids, with and without a space before it; one that the vocabulary lacks is named in
-    the reading and left out. Raises ValueError for a family whose routers cannot be read.
+    the reading and left out. An empty `label` shows no bar. Raises ValueError for a family whose routers cannot be
+    read.
 
     >>> from probes import generate, load
     >>> from probes.activations import read_experts
@@ -131,7 +133,7 @@ def read_experts(
     n_experts = block_at(model, tally.layers[0]).n_experts
     counts = torch.zeros(len(spans), len(tally.classes), len(tally.layers), n_experts, dtype=torch.int32)
     tokens = torch.zeros(len(spans), len(tally.classes), dtype=torch.int32)
-    with tqdm(total=len(spans), desc="reading experts", unit="completion", delay=2, leave=False) as bar:
+    with tqdm(total=len(spans), desc=label, unit="completion", delay=2, leave=False, disable=not label) as bar:
         for rows in batches(model, spans, batch_tokens):
             seen, many = tally.of_rows(model, [spans[row].ids for row in rows])
             counts[rows], tokens[rows] = seen.int().cpu(), many.int().cpu()

@@ -110,9 +110,13 @@ def head_writes(
     >>> writes.shape, f"L0H{int(writes[0].argmax())}"
     (torch.Size([4, 8]), 'L0H2')
     """
+    return writes_along(model, mean_inputs(model, spans, layers_to_read(model, list(vectors))), vectors)
+
+
+def layers_to_read(model: PreTrainedModel, layers: Sequence[int]) -> list[int]:
+    """Those of the layers that have heads; where none has, the first, which reading refuses by name."""
     having = layers_with_heads(model)
-    layers = [layer for layer in vectors if layer in having] or list(vectors)[:1]
-    return writes_along(model, mean_inputs(model, spans, layers), vectors)
+    return [layer for layer in layers if layer in having] or list(layers)[:1]
 
 
 def mean_inputs(model: PreTrainedModel, spans: Sequence[Span], layers: Sequence[int]) -> Inputs:

@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +11,8 @@ import probes.model
 
 if TYPE_CHECKING:
     import transformers
+
+    from probes.scaling import Workers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -18,16 +22,35 @@ def model_of(
     name: str, *, dtype: str = "auto", device_map: str | None = None, delimiters: tuple[str, str] | None = None
 ) -> "transformers.PreTrainedModel":
     """Raises ValueError for a name, a dtype or a device that is none, in a sentence that names the option."""
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype {dtype} is unknown. Known: {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     check_source(name)
     _check_device(device_map)
+    with _told(name):
+        return probes.model.load(name, dtype=dtype, device_map=device_map, delimiters=delimiters)
+
+
+@contextmanager
+def opened(name: str, dtype: str, workers: AbstractContextManager["Workers"]) -> Iterator["Workers"]:
+    """Workers that have loaded a model. Raises ValueError as `model_of` does."""
+    check_dtype(dtype)
+    check_source(name)
+    with ExitStack() as stack:
+        with _told(name):
+            found = stack.enter_context(workers)
+        yield found
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What the hub, or a machine without it, says of a model that is loaded within is told in a sentence."""
     if not sys.stderr.isatty():
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
     try:
-        return probes.model.load(name, dtype=dtype, device_map=device_map, delimiters=delimiters)
+        yield
+    except ChildProcessError:
+        raise
     except OSError as error:
         if error.errno is not None or Path(name).exists():
             raise
@@ -35,6 +58,12 @@ def model_of(
             terms = f"accept its terms at https://huggingface.co/{name}, and log in with `hf auth login`"
             raise ValueError(f"{name!r} is given to those alone who may have it: {terms}.") from error
         raise ValueError(f"{name!r} is not on this machine, and the hub does not give it. {_known()}") from error
+
+
+def check_dtype(name: str) -> None:
+    """Raise ValueError for a dtype that is none."""
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {name} is unknown. Known: {', '.join(DTYPES)}.")
 
 
 def check_source(name: str) -> None:

@@ -24,6 +24,7 @@ from steer.cli.run.compare import compare_
 from steer.cli.run.evaluate import evaluate_
 from steer.cli.run.generate import generate_
 from steer.cli.run.parity import parity_
+from steer.cli.run.record import experts_, record_
 from steer.cli.run.select import select_
 from steer.cli.run.serve import serve_
 from steer.cli.run.sweep import sweep_
@@ -41,6 +42,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep_,
     "serve": serve_,
     "parity": parity_,
+    "record": record_,
+    "experts": experts_,
     "rice": rice_,
     "direction": direction_,
     "recipe": recipe_,
