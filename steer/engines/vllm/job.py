@@ -66,7 +66,10 @@ def _params(request: Mapping[str, Any]) -> Any:
     from vllm import SamplingParams
 
     own = {"temperature": 0.0, "max_tokens": request["n"], "ignore_eos": True, "detokenize": False, "logprobs": 0}
-    return SamplingParams(**own | {"extra_args": request["xargs"]} | request.get("more", {}))
+    more = dict(request.get("more", {}))
+    if "logit_bias" in more:  # JSON has no numbers as keys
+        more["logit_bias"] = {int(token): bias for token, bias in more["logit_bias"].items()}
+    return SamplingParams(**own | {"extra_args": request["xargs"]} | more)
 
 
 def _written(own: Any, cached: int) -> dict[str, Any]:
