@@ -28,7 +28,7 @@ from steer.engines.vllm import serving_settings
 from steer.engines.vllm.engine import write_for_vllm
 from steer.engines.vllm.job import run_job
 
-ROUNDS, BATCHES, NEW, TARGET = 10, (1, 4, 16), 32, 0.97
+ROUNDS, BATCHES, NEW, TARGET = 25, (1, 4, 16), 32, 0.97
 EIGHT_B = {"d_model": 4096, "n_layers": 36, "weights": 8.2e9 * 2, "batch": 256, "bytes a number": 2}
 
 

@@ -11,22 +11,24 @@ from torch import Tensor
 
 from thinksteer_vllm.tables import ABLATE, ADD, CLAMP, HIGH, LOW, ROTATE, SCALE, STRENGTH, TARGET, Place, Tokens
 
-Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # x, vector, numbers, multiple, strength
+Columns = Sequence[Tensor]  # of `Place.numbers`, each [n 1]
+Form = Callable[[Tensor, Tensor, Columns, Tensor, Tensor], Tensor]  # x, vector, numbers, multiple, strength
 
 
 def edited(x: Tensor, place: Place, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """The activation [n width] with what its tokens' recipes do here, and which tokens [n 1] are touched."""
-    n = len(x)
-    touched = torch.zeros(n, 1, dtype=torch.bool, device=x.device)
-    strength = tokens.strength[:n, None]
+    touched = None
+    rows, multiples, strength = tokens.first(len(x))
     for step, kinds in zip(place.steps, place.kinds_at, strict=True):
-        own = place.local[tokens.rows[step, :n]]
-        kind, vector, numbers = place.kinds[own][:, None], place.vectors[own], place.numbers[own]
-        multiple = tokens.multiples[step, :n, None]
-        before = x
-        for here in kinds:
-            x = torch.where(kind == here, FORMS[here](before, vector, numbers, multiple, strength), x)
-        touched |= kind > 0
+        own = place.local.index_select(0, rows[step])
+        vector, numbers = place.vectors.index_select(0, own), place.numbers.index_select(0, own)[..., None].unbind(1)
+        here, before = (own > 0)[:, None], x
+        kind = place.kinds.index_select(0, own)[:, None] if len(kinds) > 1 else None
+        for name in kinds:
+            mine = here if kind is None else kind == name
+            x = torch.where(mine, FORMS[name](before, vector, numbers, multiples[step], strength), x)
+        touched = here if touched is None else touched | here
+    assert touched is not None
     return x, touched
 
 
@@ -34,8 +36,8 @@ def edit_stream(hidden: Tensor, residual: Tensor, at: Sequence[Place], tokens: T
     """In place: the stream is hidden + residual, and a touched token has all of it in residual afterwards."""
     for place in at:
         new, touched = edited(hidden + residual, place, tokens)
-        residual.copy_(torch.where(touched, new, residual))
-        hidden.copy_(torch.where(touched, 0, hidden))
+        torch.where(touched, new, residual, out=residual)
+        hidden.masked_fill_(touched, 0)
 
 
 def edit_whole(x: Tensor, at: Sequence[Place], tokens: Tokens) -> None:
@@ -55,35 +57,31 @@ def edit_results(z: Tensor, written: Tensor, at: Sequence[Place], tokens: Tokens
         written.copy_(torch.where(touched, written + (new - write).to(written.dtype), written))
 
 
-def _add(x: Tensor, vector: Tensor, _: Tensor, multiple: Tensor, strength: Tensor) -> Tensor:
+def _add(x: Tensor, vector: Tensor, _: Columns, multiple: Tensor, strength: Tensor) -> Tensor:
     return torch.addcmul(x, (multiple * strength).to(x.dtype), vector.to(x.dtype))
 
 
-def _ablate(x: Tensor, unit: Tensor, numbers: Tensor, multiple: Tensor, strength: Tensor) -> Tensor:
+def _ablate(x: Tensor, unit: Tensor, numbers: Columns, multiple: Tensor, strength: Tensor) -> Tensor:
+    wide = x.float()
+    change = numbers[TARGET] - (wide * unit).sum(1, keepdim=True)
+    return torch.addcmul(wide, multiple * strength * numbers[STRENGTH] * change, unit).to(x.dtype)
+
+
+def _clamp(x: Tensor, unit: Tensor, numbers: Columns, multiple: Tensor, strength: Tensor) -> Tensor:
     wide = x.float()
     projection = (wide * unit).sum(1, keepdim=True)
-    return _along(wide, unit, numbers, multiple * strength, numbers[:, TARGET, None] - projection).to(x.dtype)
+    change = torch.minimum(torch.maximum(projection, numbers[LOW]), numbers[HIGH]) - projection
+    return torch.addcmul(wide, multiple * strength * numbers[STRENGTH] * change, unit).to(x.dtype)
 
 
-def _clamp(x: Tensor, unit: Tensor, numbers: Tensor, multiple: Tensor, strength: Tensor) -> Tensor:
-    wide = x.float()
-    projection = (wide * unit).sum(1, keepdim=True)
-    kept = torch.minimum(torch.maximum(projection, numbers[:, LOW, None]), numbers[:, HIGH, None])
-    return _along(wide, unit, numbers, multiple * strength, kept - projection).to(x.dtype)
-
-
-def _along(wide: Tensor, unit: Tensor, numbers: Tensor, factor: Tensor, change: Tensor) -> Tensor:
-    return wide + factor * numbers[:, STRENGTH, None] * change * unit
-
-
-def _scale(x: Tensor, _: Tensor, numbers: Tensor, multiple: Tensor, strength: Tensor) -> Tensor:
-    scale = strength * numbers[:, STRENGTH, None]
+def _scale(x: Tensor, _: Tensor, numbers: Columns, multiple: Tensor, strength: Tensor) -> Tensor:
+    scale = strength * numbers[STRENGTH]
     return torch.where(multiple == 1, x * scale.to(x.dtype), (x.float() * (1 + multiple * (scale - 1))).to(x.dtype))
 
 
-def _rotate(x: Tensor, vector: Tensor, numbers: Tensor, multiple: Tensor, strength: Tensor) -> Tensor:
+def _rotate(x: Tensor, vector: Tensor, numbers: Columns, multiple: Tensor, strength: Tensor) -> Tensor:
     wide = x.float()
-    new = wide + strength * numbers[:, STRENGTH, None] * vector
+    new = wide + strength * numbers[STRENGTH] * vector
     length = new.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     turned = new * (wide.norm(dim=1, keepdim=True) / length)
     return torch.where(multiple == 1, turned, wide + multiple * (turned - wide)).to(x.dtype)

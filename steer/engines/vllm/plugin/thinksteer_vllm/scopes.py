@@ -30,6 +30,7 @@ class Scopes:
     course: Tensor  # start, what is added to its end, over
     counts: Tensor
     control: Tensor  # gain, set-point
+    constant: bool  # has no step a schedule or a controller?
 
     @classmethod
     def of(cls, recipes: Sequence[Recipe], markers: Sequence[tuple[Ids, ...]], device: torch.device) -> "Scopes":
@@ -37,7 +38,8 @@ class Scopes:
         padded = [
             [step.scope for step in recipe.steps] + [Scope()] * (longest - len(recipe.steps)) for recipe in recipes
         ]
-        lists = list(dict.fromkeys([(), *(scope.tokens for row in padded for scope in row)]))
+        every = [scope for row in padded for scope in row]
+        lists = list(dict.fromkeys([(), *(scope.tokens for scope in every)]))
 
         def table(of: Callable[[Scope], object], dtype: torch.dtype = torch.long) -> Tensor:
             return torch.tensor([[of(scope) for scope in row] for row in padded], dtype=dtype, device=device)
@@ -60,22 +62,20 @@ class Scopes:
             course=table(_course, torch.float32),
             counts=table(lambda s: s.controller is not None, torch.bool),
             control=table(_control, torch.float32),
+            constant=all(scope.schedule is None and scope.controller is None for scope in every),
         )
 
     def touch(self, recipe: Tensor, where: Where) -> tuple[Tensor, Tensor]:
-        """Of tokens of these recipes: rows [n steps], 0 where a step does not touch, and multiples [n steps]."""
+        """Of tokens of these recipes: rows [n steps], 0 where a step does not touch, and multiples, broadcast to it."""
         phase, thought, marked, ids = (x[..., None] for x in where)
-        rows, wanted, marker = self.rows[recipe], self.phase[recipe], self.marker[recipe]
-        listed = self.listed[self.listing[recipe], ids.clamp(max=self.listed.shape[1] - 1)]
-        count = marked[..., 0].T.gather(1, marker) if len(marked) else torch.zeros_like(rows)
-        hit = (
-            ((wanted == phase) | (wanted == PHASES.index("all")))
-            & (thought >= self.first[recipe])
-            & (thought < self.last[recipe])
-            & (count >= self.after[recipe])
-            & listed
-        )
-        return rows * hit, self._multiple(recipe, thought.float())
+        rows, wanted = self.rows[recipe], self.phase[recipe]
+        hit = (wanted == phase) | (wanted == PHASES.index("all"))
+        hit &= (thought >= self.first[recipe]) & (thought < self.last[recipe])
+        if len(marked):
+            hit &= marked[..., 0].T.gather(1, self.marker[recipe]) >= self.after[recipe]
+        if len(self.listed) > 1:
+            hit &= self.listed[self.listing[recipe], ids.clamp(max=self.listed.shape[1] - 1)]
+        return rows * hit, thought.new_ones(1, 1).float() if self.constant else self._multiple(recipe, thought.float())
 
     def _multiple(self, recipe: Tensor, thought: Tensor) -> Tensor:
         shape, course = self.shape[recipe], self.course[recipe]

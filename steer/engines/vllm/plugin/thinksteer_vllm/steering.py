@@ -72,7 +72,8 @@ class Steering:
         self.tokens = Tokens.of(self.scopes.rows.shape[1], n_tokens, device)
         self.slots = Slots.of(self.machine, n_requests, device)
         self.places = places(self.recipes, widths, dtype, device)
-        self.fired = torch.zeros(*self.scopes.rows.shape, len(PHASES), dtype=torch.long, device=device)
+        n_recipes, n_steps = self.scopes.rows.shape
+        self.fired = torch.zeros(n_recipes, len(PHASES), n_steps, dtype=torch.long, device=device)
         self.rebuilt = 0
         self._free, self._rows, self._dirty = list(range(n_requests)), dict[str, _Row](), False
 
@@ -108,16 +109,13 @@ class Steering:
         steps = [share for share in shares if self._steps(share)]
         parts = [self._step(steps, input_ids)] if steps else []
         parts += [self._read(share) for share in shares if share not in steps]
-        place, recipe, strength, counted, phase, thought, ids = (
-            torch.cat(column) for column in list(zip(*parts, strict=True))[:7]
-        )
-        marked = torch.cat([part[7] for part in parts], dim=1)
+        columns = parts[0] if len(parts) == 1 else [torch.cat(column, dim=-1) for column in zip(*parts, strict=True)]
+        place, recipe, strength, counted, phase, thought, ids, marked = columns
         rows, multiples = self.scopes.touch(recipe, (phase, thought, marked, ids))
         self.tokens.rows[:, place], self.tokens.multiples[:, place] = rows.T, multiples.T
         self.tokens.strength[place] = strength
-        number = torch.arange(rows.shape[1], device=self.device)
-        cell = ((recipe[:, None] * rows.shape[1] + number) * len(PHASES) + phase[:, None]).flatten()
-        self.fired.view(-1).index_add_(0, cell, ((rows > 0) & counted[:, None]).long().flatten())
+        touched = ((rows > 0) & counted[:, None]).long()
+        self.fired.view(-1, rows.shape[1]).index_add_(0, recipe * len(PHASES) + phase, touched)
 
     def forget(self, living: Callable[[str], bool]) -> None:
         """Requests that are gone leave their slots."""
@@ -130,11 +128,11 @@ class Steering:
         """By recipe, step and phase: the tokens that were touched, each once, though a request may be computed anew."""
         counts, phases = self.fired.tolist(), PHASES if self.by_phase else ("all",)
         return [
-            {"recipe": recipe.name, "step": k, "what": str(step), "phase": phase, "tokens": counts[i][k][j]}
+            {"recipe": recipe.name, "step": k, "what": str(step), "phase": phase, "tokens": counts[i][j][k]}
             for i, recipe in enumerate(self.recipes)
             for k, step in enumerate(recipe.steps)
             for j, phase in enumerate(phases)
-            if counts[i][k][j]
+            if counts[i][j][k]
         ]
 
     def status(self) -> dict[str, Any]:

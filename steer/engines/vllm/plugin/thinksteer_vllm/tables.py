@@ -2,7 +2,7 @@
 has. Made once, before anything is captured, and only written into afterwards: its addresses never change."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ class Tokens:
     rows: Tensor
     multiples: Tensor
     strength: Tensor
+    views: dict[int, tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]] = field(default_factory=dict, repr=False)
+
+    def first(self, n: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """Of the first tokens: rows [n] and multiples [n 1] by step, and strength [n 1]. Views, kept for the places
+        of a pass."""
+        if n not in self.views:
+            self.views.clear()
+            self.views[n] = self.rows[:, :n].unbind(), self.multiples[:, :n, None].unbind(), self.strength[:n, None]
+        return self.views[n]
 
     @classmethod
     def of(cls, n_steps: int, n_tokens: int, device: torch.device) -> "Tokens":
