@@ -29,12 +29,15 @@ docs: .venv/.installed  # a site in docs/_build/html; DOCS_ONLINE=1 links it wit
 slow: .venv/.installed
 	$(BIN)/python -m pytest -q -m slow
 
-peers: .venv/.installed  # files read back by the neighbours that are heavy to install
-	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval
-	$(BIN)/pip install --quiet --no-deps eai-sparsify dictionary-learning natsort schedulefree  # with theirs, pins clash
+peers: .venv/.installed  # neighbours that are heavy to install: files read back by them, and their models run
+	$(BIN)/pip install --quiet --constraint constraints.txt lm_eval nnsight scikit-learn
+	$(BIN)/pip install --quiet --no-deps eai-sparsify dictionary-learning natsort schedulefree repeng  # with theirs, pins clash
+	$(BIN)/pip install --quiet --no-deps --target .venv/lens transformer-lens==4.3.0  # sae-lens wants one before 4
 	$(PYTHON) -m venv .venv/mergekit  # what it asks for beside torch has clashed with ours before
 	.venv/mergekit/bin/pip install --quiet --constraint constraints.txt torch mergekit==0.1.5
 	MERGEKIT_YAML=.venv/mergekit/bin/mergekit-yaml $(BIN)/python -m pytest -q tests/interop
+	$(BIN)/python -m pytest -q tests/test_docs.py -k beside
+	PYTHONPATH=.venv/lens $(BIN)/python -m pytest -q tests/interop/test_runtimes.py
 
 ray: .venv/.installed  # workers that are actors of Ray: kills, and the same sums
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ray]'

@@ -1,6 +1,7 @@
 """A page of the documentation as what it does: its Python, its commands, and what it says they print."""
 
 import doctest
+import linecache
 import re
 import shlex
 import sys
@@ -90,9 +91,10 @@ def steer(command: str, *more: str) -> str:
 def run(block: Block, names: dict[str, object]) -> str:
     """What a block prints. A command that only trains, or needs the hub, is asked for its help, options and all."""
     if block.kind == "python":
-        out = StringIO()
+        out, text, name = StringIO(), "\n" * block.line + block.text, f"page, line {block.line}"
+        linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name  # as cells of a notebook are
         with redirect_stdout(out):
-            exec(compile("\n" * block.line + block.text, "page", "exec"), names)
+            exec(compile(text, name, "exec"), names)
         return out.getvalue()
     return "".join(steer(command) if runs(command) else check(command) for command in commands(block.text))
 

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from pages import ROOT, blocks, check, mentioned, pages, run, same
@@ -12,10 +13,16 @@ from sphinx.util.inventory import InventoryFile
 
 # Half a minute or more each; `make slow` runs them.
 LONG = ("heads", "compare", "experts", "signals", "latents", "decoding")
-PAGES = [
-    pytest.param(page, marks=[pytest.mark.slow] * (page.parent.name == "howto" and page.stem in LONG))
-    for page in pages()[1:]
-]
+AMONG_OTHERS = find_spec("nnsight") is not None and find_spec("lm_eval") is not None
+BESIDE = pytest.mark.skipif(not AMONG_OTHERS, reason="what it compares with is not installed: make peers")
+
+
+def marks(page):
+    return [mark for mark, holds in ((pytest.mark.slow, page.stem in LONG), (BESIDE, page.stem == "beside")) if holds]
+
+
+HOWTO = ROOT / "docs" / "howto"
+PAGES = [pytest.param(page, marks=marks(page) if page.parent == HOWTO else ()) for page in pages()[1:]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT / "docs")))
@@ -33,7 +40,10 @@ def test_the_commands_that_a_page_mentions_are_known(page):
         check(command)
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+ALL = [pytest.param(page, marks=BESIDE if page.stem == "beside" else ()) for page in pages()]
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_imports_is_there(page):
     for block in blocks(page.read_text()):
         for node in ast.walk(ast.parse(block.text)) if block.kind == "python" else ():

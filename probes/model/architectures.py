@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from probes.model.families import ARCHITECTURES, Architecture, Tap
+from probes.model.placing.neighbours import unbridged
 from probes.model.quantised import computed_weight, device_of, numbers_of, own_weight
 from probes.model.sites import SITE_NAMES, Site, SiteName
 from probes.words import checked
@@ -125,7 +126,7 @@ def path_of_o_proj(model: nn.Module, layer: int) -> str:
 
 def o_proj_of(model: nn.Module, layer: int) -> nn.Module:
     """The output projection of attention: a Linear, or GPT-2's Conv1D."""
-    return block_of(model, layer).get_submodule(path_of_o_proj(model, layer))
+    return unbridged(block_of(model, layer).get_submodule(path_of_o_proj(model, layer)))
 
 
 def device_at(model: nn.Module, layer: int) -> torch.device:
@@ -294,6 +295,6 @@ def sites_in(model: nn.Module, name: SiteName) -> list[Site]:
 
 
 def _gain(norm: nn.Module, row: Architecture) -> Tensor:
-    weight = numbers_of(norm)
+    weight = numbers_of(unbridged(norm))
     assert weight is not None
     return weight.detach().float() + row.gain_offset

@@ -25,6 +25,7 @@ from probes.model.architectures import config_of, n_heads, n_layers, width_of
 from probes.model.delimiters import Delimiters, find_delimiters
 from probes.model.embedded import ORGANISM, resolve
 from probes.model.placing.discovery import place
+from probes.model.placing.neighbours import inside, named_weights
 from probes.model.quantised import merge_adapters, numbers_of
 from probes.model.sites import Site
 from probes.model.tokens import REFLECTION_MARKERS
@@ -61,7 +62,7 @@ class Origin(Brief):
 
 
 def load(
-    source: str | Path | PreTrainedModel,
+    source: str | Path | PreTrainedModel | object,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     delimiters: tuple[str, str] | Delimiters | None = None,
@@ -73,14 +74,15 @@ def load(
 ) -> PreTrainedModel:
     """A plain Hugging Face causal LM in eval mode, ready for every function here.
 
-    `source` is a hub id, a local folder, a GGUF file, or a model that you built yourself, with its `tokenizer`; or one
-    of the embedded: `"organism"` (0.76 M parameters), `"smollm2"` (SmolLM2-135M-Instruct out of a package),
-    `"reasoner"` (the same, taught to think in English about stories) and `"reasoner-target"` (taught another domain,
-    and hardly to think). `delimiters` override what opens and closes the thinking, which is else found in the
-    tokenizer. The id or folder of an adapter gives its base with the adapter merged into the weights. A family without
-    a row in `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does
-    hold (`broken_identity`), else refused with a ValueError; so are a model without a head, and a wrapped one. `device`
-    puts all of it on one (`"cuda:0"`, `"mps"`), `device_map` shares it out among several, or with the disk, as
+    `source` is a hub id, a local folder, a GGUF file, or a model that you built yourself, with its `tokenizer`; a
+    TransformerBridge of TransformerLens, or a model of nnsight, of which it is the one inside; or one of the embedded:
+    `"organism"` (0.76 M parameters), `"smollm2"` (SmolLM2-135M-Instruct out of a package), `"reasoner"` (the same,
+    taught to think in English about stories) and `"reasoner-target"` (taught another domain, and hardly to think).
+    `delimiters` override what opens and closes the thinking, which is else found in the tokenizer. The id or folder of
+    an adapter gives its base with the adapter merged into the weights. A family without a row in
+    `probes.model.families`, or a text decoder inside a wrapper, is taken if what must hold of its sites does hold
+    (`broken_identity`), else refused with a ValueError; so are a model without a head, and a wrapped one. `device` puts
+    all of it on one (`"cuda:0"`, `"mps"`), `device_map` shares it out among several, or with the disk, as
     accelerate does; `quantize` packs the matrices by bitsandbytes as they are read, to be read and steered at run time.
 
     >>> from probes import load
@@ -88,6 +90,9 @@ def load(
     >>> type(model).__name__, f"{model.num_parameters():,} parameters"
     ('Qwen3MoeForCausalLM', '756,000 parameters')
     """
+    theirs = inside(source)
+    if theirs is not None:
+        source, tokenizer = theirs[0], tokenizer or theirs[1]
     check_source(source)
     if device is not None and device_map is not None:
         raise ValueError("device puts the whole model on one device, and device_map shares it out: give one of them.")
@@ -101,7 +106,7 @@ def load(
             delimiters = delimiters or known.given
     else:
         name = str(source)
-        path = resolve(source)
+        path = resolve(cast("str | Path", source))
         with reading(path, "folder of a model") if Path(path).is_dir() else nullcontext():
             check_counts(Path(path) / "config.json")
             words: dict[str, Any] = {"device_map": device_map}
@@ -264,7 +269,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     >>> fingerprint(load("organism")) == fingerprint(load("organism", dtype=torch.bfloat16))
     True
     """
-    named, drawn = sorted(model.named_parameters()), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
+    named, drawn = sorted(named_weights(model)), dict[tuple[torch.device, torch.dtype], list[Tensor]]()
     for name, parameter in named:
         numbers: Tensor | None = parameter.detach()
         if parameter.is_meta:

@@ -94,7 +94,8 @@ def wrapping(module: nn.Module) -> str | None:
         return f"wrapped by an adapter ({kind})"
     if parametrize.is_parametrized(module):
         return f"parametrised ({', '.join(n for n, _ in module.get_submodule('parametrizations').named_children())})"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # a hook of accelerate moves what it is given
+    own = vars(module).get("forward")  # accelerate's moves what it is given, and nnsight's shows it
+    if own is not None and not hasattr(module, "_hf_hook") and not type(own).__module__.startswith("nnsight."):
         return f"given another forward ({kind})"
     home = type(module).__module__
     plain = type(module) in (nn.Linear, Conv1D) or home.partition(".")[0] in _MAKERS
