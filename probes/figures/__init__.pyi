@@ -14,3 +14,4 @@ from .plots import grids_figure as grids_figure
 from .plots import heads_figure as heads_figure
 from .plots import pareto_front as pareto_front
 from .plots import sweep_figure as sweep_figure
+from .saving import save_figure as save_figure

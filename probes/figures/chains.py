@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from probes.figures.style import CYCLE, GREY, blank, dress, escaped, see_through
+from probes.figures.style import CYCLE, GREY, blank, dress, escaped, line_of, see_through, settled
 from probes.late import go, subplots
 
 _LABELS = ("execution", "reflection", "transition", "backtracking", "answer")
@@ -44,7 +44,7 @@ def chain_figure(
             figure.add_scatter(
                 x=list(range(len(words))), y=list(values), name=escaped(name), mode="lines", connectgaps=True,
                 text=words,
-                line={"color": CYCLE[number % len(CYCLE)], "width": 1.8},
+                line={**line_of(number), "width": 1.8},
                 hovertemplate="%{text}<br>%{y:.3g}<extra>%{fullData.name}</extra>", row=row, col=1,
             )  # fmt: skip
             number += 1
@@ -57,7 +57,7 @@ def chain_figure(
     figure.update_xaxes(gridcolor=see_through(GREY, 0.28), zeroline=False)
     figure.update_xaxes(title_text="token of the chain", row=len(panels), col=1)
     figure.update_layout(height=140 + 170 * len(panels))
-    return figure
+    return settled(figure)
 
 
 def reliability_figure(

@@ -22,6 +22,7 @@ from probes.figures.style import (
     error_bars,
     escaped,
     see_through,
+    settled,
 )
 from probes.late import go, subplots
 from probes.model.routers import Expert
@@ -133,7 +134,7 @@ def doses_figure(series: Mapping[str, Sequence[Dose]], *, plain: Dose | None = N
     figure.update_yaxes(gridcolor=GRID, zerolinecolor=GRID, rangemode="tozero")
     figure.update_yaxes(title_text="mean thinking tokens", row=1, col=1)
     figure.update_yaxes(title_text="accuracy", row=1, col=2)
-    return figure
+    return settled(figure)
 
 
 def _grids(

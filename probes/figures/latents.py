@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from probes.figures.style import CYCLE, DASHES, GREY, SYMBOLS, blank, escaped
+from probes.figures.style import GREY, blank, escaped, line_of, mark_of, settled
 from probes.late import go
 
 _VERDICTS = ("word", "phase", "both", "neither")
@@ -22,14 +22,14 @@ def latents_figure(
     figure = blank("token", "activation", title=title)
     words = [escaped(token.replace("\n", "↵")) for token in tokens]
     for i, (name, values) in enumerate(activations.items()):
-        line = {"color": CYCLE[i % len(CYCLE)], "width": 1.6, "dash": ("solid", *DASHES)[(i // len(CYCLE)) % 6]}
+        line = {**line_of(i), "width": 1.6}
         figure.add_scatter(
             x=list(range(len(words))), y=list(values), name=escaped(name), mode="lines", line=line, text=words,
             hovertemplate="%{text}<br>%{y:.2f}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
     for place in marked:
         figure.add_vline(x=place, line={"color": GREY, "width": 1, "dash": "dot"})
-    return figure
+    return settled(figure)
 
 
 def verdicts_figure(
@@ -58,7 +58,7 @@ def verdicts_figure(
             continue
         figure.add_scatter(
             x=[_within(by_cue[j]) for j in own], y=[_within(without_cues[j]) for j in own], name=verdict,
-            mode="markers", marker={"color": CYCLE[i], "symbol": SYMBOLS[i], "size": 10},
+            mode="markers", marker={**mark_of(i), "size": 10},
             text=[f"latent {latents[j]}" for j in own], hovertemplate="%{text}<br>%{x:.2f}, %{y:.2f}<extra></extra>",
         )  # fmt: skip
     line = {"color": GREY, "width": 1, "dash": "dot"}

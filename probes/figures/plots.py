@@ -12,14 +12,15 @@ from probes.figures.style import (
     GREY,
     GRID,
     PINK,
-    SYMBOLS,
     Number,
     Range,
     blank,
     dress,
     error_bars,
     escaped,
+    mark_of,
     see_through,
+    settled,
 )
 from probes.late import go, subplots
 
@@ -69,6 +70,7 @@ def evidence_figure(
     null: Sequence[Range] = (),
     random: Sequence[Range] = (),
     confounds: Mapping[str, Sequence[Number]] | None = None,
+    title: str = "",
 ) -> "go.Figure":
     """Held-out AUROC layer by layer, over what shuffled labels and random directions reach, beside the confounds.
 
@@ -79,18 +81,22 @@ def evidence_figure(
     >>> [trace.name for trace in figure.data]
     ['shuffled labels', 'span length', 'direction']
     """
-    figure = blank("layer", "held-out AUROC")
+    figure = blank("layer", "held-out AUROC", title=title)
     for band, name, colour in ((null, "shuffled labels", PINK), (random, "random directions", GREY)):
         if band:
             _add_band(figure, layers, band, name, colour)
     for i, (name, values) in enumerate((confounds or {}).items()):
-        style = {"color": CYCLE[(i + 2) % len(CYCLE)], "width": 1.5, "dash": DASHES[i % len(DASHES)]}
+        style = {
+            "color": CYCLE[(i + 2) % len(CYCLE)],
+            "width": 1.5,
+            "dash": DASHES[(i + i // len(CYCLE)) % len(DASHES)],
+        }
         figure.add_scatter(x=list(layers), y=list(values), name=escaped(name), mode="lines", line=style)
     figure.add_scatter(
         x=list(layers), y=list(auroc), name="direction", mode="lines+markers", line={"color": BLUE, "width": 3}
     )
     figure.update_layout(xaxis={"dtick": max(1, len(layers) // 16)})
-    return figure
+    return settled(figure)
 
 
 def heads_figure(
@@ -127,7 +133,7 @@ def heads_figure(
     return figure
 
 
-def arms_figure(points: Sequence[Point]) -> "go.Figure":
+def arms_figure(points: Sequence[Point], *, title: str = "") -> "go.Figure":
     """Accuracy against thinking length, with the accuracy's interval: a colour an arm, filled for the first group.
 
     A line joins the first group's Pareto front: the arms that no other beats in both.
@@ -139,11 +145,12 @@ def arms_figure(points: Sequence[Point]) -> "go.Figure":
     """
     names, groups = (list(dict.fromkeys(getattr(p, field) for p in points)) for field in ("name", "group"))
     marks = ", ".join(f"{kind}: {escaped(group)}" for kind, group in zip(("filled", "open"), groups, strict=False))
-    figure = blank(f"mean thinking tokens ({marks})", "accuracy")
+    figure = blank(f"mean thinking tokens ({marks})", "accuracy", title=title)
     for group in groups:
         for i, name in enumerate(names):
             selected = [p for p in points if (p.name, p.group) == (name, group)]
-            symbol = SYMBOLS[i % len(SYMBOLS)] + ("" if group == groups[0] else "-open")
+            mark = mark_of(i)
+            symbol = mark["symbol"] + ("" if group == groups[0] else "-open")
             figure.add_scatter(
                 x=[p.length for p in selected],
                 y=[p.accuracy for p in selected],
@@ -152,7 +159,7 @@ def arms_figure(points: Sequence[Point]) -> "go.Figure":
                 legendgroup=escaped(name),
                 showlegend=group == groups[0],
                 mode="markers",
-                marker={"color": CYCLE[i % len(CYCLE)], "symbol": symbol, "size": 20 - 1.6 * (i % 8)},
+                marker={**mark, "symbol": symbol, "size": 20 - 1.6 * (i % 8)},
                 opacity=0.85,
                 hovertemplate="%{y:.3f} at %{x:.2f} tokens",
             )
@@ -162,7 +169,7 @@ def arms_figure(points: Sequence[Point]) -> "go.Figure":
         x, y = [p.length for p in front], [p.accuracy for p in front]
         figure.add_scatter(x=x, y=y, mode="lines", line=line, name="Pareto front", hoverinfo="skip")
     figure.update_layout(height=430)
-    return figure
+    return settled(figure)
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -185,7 +192,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def grids_figure(
-    grids: Mapping[str, Sequence[Sequence[Number]]], *, down: Sequence[str], across: Sequence[str]
+    grids: Mapping[str, Sequence[Sequence[Number]]], *, down: Sequence[str], across: Sequence[str], title: str = ""
 ) -> "go.Figure":
     """Heatmaps side by side, with the same rows and columns. The first holds sizes, the others cosines.
 
@@ -198,7 +205,7 @@ def grids_figure(
     figure = subplots.make_subplots(
         rows=1, cols=len(grids), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=[escaped(g) for g in grids]
     )
-    dress(figure, "")
+    dress(figure, title)
     for i, (name, values) in enumerate(grids.items()):
         sizes = {"colorscale": [[0, see_through(BLUE, 0.06)], [1, BLUE]], "zmin": 0}
         signed = {"colorscale": [list(stop) for stop in DIVERGING], "zmin": -1, "zmax": 1}

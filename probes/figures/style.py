@@ -14,6 +14,7 @@ DIVERGING = ((0.0, "#1f66ad"), (0.25, "#7fb0df"), (0.5, "rgba(134,134,134,0.16)"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, VIOLET, "#b59b1e", "#20a0a8", GREY)
 SYMBOLS = ("circle", "diamond", "square", "cross", "triangle-up", "x", "star", "hexagon")
 DASHES = ("dot", "dash", "dashdot", "longdash", "longdashdot")
+_LEGEND = 100  # letters that one line of it holds at 900 pixels
 GRID = "rgba(134,134,134,0.28)"
 
 
@@ -37,7 +38,28 @@ def dress(figure: "go.Figure", title: str) -> None:
         title={"text": escaped(title), "font": {"size": 14}, "x": 0, "xref": "paper", "yref": "container", "y": 0.98},
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
         hoverlabel={"font": {"color": "#ffffff"}, "bgcolor": "#3a3f46"},
+        modebar={"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": see_through(GREY, 0.5)},
     )
+
+
+def line_of(i: int) -> dict[str, Any]:
+    """The colour and the dash of line `i`: no two of 48 are alike."""
+    return {"color": CYCLE[i % len(CYCLE)], "dash": ("solid", *DASHES)[i // len(CYCLE) % (len(DASHES) + 1)]}
+
+
+def mark_of(i: int) -> dict[str, Any]:
+    """The colour and the symbol of arm `i`: no two of 64 are alike."""
+    return {"color": CYCLE[i % len(CYCLE)], "symbol": SYMBOLS[(i + i // len(CYCLE)) % len(SYMBOLS)]}
+
+
+def settled(figure: "go.Figure") -> "go.Figure":
+    """The same, its legend to the right where it would take more than a line above the plot."""
+    named = {trace.legendgroup or i: trace.name for i, trace in enumerate(figure.data) if trace.showlegend is not False}
+    if sum(len(str(name)) + 6 for name in named.values()) > _LEGEND:
+        height = max(figure.layout.height, 26 * len(named) + 110)
+        beside = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+        figure.update_layout(legend=beside, height=height)
+    return figure
 
 
 def error_bars(values: Sequence[Number], intervals: Sequence[Range]) -> dict[str, Any]:

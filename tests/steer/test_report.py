@@ -3,13 +3,12 @@
 import copy
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from browser import browsed
 
 from probes.evidence._separation import project
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
@@ -22,12 +21,6 @@ from steer.report.record import RunRecord
 from steer.report.saved import write_report
 from steer.report.thinkedit import render
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--v=0"),
-    *("--virtual-time-budget=10000", "--dump-dom"),
-)
 HOSTILE = '</script><script>document.documentElement.dataset.taken = 1</script><img src=x onerror="alert(1)">\'"&'
 
 
@@ -290,15 +283,3 @@ def test_a_browser_draws_every_figure_without_an_error(kind, request, tmp_path):
     for plot in plots:
         assert 'class="main-svg"' in plot
         assert "trace" in plot or "<image" in plot
-
-
-def browsed(page, profile):
-    """The page's DOM once its scripts have run in a new browser, and what the browser logged."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.fail("The report is drawn by a browser, and there is none: apt-get install chromium.")
-    done = subprocess.run(
-        [browser, *QUIET, f"--user-data-dir={profile}", page.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
