@@ -4,7 +4,7 @@ BIN := .venv/bin
 export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check docs slow peers ray vllm organism browser
+.PHONY: demo test check docs notebooks slow peers ray vllm organism browser
 
 demo: .venv/.installed
 	$(BIN)/steer demo
@@ -25,6 +25,9 @@ browser:  # the tests of the report draw it in one
 
 docs: .venv/.installed  # a site in docs/_build/html; DOCS_ONLINE=1 links it with the pages of torch and others
 	$(BIN)/sphinx-build -W -n --keep-going -b html docs docs/_build/html
+
+notebooks: .venv/.installed browser  # run them all, and keep what they print and draw; a quarter of an hour
+	$(BIN)/python notebooks/execute.py
 
 slow: .venv/.installed
 	$(BIN)/python -m pytest -q -m slow

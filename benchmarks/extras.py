@@ -111,7 +111,7 @@ def pip(python: Path, home: Path, wanted: list[str]) -> subprocess.CompletedProc
     held = home / "held.txt"
     held.write_text(f"{TORCH}\n")
     return subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--constraint", held, *wanted],
+        [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", held, *wanted],
         capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
 
