@@ -69,7 +69,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: b
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
-    """What each id adds to a text. Decoded alone, many a tokenizer drops a token's leading space: so after an anchor."""
+    """What each id adds to a text. Alone, many a tokenizer drops a token's leading space: so after an anchor."""
     (anchor,) = tokenizer.encode("a", add_special_tokens=False)[-1:]
     rows = [[anchor], *([anchor, i] for i in ids)]
     head, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)

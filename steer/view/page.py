@@ -39,7 +39,8 @@ def page(title: str, sides: Sequence[Side]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{_style()}</style></head><body>{_body(title)}"
-        f'<script type="application/json" id="data">{encoded(sides)}</script><script>{_script()}</script></body></html>\n'
+        f'<script type="application/json" id="data">{encoded(sides)}</script>'
+        f"<script>{_script()}</script></body></html>\n"
     )
 
 
@@ -94,8 +95,8 @@ def _body(title: str) -> str:
         '<div><select id="marker" aria-label="markers to jump to"></select>'
         '<button id="earlier" title="previous marker (M)">↑</button>'
         '<button id="later" title="next marker (m)">↓</button></div>'
-        '<div><select id="shade" aria-label="colour the text by"><option value="">colour the text by …</option></select>'
-        '</div><span class="spring"></span>'
+        '<div><select id="shade" aria-label="colour the text by"><option value="">colour the text by …</option>'
+        '</select></div><span class="spring"></span>'
         '<button id="link" aria-pressed="true" title="scroll both sides together">together</button>'
         '<button id="theme" title="light or dark (t)">light / dark</button>'
         '<button id="open-help" title="keys (?)">?</button></div><div id="tracks" class="chips"></div></header>'

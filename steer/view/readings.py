@@ -17,7 +17,6 @@ from probes.directions.direction import Direction
 from probes.generation.completions import Completion
 from probes.model.hooks import hook_inputs, hook_sites
 from probes.model.passes import hooked
-from probes.model.sites import Site
 from probes.rows import Rows
 from probes.saes.sae import Autoencoder
 from steer.view.listening import Reading, Tell
@@ -189,7 +188,7 @@ def trajectory(segment: int | None = None) -> Reading:
 
 def attention(*texts: str) -> Reading:
     """The share of its attention on the prompt that each generated token pays to a text there: the mean over layers and
-    heads, as `probes.activations.span_attention` has it. It takes a pass of its own, as it needs the whole chain at once.
+    heads, as `probes.activations.span_attention` has it. It needs the whole chain at once: a pass of its own.
 
     Raises ValueError where the prompt does not have a text.
 

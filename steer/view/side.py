@@ -57,8 +57,7 @@ class Side(Brief):
         name: str = "completion",
     ) -> "Side":
         """Of a completion; `source` is its model, or a tokenizer, or None. `rules` cut the thinking; if left out, the
-        first of `probes.thinking.RULES` that this vocabulary can write. Raises ValueError for a track of another length,
-        or one that there are two of.
+        first of `probes.thinking.RULES` that this vocabulary can write. Raises as `having` does.
         """
         about = (
             f"{completion.model}, {completion.thinking_tokens:,} thinking tokens" + ", truncated" * completion.truncated
@@ -112,7 +111,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
 def marker_ends(
     tokenizer: PreTrainedTokenizerBase, completion: Completion, markers: Sequence[str]
 ) -> dict[str, dict[int, int]]:
-    """Of each marker that the vocabulary has: the generated tokens at which it ends, and how many tokens it has there."""
+    """Of each marker that the vocabulary has: the generated tokens at which it ends, and how many it has there."""
     found, _ = present_markers(tokenizer, markers)
     ids, begin = completion.all_ids, len(completion.prompt_ids)
     ends: dict[str, dict[int, int]] = {}
