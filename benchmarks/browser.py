@@ -18,7 +18,7 @@ QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
 )
-PATIENCE = 60  # seconds to wait for an answer
+PATIENCE = 30  # seconds to wait for an answer
 
 
 class Tab:
@@ -63,9 +63,9 @@ class Tab:
         """Open a file, and wait until its scripts say that it is ready (`data-ready` of the root)."""
         self.call("Page.navigate", url=page.resolve().as_uri())
         end = time.monotonic() + PATIENCE
-        while self.get("document.documentElement.dataset.ready ?? null") is None:
-            if time.monotonic() > end:
-                raise TimeoutError(f"{page} was not ready in {PATIENCE} seconds: {self.errors}")
+        while self.get("document.documentElement?.dataset.ready ?? null") is None:
+            if self.errors or time.monotonic() > end:
+                raise TimeoutError(f"{page} is not ready: {self.errors or 'no error was told'}")
             time.sleep(0.02)
 
     def get(self, expression: str) -> Any:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from browser import browsing
 from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from probes import Completion, Sampling
-from probes.model import ThinkingSpan, load, tokenizer_of
+from probes.model import ThinkingSpan, resolve
 from probes.tables import Table
 from steer.view import Track, view
 
@@ -85,10 +86,9 @@ def main() -> None:
     print(json.dumps({**facts, "target": {"first paint, s": PAINT, "bytes": SIZE, "console errors": 0}, "met": met}))
 
 
-def long_completion(tokens: int) -> tuple[Completion, object]:
-    """A chain of so many tokens after its prompt, in the words of SmolLM2's vocabulary where that is installed; else in
-    the organism's."""
-    tokenizer = tokenizer_of(load("reasoner"))
+def long_completion(tokens: int) -> tuple[Completion, PreTrainedTokenizerBase]:
+    """A chain of so many tokens after its prompt, in the words of the vocabulary of SmolLM2."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("reasoner"))
     rng, known = random.Random(0), [i for i in tokenizer.get_vocab().values() if i > 20]
     newline = tokenizer.encode(".\n\n", add_special_tokens=False)
     starts = [

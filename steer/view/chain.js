@@ -22,8 +22,9 @@ function visible(text) {
 
 function number(value) {
   if (Number.isNaN(value)) return "–";
+  if (Number.isInteger(value) && Math.abs(value) < 1e7) return String(value);
   const size = Math.abs(value);
-  return value === 0 || (size >= 0.01 && size < 1e5) ? String(Number(value.toPrecision(4))) : value.toExponential(2);
+  return size >= 0.01 && size < 1e5 ? String(Number(value.toPrecision(4))) : value.toExponential(2);
 }
 
 // The last place of a rising list that is not above a value.
@@ -81,7 +82,7 @@ class Chain {
   label(i) { return this.owner[i] < 0 ? null : this.segments[this.owner[i]][2]; }
 
   // All that is known of a token, a pair a line.
-  about(i) {
+  facts(i) {
     const known = [["token", JSON.stringify(this.text(i))]];
     if (this.ids) known.push(["id", String(this.ids[this.index[i]])]);
     known.push(["position", counted(i)], ["phase", this.phase(i)]);

@@ -69,11 +69,10 @@ def _run(model: PreTrainedModel, ids: Sequence[int]) -> None:
 
 def _touched(log: FireLog, n: int) -> list[Track]:
     ratios = log.ratios(n)
-    ratios = ratios.where(ratios > 0, torch.nan)  # where nothing was touched there is no number
     if len(ratios) > _FEW:
-        strongest = ratios.nan_to_num(0.0).amax(0)
+        strongest = ratios.nan_to_num(-1.0).amax(0)
         name = f"the strongest of {len(ratios)} steps"
-        return [Track(name, strongest.where(strongest > 0, torch.nan), "‖Δ‖/‖x‖", "recipe")]
+        return [Track(name, strongest.where(strongest >= 0, torch.nan), "‖Δ‖/‖x‖", "recipe")]
     names = [f"{kind} at {site}, {scope}" for site, kind, scope in log.steps]
     told = [name if names.count(name) == 1 else f"{i}: {name}" for i, name in enumerate(names)]
     return [Track(name, row, "‖Δ‖/‖x‖", "recipe") for name, row in zip(told, ratios.unbind(), strict=True)]

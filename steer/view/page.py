@@ -2,7 +2,7 @@
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
 from html import escape
@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from jaxtyping import Real
 
 from probes.figures.style import CYCLE
 from probes.thinking.rules import LABELS
@@ -66,7 +67,7 @@ def _side(side: Side) -> dict[str, Any]:
         "about": side.about,
         "texts": [text for _, text in known],
         "ids": None if side.ids is None else [i for i, _ in known],
-        "index": packed(index, "<u4"),
+        "index": packed(np.array(index, dtype=np.int64), "<u4"),
         "prompt": side.prompt,
         "thinking": side.thinking,
         "segments": [(s.start, s.stop, s.label) for s in side.segments],
@@ -78,10 +79,9 @@ def _side(side: Side) -> dict[str, Any]:
     }
 
 
-def packed(values: Iterable[float], kind: str) -> str:
+def packed(values: Real[np.ndarray, " n"], kind: str) -> str:
     """Numbers as the bytes of an array, in base64."""
-    array = values if isinstance(values, np.ndarray) else np.array(list(values))
-    return b64encode(array.astype(kind).tobytes()).decode()
+    return b64encode(values.astype(kind).tobytes()).decode()
 
 
 def _body(title: str) -> str:

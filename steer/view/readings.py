@@ -124,7 +124,7 @@ def confidence() -> Reading:
             seen += output.logits.shape[1]
 
         names = ("log-probability", "entropy")
-        with hooked(model, model, see, side="output", place="the model's output"):
+        with hooked(model, model, see, side="output", place="the model's output", must=False):  # heard after the watch
             yield lambda: [
                 Track(name, row, "nats", "confidence") for name, row in zip(names, found.unbind(), strict=True)
             ]

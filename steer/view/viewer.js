@@ -85,7 +85,7 @@ function follow(side) {
 
 function tell(side, i, where) {
   const table = made("table");
-  for (const [name, value] of side.chain.about(i)) {
+  for (const [name, value] of side.chain.facts(i)) {
     const row = table.appendChild(made("tr", name === "token" ? "token" : ""));
     row.append(made("th", "", name), made("td", "", value));
   }
@@ -200,7 +200,10 @@ const KEYS = {
 function press(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
   if (event.target.matches("input, select")) {
-    if (event.key === "Escape") event.target.blur();
+    if (event.key === "Escape") {
+      event.preventDefault(); // what is searched for stays
+      event.target.blur();
+    }
     if (event.key === "Enter") step(event.shiftKey ? -1 : 1);
     return;
   }

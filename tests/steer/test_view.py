@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from browser import browsing
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from probes import Site, direction_between, generate, load, write_completions
@@ -70,6 +72,14 @@ def direction(model):
 
 def values(tracks):
     return {track.name: track.values for track in tracks}
+
+
+def of_bytes():
+    """A tokenizer that has a token for each byte."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def data_of(html):
@@ -145,7 +155,7 @@ class TestReadings:
             SetLatents.of(load_sae("organism-L1"), {6: 2.0}),
         ]  # fmt: skip
         tracks = read_tracks(model, plain, [], recipe=Recipe.of(model, steps))
-        assert [track.name.split()[0] for track in tracks] == [step.kind for step in steps]
+        assert [track.name.partition(" at ")[0] for track in tracks] == [step.kind for step in steps]
         with applied(model, Recipe.of(model, steps)) as log:
             log.keep()
             ids = torch.tensor([plain.all_ids])
@@ -241,7 +251,7 @@ class TestPage:
         assert tokens.tracks == ()
 
     def test_a_letter_of_several_tokens_stands_at_the_first(self):
-        tokenizer = tokenizer_of(load("reasoner"))
+        tokenizer = of_bytes()
         ids = tokenizer.encode("so 🦜 then", add_special_tokens=False)
         texts = token_texts(tokenizer, ids)
         assert "".join(texts) == "so 🦜 then"
