@@ -1,6 +1,7 @@
 """A chain of 16,000 tokens with 8 tracks as a page: how large it is, how soon it is there, and how smoothly it scrolls.
 
     python benchmarks/viewer.py [--tokens 16000] [--tracks 8] [--rounds 5]
+    python benchmarks/viewer.py --picture docs/chain.png    # a chain of the reasoner, plain and steered, and no more
 
 The page is opened in a new headless Chromium each round, from a file: first contentful paint, and the time until the
 page's own scripts are done, are the browser's own clock. Then its text is scrolled from one end to the other, a step a
@@ -19,10 +20,12 @@ from browser import browsing
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from probes import Completion, Sampling
+from probes import Completion, Sampling, direction_between, generate, load
 from probes.model import ThinkingSpan, resolve
 from probes.tables import Table
-from steer.view import Track, view
+from probes.thinking import Rules
+from steer import Add, Recipe, Scope, applied
+from steer.view import Track, attention, confidence, projections, trajectory, view
 
 PAINT, SIZE = 2.0, 5_000_000  # seconds, bytes
 _SCROLL = """new Promise((done) => {
@@ -52,7 +55,11 @@ def main() -> None:
     words = argparse.ArgumentParser()
     for name, default in (("tokens", 16_000), ("tracks", 8), ("rounds", 5)):
         words.add_argument(f"--{name}", type=int, default=default)
+    words.add_argument("--picture", type=Path)
     given = words.parse_args()
+    if given.picture is not None:
+        picture(given.picture)
+        return
     completion, source = long_completion(given.tokens)
     rng = torch.Generator().manual_seed(0)
     tracks = [
@@ -124,6 +131,39 @@ def opened(page: Path, profile: Path) -> dict[str, object]:
             "elements": tab.get('document.querySelectorAll(".text *").length'),
             "errors": tab.errors,
         }
+
+
+def picture(output: Path) -> None:
+    """The reasoner's chain about some money, beside one that a push back along its length direction set astray."""
+    model = load("reasoner")
+    purchase = "Max buys 2 tickets for 3 dollars each"
+    question = (
+        f"Max has 30 dollars. Ada doubles the money of Max. {purchase}. Max spends 4 dollars on lunch. Max earns 8 "
+        "dollars. How many dollars does Max have now?"
+    )
+    sampling = Sampling(max_new_tokens=200)
+    (plain,) = generate(model, [question], sampling=sampling)
+    texts = ([plain.prompt + opening] for opening in ("Let me go step by step.", "Easy."))
+    direction = direction_between(model, *texts, "L15.resid_post", position="text_last")
+    recipe = Recipe.of(model, [Add.of(direction, -0.5)], scope=Scope("thinking", window=(40, 60)))
+    with applied(model, recipe):
+        (steered,) = generate(model, [question], sampling=sampling)
+    rules = Rules(
+        "steps",
+        after=("\n\n",),
+        opens={"transition": ("then", "after that", "now", "next")},
+        holds={"answer": ("the answer is",)},
+    )
+    readings = [confidence(), projections({"long thinking": direction}), trajectory(segment=8), attention(purchase)]
+    other = view(steered, model=model, tracks=readings, recipe=recipe, rules=rules)
+    shown = view(plain, model=model, tracks=readings, rules=rules, beside=other)
+    with tempfile.TemporaryDirectory() as folder, browsing(Path(folder) / "profile", size=(1280, 760)) as tab:
+        tab.open(shown.save(Path(folder) / "chain.html"))
+        share = 1.1 * len(plain.ids) / len(plain.all_ids)
+        tab.get(f"sides.forEach((side) => side.chart.zoom({share}, side.chain.length)), redraw()")
+        tab.get(f"go(sides[0], {len(plain.prompt_ids) + 45}, true)")
+        output.write_bytes(tab.picture())
+    print(steered.thinking)
 
 
 if __name__ == "__main__":

@@ -33,16 +33,19 @@ class Chart {
   }
 
   draw() {
-    const lanes = this.chain.tracks.filter((track) => state.on.has(keyOf(track)));
-    const tall = clamp(Math.floor((innerHeight * 0.4) / Math.max(lanes.length, 1)), LEAST, TALLEST);
-    const width = this.box.clientWidth, height = BAND + lanes.length * tall, scale = devicePixelRatio || 1;
+    const keys = [...state.ranges.keys()].filter((key) => state.on.has(key)); // the same lanes on both sides
+    const tall = clamp(Math.floor((innerHeight * 0.4) / Math.max(keys.length, 1)), LEAST, TALLEST);
+    const width = this.box.clientWidth, height = BAND + keys.length * tall, scale = devicePixelRatio || 1;
     this.canvas.width = width * scale;
     this.canvas.height = height * scale;
     this.canvas.style.height = `${height}px`;
     const pen = this.canvas.getContext("2d");
     pen.scale(scale, scale);
     this.bands(pen, height);
-    lanes.forEach((track, n) => this.lane(pen, track, BAND + n * tall, tall, width));
+    keys.forEach((key, n) => {
+      const track = this.chain.tracks.find((one) => keyOf(one) === key);
+      if (track) this.lane(pen, track, BAND + n * tall, tall, width);
+    });
     this.place();
   }
 
@@ -63,7 +66,7 @@ class Chart {
 
   lane(pen, track, top, tall, width) {
     const [low, high] = state.ranges.get(keyOf(track)), room = tall - 6;
-    const y = (value) => top + 3 + room * (1 - (value - low) / (high - low || 1));
+    const y = (value) => top + 3 + room * (1 - (clamp(value, low, high) - low) / (high - low || 1));
     pen.strokeStyle = ink("line");
     pen.lineWidth = 1;
     pen.beginPath();

@@ -15,7 +15,7 @@ from probes.generation.completions import Completion
 from probes.model.loading import markers_of, tokenizer_of
 from probes.model.routers import Expert, Routing, block_at, hook_router, moe_layers
 from steer.view.listening import Reading, Tell
-from steer.view.side import marker_ends
+from steer.view.side import marker_places, token_texts
 from steer.view.track import Track
 
 LEAST = 5  # tokens that an expert must be chosen at, or nPMI would rank by rarity alone
@@ -85,8 +85,9 @@ def _load(ids: Mapping[int, Int[Tensor, "tokens k"]], sizes: Mapping[int, int]) 
 def _marked(model: PreTrainedModel, completion: Completion, markers: Sequence[str] | None) -> tuple[list[int], slice]:
     """Where markers end, and the tokens that they are among."""
     wanted = markers_of(model) if markers is None else markers
-    ends = marker_ends(tokenizer_of(model), completion, wanted)
-    return sorted({end for found in ends.values() for end in found}), slice(len(completion.prompt_ids), None)
+    texts, begin = token_texts(tokenizer_of(model), completion.all_ids), len(completion.prompt_ids)
+    ends = {last for marker in wanted for _, last in marker_places(texts, marker, begin)}
+    return sorted(ends), slice(begin, None)
 
 
 def _leaders(

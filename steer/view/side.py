@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.generation.completions import Completion
 from probes.model.loading import markers_of, tokenizer_of
-from probes.model.tokens import REFLECTION_MARKERS, pieces, present_markers
+from probes.model.tokens import REFLECTION_MARKERS, pieces
 from probes.tables import Brief
 from probes.thinking._segments import Segment, present_rules, segments
 from probes.thinking.rules import RULES, Rules
@@ -68,14 +68,11 @@ class Side(Brief):
         else:
             tokenizer = tokenizer_of(source) if isinstance(source, PreTrainedModel) else source
             wanted = markers_of(source) if isinstance(source, PreTrainedModel) else REFLECTION_MARKERS
-            starts = {
-                marker: tuple(end - size + 1 for end, size in found.items())
-                for marker, found in marker_ends(tokenizer, completion, wanted).items()
-                if found
-            }
-            prompt = len(completion.prompt_ids)
+            texts, prompt = token_texts(tokenizer, completion.all_ids), len(completion.prompt_ids)
+            places = {marker: marker_places(texts, marker, prompt) for marker in wanted}
+            starts = {marker: tuple(first for first, _ in found) for marker, found in places.items() if found}
             side = cls(
-                name, about, token_texts(tokenizer, completion.all_ids), completion.all_ids, prompt,
+                name, about, texts, completion.all_ids, prompt,
                 _thinking(completion), _segments(tokenizer, completion, rules), starts,
             )  # fmt: skip
         return side.having(tracks)
@@ -108,20 +105,12 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple
     return tuple(texts)
 
 
-def marker_ends(
-    tokenizer: PreTrainedTokenizerBase, completion: Completion, markers: Sequence[str]
-) -> dict[str, dict[int, int]]:
-    """Of each marker that the vocabulary has: the generated tokens at which it ends, and how many it has there."""
-    found, _ = present_markers(tokenizer, markers)
-    ids, begin = completion.all_ids, len(completion.prompt_ids)
-    ends: dict[str, dict[int, int]] = {}
-    for marker, ways in found.items():
-        ends[marker] = {}
-        for way in ways:
-            hits = (at for at in range(begin, len(ids) - len(way) + 1) if ids[at : at + len(way)] == tuple(way))
-            ends[marker] |= {at + len(way) - 1: len(way) for at in hits}
-        ends[marker] = dict(sorted(ends[marker].items()))
-    return ends
+def marker_places(texts: Sequence[str], marker: str, begin: int) -> list[tuple[int, int]]:
+    """Where a marker stands as a word of its own, from the token `begin` on: the first and the last of its tokens."""
+    owner = [number for number, text in enumerate(texts[begin:], begin) for _ in text]  # of each letter, its token
+    left, right = (r"(?<!\w)" if marker[0].isalnum() else ""), (r"(?!\w)" if marker[-1].isalnum() else "")
+    hits = re.finditer(left + re.escape(marker) + right, "".join(texts[begin:]))
+    return [(owner[hit.start()], owner[hit.end() - 1]) for hit in hits]
 
 
 def _thinking(completion: Completion) -> tuple[int, int]:

@@ -27,7 +27,8 @@ function dress(token, chain, i) {
     const [low, high] = state.ranges.get(state.shade);
     const signed = low < 0 && high > 0, most = Math.max(-low, high);
     names.push(signed && value < 0 ? "down" : "up");
-    token.style.setProperty("--shade", signed ? Math.abs(value) / most : (value - low) / (high - low || 1));
+    const share = signed ? Math.abs(value) / most : (value - low) / (high - low || 1);
+    token.style.setProperty("--shade", clamp(share, 0, 1));
   }
   const hit = side?.hitOf?.[i];
   if (hit) names.push("match", ...(hit === state.hit + 1 ? ["chosen"] : []));
@@ -214,11 +215,13 @@ function press(event) {
   act();
 }
 
-// The tracks of both sides, each once, with one colour and one range.
+// The tracks of both sides, each once, with one colour and one range: that over what was written, as a prompt's first
+// tokens may lie far from all others.
 function gather() {
-  for (const track of sides.flatMap((side) => side.chain.tracks)) {
+  for (const { chain, track } of sides.flatMap(({ chain }) => chain.tracks.map((track) => ({ chain, track })))) {
     const key = keyOf(track), range = state.ranges.get(key) ?? [Infinity, -Infinity];
-    for (const value of track.values) {
+    const written = track.values.subarray(chain.prompt), known = written.some((value) => !Number.isNaN(value));
+    for (const value of known ? written : track.values) {
       if (value < range[0]) range[0] = value;
       if (value > range[1]) range[1] = value;
     }
