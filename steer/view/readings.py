@@ -150,8 +150,8 @@ def trajectory(segment: int | None = None) -> Reading:
     >>> model = load("organism")
     >>> (completion,) = generate(model, ["a 3 b +4 c *7"])
     >>> net, cumulative = read_tracks(model, completion, [trajectory(segment=4)])
-    >>> net.values[8:20].round(decimals=1).tolist()
-    [nan, nan, nan, nan, nan, 19.7, 19.7, 19.7, 19.7, 20.7, 20.7, 20.7]
+    >>> [round(value, 1) for value in net.values[12:20].tolist()]
+    [35.9, 35.9, 35.9, 35.9, 18.5, 18.5, 18.5, nan]
     """
 
     @contextmanager
