@@ -130,7 +130,7 @@ class FireLog(Shown):
 
     def ratios(self, n: int) -> Float[Tensor, "steps n"]:
         """Of the passes of one row since `keep`: ‖Δ‖/‖x‖ of each step at the first `n` positions, NaN where it
-        touched nothing. Raises ValueError where nothing was kept.
+        touched nothing. Raises ValueError where nothing was kept, and where a pass had several rows.
 
         >>> from probes import Site, generate, load
         >>> from steer import Recipe, Scale, applied
@@ -146,6 +146,8 @@ class FireLog(Shown):
             raise ValueError("What each token was changed by is not kept, unless `keep()` was called before the run.")
         found = torch.full((len(self.steps), n), torch.nan)
         for done in self._kept:
+            if len(done.phases.position) > 1:
+                raise ValueError("Ratios are told of one row, but several were run at once: run one completion alone.")
             for steps, mask, ratios in _touched([done], done.phases.position.device):
                 position = done.phases.position[0]
                 at = mask & (position < n)

@@ -2,6 +2,7 @@ from ._view import View as View
 from ._view import view as view
 from .listening import Reading as Reading
 from .listening import read_tracks as read_tracks
+from .listening import touched as touched
 from .named import reading_named as reading_named
 from .readings import attention as attention
 from .readings import confidence as confidence

@@ -51,10 +51,37 @@ def read_tracks(
             tells = [stack.enter_context(reading(model, completion)) for reading in readings]
             _run(model, completion.all_ids)
         if log is not None:
-            tracks += _touched(log, len(completion.all_ids))
+            tracks += touched(log, completion)
         for tell in tells:  # one that needs a pass of its own makes it now, under the recipe too
             tracks += tell()
     return tracks
+
+
+def touched(log: FireLog, completion: Completion) -> list[Track]:
+    """Where a recipe touched a completion, and how hard: ‖Δ‖/‖x‖ at each token of each step, or of the strongest where
+    there are many.
+
+    The log is of the run that wrote it, alone, with `keep` called before. Raises ValueError where it was not, and where
+    several rows were written.
+
+    >>> from probes import Site, generate, load
+    >>> from steer import Recipe, Scale, applied
+    >>> from steer.view import touched, view
+    >>> model = load("organism")
+    >>> with applied(model, Recipe.of(model, [Scale(Site(2, "mlp_out"), 0.5)], scope="answer")) as log:
+    ...     log.keep()
+    ...     (completion,) = generate(model, ["a 3 b +4"])
+    >>> [track.name for track in view(completion, model=model, tracks=touched(log, completion)).sides[0].tracks]
+    ['scale at L2.mlp_out, answer']
+    """
+    ratios = log.ratios(len(completion.all_ids))
+    if len(ratios) > _FEW:
+        strongest = ratios.nan_to_num(-1.0).amax(0)
+        name = f"the strongest of {len(ratios)} steps"
+        return [Track(name, strongest.where(strongest >= 0, torch.nan), "‖Δ‖/‖x‖", "recipe")]
+    names = [f"{kind} at {site}, {scope}" for site, kind, scope in log.steps]
+    told = [name if names.count(name) == 1 else f"{i}: {name}" for i, name in enumerate(names)]
+    return [Track(name, row, "‖Δ‖/‖x‖", "recipe") for name, row in zip(told, ratios.unbind(), strict=True)]
 
 
 def _run(model: PreTrainedModel, ids: Sequence[int]) -> None:
@@ -65,14 +92,3 @@ def _run(model: PreTrainedModel, ids: Sequence[int]) -> None:
         part = torch.tensor([ids[start : start + size]], device=model.device)
         mask = part.new_ones(1, start + part.shape[1])
         model(input_ids=part, attention_mask=mask, past_key_values=cache, use_cache=cache is not None)
-
-
-def _touched(log: FireLog, n: int) -> list[Track]:
-    ratios = log.ratios(n)
-    if len(ratios) > _FEW:
-        strongest = ratios.nan_to_num(-1.0).amax(0)
-        name = f"the strongest of {len(ratios)} steps"
-        return [Track(name, strongest.where(strongest >= 0, torch.nan), "‖Δ‖/‖x‖", "recipe")]
-    names = [f"{kind} at {site}, {scope}" for site, kind, scope in log.steps]
-    told = [name if names.count(name) == 1 else f"{i}: {name}" for i, name in enumerate(names)]
-    return [Track(name, row, "‖Δ‖/‖x‖", "recipe") for name, row in zip(told, ratios.unbind(), strict=True)]

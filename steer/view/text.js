@@ -16,7 +16,9 @@ class Text {
     const top = this.starts[this.first()];
     const pen = made("canvas").getContext("2d");
     pen.font = getComputedStyle(this.box).font;
-    const widths = this.chain.shown.map((text) => Math.max(pen.measureText(text).width, 3) + 1);
+    const letter = pen.measureText("x".repeat(100)).width / 100; // all of ASCII is as wide, and measuring takes long
+    const wide = (text) => (/^[ -~]*$/.test(text) ? text.length * letter : pen.measureText(text).width);
+    const widths = this.chain.shown.map((text) => Math.max(wide(text), 3) + 1);
     const ends = this.chain.texts.map((text) => text.includes("\n"));
     const room = this.box.clientWidth - GUTTER;
     this.starts = [0];

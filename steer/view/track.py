@@ -12,7 +12,7 @@ from probes.tables import Brief
 class Track(Brief):
     """A number for each token of a chain, prompt included; NaN where there is none. `group` is what it is shown under.
 
-    Raises ValueError for a name or a group of none or several lines.
+    Raises ValueError for values that are not one number a token, and a name or a group of none or several lines.
 
     >>> import torch
     >>> from steer.view import Track
@@ -29,3 +29,5 @@ class Track(Brief):
         for field, words in (("name", self.name), ("group", self.group)):
             if not words or "\n" in words:
                 raise ValueError(f"A track has the {field} {words!r}: give it one line of words.")
+        if self.values.dim() != 1:
+            raise ValueError(f"The track {self.name!r} has the shape {list(self.values.shape)}: give one row.")

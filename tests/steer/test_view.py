@@ -34,6 +34,7 @@ from steer.view import (
     projections,
     read_tracks,
     reading_named,
+    touched,
     trajectory,
     view,
 )
@@ -68,6 +69,14 @@ def steered(model):
 @pytest.fixture(scope="module")
 def direction(model):
     return direction_between(model, ["a 3 quick"], ["a 3"], "L2.resid_post", position="text_last")
+
+
+def each_kind():
+    """A step of each kind."""
+    return [
+        Add(Site(1, "resid_post"), torch.ones(96), 0.1), Reinforce.of((2, 1), 4.0), Attend(Site(3, "pattern"), 0.5),
+        SetLatents.of(load_sae("organism-L1"), {6: 2.0}),
+    ]  # fmt: skip
 
 
 def values(tracks):
@@ -127,11 +136,12 @@ class TestReadings:
         (paid,) = span_attention(model, [Attended(plain.all_ids, keys, begin, begin, len(plain.all_ids))])
         torch.testing.assert_close(found["b +4"][begin:], paid.share.mean((0, 1)), **close)
 
-    def test_parts_with_a_cache_say_what_one_pass_says(self, model, plain, direction, recipe, monkeypatch):
-        readings = [confidence(), trajectory(segment=3), projections({"quick": direction}), experts()]
-        whole = values(read_tracks(model, plain, readings, recipe=recipe))
+    def test_parts_with_a_cache_say_what_one_pass_says(self, model, plain, direction, monkeypatch):
+        readings = [confidence(), trajectory(segment=3), projections({"quick": direction}), experts((2, 1))]
+        every = Recipe.of(model, each_kind(), scope="thinking")
+        whole = values(read_tracks(model, plain, readings, recipe=every))
         monkeypatch.setattr(listening, "CHUNK", 4)
-        parts = values(read_tracks(model, plain, readings, recipe=recipe))
+        parts = values(read_tracks(model, plain, readings, recipe=every))
         assert list(whole) == list(parts)
         for name in whole:
             torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -150,10 +160,7 @@ class TestReadings:
         assert len(read_tracks(model, plain, [])) == 0
 
     def test_every_kind_of_step_is_told(self, model, plain):
-        steps = [
-            Add(Site(1, "resid_post"), torch.ones(96), 0.1), Reinforce.of((2, 1), 4.0), Attend(Site(3, "pattern"), 0.5),
-            SetLatents.of(load_sae("organism-L1"), {6: 2.0}),
-        ]  # fmt: skip
+        steps = each_kind()
         tracks = read_tracks(model, plain, [], recipe=Recipe.of(model, steps))
         assert [track.name.partition(" at ")[0] for track in tracks] == [step.kind for step in steps]
         with applied(model, Recipe.of(model, steps)) as log:
@@ -163,6 +170,21 @@ class TestReadings:
         for step, track in enumerate(tracks):
             known = track.values[~track.values.isnan()]
             assert float(known.mean()) == pytest.approx(log.mean_ratio(step), rel=1e-3)
+
+    def test_what_was_touched_while_it_was_written_is_what_reading_it_again_touches(self, model):
+        recipe = Recipe.of(model, [Add(Site(2, "resid_post"), torch.ones(96), 0.2)], scope="thinking")
+        with applied(model, recipe) as log:
+            log.keep()
+            (completion,) = generate(model, [PROMPT])
+        (written,), (again,) = touched(log, completion), read_tracks(model, completion, [], recipe=recipe)
+        torch.testing.assert_close(written.values[:-1], again.values[:-1], rtol=1e-3, atol=1e-4, equal_nan=True)
+        with applied(model, recipe) as log:
+            with pytest.raises(ValueError, match="unless `keep\\(\\)` was called before the run"):
+                touched(log, completion)
+            log.keep()
+            generate(model, [PROMPT, PROMPT])
+            with pytest.raises(ValueError, match="several were run at once"):
+                touched(log, completion)
 
     def test_many_steps_are_one_track(self, model, plain):
         many = Recipe.of(
@@ -282,6 +304,8 @@ class TestPage:
             view(plain, beside=view(plain, beside=plain))
         with pytest.raises(ValueError, match="one line of words"):
             Track("", torch.zeros(1))
+        with pytest.raises((ValueError, TypeError), match="shape|values"):
+            Track("two rows", torch.zeros(2, 3))
 
 
 class TestAlignment:
@@ -484,6 +508,29 @@ class TestBrowser:
         tab.get(f"go(sides[0], {n + 7}, true)")
         assert tab.get(many) < 3_000
         assert tip(tab)["x"] == str(n + 7)
+        assert tab.errors == []
+
+    def test_both_sides_scroll_together_until_they_are_parted(self, tab, model, plain, tmp_path):
+        ids = tuple(torch.randint(6, 60, (10_000,), generator=torch.Generator().manual_seed(0)).tolist())
+        one, other = (
+            replace(plain, ids=(*ids[:1000], *ids[-n:]), span=ThinkingSpan(8, 8, 1000 + n, closed=False))
+            for n in (4000, 8000)
+        )
+        tab.events.clear()
+        tab.open(view(one, model=model, beside=other, tracks=[]).save(tmp_path / "both.html"))
+        tops = "sides.map((side) => side.text.seen()[0])"
+        settled = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(0))))"
+        tab.hover(".side:nth-child(1) .text")
+        tab.get(f"sides[0].text.box.scrollTop = sides[0].text.row(600) * ROW; {settled}")
+        left, right = tab.get(tops)
+        assert abs(left - right) < 30  # both begin with the same tokens
+        tab.get(f"sides[0].text.box.scrollTop = 1e9; {settled}")
+        assert tab.get(tops)[1] > 6000
+        tab.click("#link")
+        tab.wheel(".side:nth-child(2) .text", -300)
+        tab.get(f"sides[1].text.box.scrollTop = 0; {settled}")
+        assert tab.get(tops)[0] > 1000
+        assert tab.get(tops)[1] == 0
         assert tab.errors == []
 
     def test_hostile_text_stays_text(self, tab, plain, tmp_path):
