@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from browser import browsing
+from devtools import browsing
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
