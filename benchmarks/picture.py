@@ -19,6 +19,7 @@ from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
+from devtools import BROWSERS
 
 from probes.figures import Point, pareto_front
 from probes.figures.style import error_bars
@@ -54,7 +55,6 @@ COLOURS = (
     "#3d85c6", "#d98324", "#2f9e6e", "#d6456f", "#9a6ad6", "#b59b1e", "#20a0a8", "#8c564b", "#1f3f94", "#e07bd0",
     "#6b8e23",
 )  # fmt: skip
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NUMBER = r"([−+]?[\d.]+)"
 RANGE = re.compile(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]")
 

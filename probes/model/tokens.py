@@ -68,6 +68,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, special: b
     return str(tokenizer.decode(list(ids), skip_special_tokens=not special))
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> list[str]:
+    """What each id adds to a text. Alone, many a tokenizer drops a token's leading space: so after an anchor."""
+    (anchor,) = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    rows = [[anchor], *([anchor, i] for i in ids)]
+    head, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [text.removeprefix(head) for text in texts]
+
+
 def words_ids(tokenizer: PreTrainedTokenizerBase, words: str, what: str) -> tuple[int, ...]:
     """The token ids of words, which are a `what`. Raises ValueError where the vocabulary cannot write them."""
     ids = tuple(tokenizer.encode(words, add_special_tokens=False))

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from probes.generation.completions import Completion
 from probes.model.loading import tokenizer_of
-from probes.model.tokens import present_markers
+from probes.model.tokens import pieces, present_markers
 from probes.tables import Table
 from probes.thinking.rules import LABELS, RULES, Label, Rules
 from probes.thinking.spans import Span, position_named
@@ -176,15 +176,9 @@ def segment_table(
 
 @lru_cache(maxsize=4)
 def _pieces(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[str, ...]:
-    """What each id adds to a text. Decoded alone, many a tokenizer drops a token's leading space: so after an anchor.
-
-    `size` tells a vocabulary that has grown. Ids that no token has add nothing.
-    """
-    (anchor,) = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    """What each id adds to a text. `size` tells a vocabulary that has grown. Ids that no token has add nothing."""
     last = max(size - 1, *tokenizer.get_vocab().values())
-    rows = [[anchor], *([anchor, i] for i in range(last + 1))]
-    head, *texts = tokenizer.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return tuple(text.removeprefix(head) for text in texts)
+    return tuple(pieces(tokenizer, range(last + 1)))
 
 
 def _cuts(texts: Sequence[str], rules: Rules) -> list[int]:

@@ -20,6 +20,7 @@ from steer.cli.methods.rice import rice_
 from steer.cli.methods.thinkedit import thinkedit_
 from steer.cli.refusals import is_expected, sentence
 from steer.cli.report.report import report_
+from steer.cli.report.view import view_
 from steer.cli.run.compare import compare_
 from steer.cli.run.evaluate import evaluate_
 from steer.cli.run.generate import generate_
@@ -52,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export_,
     "import": import_,
     "report": report_,
+    "view": view_,
     "organism": organism_,
     "donors": donors_,
     "train-reasoner": train_reasoner_,

@@ -96,8 +96,14 @@ def token_span(token: str, value: float, scale: float, prompt: bool, read: bool)
 
 
 @cache
+def colours() -> str:
+    """The colours of every page, on light and on dark paper: rules of CSS."""
+    return (files("steer.report") / "colours.css").read_text(encoding="utf-8")
+
+
+@cache
 def _style() -> str:
-    return (files("steer.report") / "report.css").read_text(encoding="utf-8")
+    return colours() + (files("steer.report") / "report.css").read_text(encoding="utf-8")
 
 
 @cache

@@ -88,6 +88,7 @@ class FireLog(Shown):
     _total: _Sums | None = field(default=None, repr=False)
     _over: list[_Pass] = field(default_factory=list, repr=False)  # passes that are to be added up
     _run: list[tuple[Phases, dict[int, Tensor]]] = field(default_factory=list, repr=False)
+    _kept: list[_Pass] | None = field(default=None, repr=False)  # passes since `keep`
 
     def note(self, step: int, x: Float[Tensor, "batch new width"], change: float | Float[Tensor, "..."]) -> None:
         """A step met `x` in the current pass, and made `change` of it; or adds one vector of this norm.
@@ -115,11 +116,43 @@ class FireLog(Shown):
         if self._over and self._over[-1].kind != done.kind:
             self._add_up()
         self._over.append(done)
+        if self._kept is not None:
+            self._kept.append(done)
         if len(self._over) == _TOGETHER or now.real.shape[1] > 1:
             self._add_up()
         if now.starts and self._run and (now.rows is None or _run_of(self._run[-1][0]) is not now.rows.run):
             self._run.clear()
         self._run.append((now, {gate: mask for gate, (mask, _) in behind.items()}))
+
+    def keep(self) -> None:
+        """From now on keep what every pass touched, token by token, for `ratios`: memory grows with the tokens."""
+        self._kept = []
+
+    def ratios(self, n: int) -> Float[Tensor, "steps n"]:
+        """Of the passes of one row since `keep`: ‖Δ‖/‖x‖ of each step at the first `n` positions, NaN where it
+        touched nothing. Raises ValueError where nothing was kept, and where a pass had several rows.
+
+        >>> from probes import Site, generate, load
+        >>> from steer import Recipe, Scale, applied
+        >>> model = load("organism")
+        >>> with applied(model, Recipe.of(model, [Scale(Site(2, "mlp_out"), 0.5)], scope="answer")) as log:
+        ...     log.keep()
+        ...     (completion,) = generate(model, ["a 3 b +4"])
+        >>> log.ratios(len(completion.all_ids))[0].round(decimals=2).tolist()[-3:]
+        [nan, 0.5, 0.5]
+        """
+        self.end_pass()
+        if self._kept is None:
+            raise ValueError("What each token was changed by is not kept, unless `keep()` was called before the run.")
+        found = torch.full((len(self.steps), n), torch.nan)
+        for done in self._kept:
+            if len(done.phases.position) > 1:
+                raise ValueError("Ratios are told of one row, but several were run at once: run one completion alone.")
+            for steps, mask, ratios in _touched([done], done.phases.position.device):
+                position = done.phases.position[0]
+                at = mask & (position < n)
+                found[list(steps), position[at].cpu()[:, None]] = ratios[:, at].T.cpu()
+        return found
 
     @cached_property
     def _first(self) -> list[int]:
@@ -144,16 +177,10 @@ class FireLog(Shown):
         device, in_phase = position.device, torch.stack([phase == i for i in range(len(PHASES))])
         if self._total is None:
             self._total = _Sums.none(len(self.steps), device)
-        for part, first in enumerate(passes[0].norms):
-            norms, gates = [p.norms[part] for p in passes], [p.gates[first.gate] for p in passes]
-            before, change = (_side_by_side(norms, name, device) for name in ("before", "change"))
-            if first.adds:
-                multiples = [multiple.flatten() for _, multiple in gates if multiple is not None]
-                change = change[:, :1] * (torch.cat(multiples).to(device).float().abs() if multiples else 1.0)
-            mask = torch.stack([mask.to(device) for mask, _ in gates]).flatten()
-            ratios, hit = change / before.clamp(min=torch.finfo(torch.float32).tiny), mask & in_phase
+        for steps, mask, ratios in _touched(passes, device):
+            hit = mask & in_phase
             start, stop = position.where(hit, _NEVER).amin(1), position.where(hit, -1).amax(1)
-            self._total.add(list(first.steps), hit.sum(1), ratios[:, None].where(hit, 0), start, stop)
+            self._total.add(list(steps), hit.sum(1), ratios[:, None].where(hit, 0), start, stop)
 
     @property
     def ran(self) -> bool:
@@ -200,6 +227,20 @@ class FireLog(Shown):
             if count := int(s.tokens[step, j]):
                 mean, largest = float(s.ratio[step, j]) / count, float(s.largest[step, j])
                 yield (step, *words, phase, count, mean, largest, int(s.first[step, j]), int(s.last[step, j]))
+
+
+def _touched(
+    passes: Sequence[_Pass], device: torch.device
+) -> Iterator[tuple[tuple[int, ...], Bool[Tensor, " tokens"], Float[Tensor, "steps tokens"]]]:
+    """Of passes of one kind, gate by gate: its steps, which tokens they touched, and each step's ‖Δ‖/‖x‖ at all."""
+    for part, first in enumerate(passes[0].norms):
+        norms, gates = [p.norms[part] for p in passes], [p.gates[first.gate] for p in passes]
+        before, change = (_side_by_side(norms, name, device) for name in ("before", "change"))
+        if first.adds:
+            multiples = [multiple.flatten() for _, multiple in gates if multiple is not None]
+            change = change[:, :1] * (torch.cat(multiples).to(device).float().abs() if multiples else 1.0)
+        mask = torch.stack([mask.to(device) for mask, _ in gates]).flatten()
+        yield first.steps, mask, change / before.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _side_by_side(norms: Sequence[Norms], name: str, device: torch.device) -> Float[Tensor, "steps tokens"]:

@@ -1,0 +1,14 @@
+from ._view import View as View
+from ._view import view as view
+from .listening import Reading as Reading
+from .listening import read_tracks as read_tracks
+from .listening import touched as touched
+from .named import reading_named as reading_named
+from .readings import attention as attention
+from .readings import confidence as confidence
+from .readings import latents as latents
+from .readings import projections as projections
+from .readings import trajectory as trajectory
+from .routed import experts as experts
+from .side import Side as Side
+from .track import Track as Track
