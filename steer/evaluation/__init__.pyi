@@ -24,3 +24,4 @@ from .statistics import adjusted as adjusted
 from .statistics import interval_of_mean as interval_of_mean
 from .statistics import mcnemar as mcnemar
 from .statistics import paired_p as paired_p
+from .verdicts import verdict as verdict

@@ -34,6 +34,7 @@ from steer.evaluation._evaluate import Arm, evaluate, solve, within
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.selection import Selection, select
 from steer.evaluation.statistics import interval_of_mean
+from steer.evaluation.verdicts import verdicts_on
 from steer.folding._export import export
 from steer.interventions.routing import Reinforce
 from steer.recipes.recipe import Recipe
@@ -140,6 +141,7 @@ class RiceRun(Shown):
             f"by accuracy among {self.selection.n_settings} on a split of its own. Sampling: {self.sampling}."
         )
         sections = [
+            Section("Verdict", " ".join(verdicts_on(self.report, str(self.selected)))),
             Section("Before and after", "On problems that no selection saw, paired by problem.", self.report.table()),
             Section("Experts", words, a.table()),
             Section("Selection", "All settings, each in its last round.", self.selection.table()),

@@ -24,6 +24,7 @@ from steer.checkpoints.card import Section
 from steer.evaluation._evaluate import Arm, Shared, evaluate, solve, within
 from steer.evaluation.evaluation import Evaluation
 from steer.evaluation.selection import Selection, select
+from steer.evaluation.verdicts import verdicts_on
 from steer.folding._export import export
 from steer.folding._fold import check_folds, fold_error, folded
 from steer.folding.draft import NotFoldable
@@ -101,11 +102,8 @@ class ThinkEditRun(Shown):
             f"Sampling: {self.sampling}. Versions: {p.versions}. Data: {p.data}."
         )
         sections = [
-            Section(
-                "Before and after",
-                "On problems that no selection saw, paired by problem.",
-                self.report.table(),
-            ),
+            Section("Verdict", " ".join(verdicts_on(self.report, "edited"))),
+            Section("Before and after", "On problems that no selection saw, paired by problem.", self.report.table()),
             Section("Provenance", birth),
             Section("Selection", "All settings, each in its last round.", self.selection.table()),
         ]

@@ -39,6 +39,18 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
+def told(*verdicts: str) -> str:
+    """What a picture says, in words."""
+    return "".join(f'<p class="verdict">{escape(text)}</p>' for text in verdicts)
+
+
+def made_by(command: str) -> str:
+    """The command that made a section's numbers; what else made them is in the provenance."""
+    return (
+        f'<p class="soft made">made by <a href="#provenance"><code>{escape(command)}</code></a></p>' if command else ""
+    )
+
+
 def split_tag(name: str) -> str:
     return f'<span class="split">split: {escape(name)}</span>'
 

@@ -14,6 +14,7 @@ from steer.report.completions import completions_section
 from steer.report.html import (
     folded_away,
     interval,
+    made_by,
     number,
     page,
     paragraph,
@@ -22,9 +23,11 @@ from steer.report.html import (
     signed,
     split_tag,
     table,
+    told,
 )
 from steer.report.record import EditRecord, EvidenceRecord, HeadsRecord, ProvenanceRecord, RunRecord
 from steer.report.sweeps import SweepRecord
+from steer.report.verdicts import on_arms, on_evidence, on_heads, on_sweep
 
 ARMS = {
     "plain": "the model as it came",
@@ -76,7 +79,8 @@ def render(record: RunRecord | Mapping[str, Any]) -> str:
             f"The record does not hold what its keys promise ({error!r}): export the run again."
         ) from error
     title = f"{record.provenance.model['name']}, edited"
-    return page(title, [(key, name, bodies[key]) for key, name in SECTIONS.items()])
+    made = {key: made_by(record.provenance.command) for key in bodies if key not in ("done", "provenance")}
+    return page(title, [(key, name, bodies[key] + made.get(key, "")) for key, name in SECTIONS.items()])
 
 
 def _done(record: RunRecord) -> str:
@@ -137,6 +141,7 @@ def _evidence(evidence: EvidenceRecord) -> str:
         split_tag("probe, held-out half")
         + paragraph(text)
         + plot(figure)
+        + told(on_evidence(evidence))
         + folded_away("The numbers", table(columns, rows))
     )
 
@@ -160,7 +165,7 @@ def _heads(heads: HeadsRecord) -> str:
         for j, (raw, centred) in enumerate(zip(above, below, strict=True))
     ]
     numbers = folded_away("All heads", table(["head", "raw", "centred", ""], scores))
-    return split_tag("probe") + paragraph(text) + f'<div class="pair">{plots}</div>' + numbers
+    return split_tag("probe") + paragraph(text) + f'<div class="pair">{plots}</div>' + told(on_heads(heads)) + numbers
 
 
 def _sweep(sweep: SweepRecord) -> str:
@@ -176,7 +181,8 @@ def _sweep(sweep: SweepRecord) -> str:
     columns = ["strength", "thinking tokens", "accuracy", "truncated", "random: tokens", "accuracy", "truncated"]
     rows = [[f"{a.strength:+g}", *_dose_cells(a), *_dose_cells(b)] for a, b in zip(*series, strict=True)]
     numbers = folded_away("The numbers", table(columns, rows))
-    return f"<h3>{where}</h3>" + split_tag("select") + paragraph(text) + plot(sweep_figure(*series)) + numbers
+    drawn = plot(sweep_figure(*series)) + told(on_sweep(sweep))
+    return f"<h3>{where}</h3>" + split_tag("select") + paragraph(text) + drawn + numbers
 
 
 def _dose_cells(dose: Dose) -> list[str]:
@@ -189,7 +195,7 @@ def _length(arms: ArmsRecord) -> str:
         f"Each arm on the same {arms.problems} problems, {arms.samples} sample each and more for controls of "
         "several draws. Bars are 95 % intervals. An arm that changes nothing lies on the plain model."
     )
-    return split_tag("report") + paragraph(text) + plot(arms_figure(points))
+    return split_tag("report") + paragraph(text) + plot(arms_figure(points)) + told(*on_arms(arms))
 
 
 def _arms(arms: ArmsRecord) -> str:
