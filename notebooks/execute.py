@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 import time
+from base64 import b64decode
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 from probes.files import staged_file
 
 FOLDER = Path(__file__).parent
+GALLERY = FOLDER.parent / "docs" / "gallery"  # the first picture of each
 LARGEST = 1_000_000
 
 
@@ -43,7 +45,17 @@ def execute(path: Path) -> int:
         raise ValueError(f"{path.name} would take {len(text):,} bytes, and {LARGEST:,} are the most that are kept.")
     with staged_file(path) as stage:
         stage.write_text(text, encoding="utf-8")
+    pictures = pictures_in(notebook)
+    if pictures:
+        with staged_file(GALLERY / f"{path.stem}.png") as stage:
+            stage.write_bytes(pictures[0])
     return len(text)
+
+
+def pictures_in(notebook: nbformat.NotebookNode) -> list[bytes]:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    found = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    return [b64decode(picture) for picture in found]
 
 
 def checksum(notebook: nbformat.NotebookNode) -> str:

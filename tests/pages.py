@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def blocks(page: str) -> list[Block]:
         for row in _ROW.finditer(page)
         if not any(fence.start() < row.start() < fence.end() for fence in fences)
     ]
-    for fence, after in zip(fences, [*fences[1:], None], strict=True):
+    for fence, after in zip_longest(fences, fences[1:]):
         if fence[1] in ("python", *SHELLS):
             near = after is not None and not page[fence.end() : after.start()].strip()
             printed = after[2] if after is not None and near and after[1] in ("text", "output") else None

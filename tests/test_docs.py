@@ -34,6 +34,14 @@ def test_a_page_runs_as_printed(page, tmp_path, monkeypatch):
         assert block.printed is None or same(block.printed, got), f"{page.name}, line {block.line}, prints:\n{got}"
 
 
+@pytest.mark.parametrize("page", sorted(HOWTO.glob("*.md")), ids=lambda page: page.stem)
+def test_a_job_takes_at_most_fifteen_lines(page):
+    longest = [
+        sum(map(bool, map(str.strip, b.text.splitlines()))) for b in blocks(page.read_text()) if b.kind == "python"
+    ]
+    assert max(longest, default=0) <= 15
+
+
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_that_a_page_mentions_are_known(page):
     for command in mentioned(page.read_text()):

@@ -5,8 +5,11 @@ import importlib
 import json
 from pathlib import Path
 
+import nbformat
 import plotly.io
 import pytest
+from execute import LARGEST, checksum
+from nbconvert import HTMLExporter
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -95,10 +98,34 @@ def test_a_private_import_is_seen(code, private):
     assert private_imports(code) == private
 
 
+def draws(code: str) -> bool:
+    """Is the last thing that a cell names a figure?"""
+    last = ast.parse(code).body[-1]
+    name = ast.unparse(last.value.func) if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call) else ""
+    return "figure" in name or name.startswith("px.")
+
+
+def outputs_of(path: Path) -> list[list[dict]]:
+    return [cell["outputs"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_kept_without_its_outputs(path):
-    cells = json.loads(path.read_text())["cells"]
-    assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+def test_the_outputs_of_a_notebook_are_of_its_code(path):
+    """`make notebooks` writes them, with a checksum of the code that made them."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata["thinksteer"]["code"] == checksum(notebook), "run `make notebooks`"
+    assert path.stat().st_size < LARGEST
+    assert "/tmp/" not in path.read_text()
+    assert all(output.get("name") != "stderr" for outputs in outputs_of(path) for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_as_a_page_shows_every_figure(path):
+    """By nbconvert: each picture that its cells put out, and as many as cells that draw one."""
+    page, _ = HTMLExporter(template_name="basic").from_filename(str(path))
+    drawn = sum(map(draws, code_of(path)))
+    assert page.count("data:image/png;base64,") == drawn > 0
 
 
 def test_the_edit_lengthens_what_was_brief_and_its_control_does_not(thinkedit_names, capsys):

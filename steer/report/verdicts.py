@@ -36,8 +36,8 @@ def on_heads(heads: HeadsRecord) -> str:
     own = sum(written[layer][head] for layer, head in heads.edited)
     n = sum(map(len, written))
     return (
-        f"The {len(heads.edited)} outlined heads, {len(heads.edited) / n:.0%} of {n}, write {own / whole:.0%} of what all "
-        "heads write towards short thinking, centred. Whether that matters is for the arms to say."
+        f"The {len(heads.edited)} outlined heads, {len(heads.edited) / n:.0%} of {n}, write {own / whole:.0%} of what "
+        "all heads write towards short thinking, centred. Whether that matters is for the arms to say."
     )
 
 
