@@ -20,8 +20,8 @@ from steer.causal.significance import Estimates, estimates
 @dataclass(frozen=True, eq=False, repr=False)
 class Ablations(Shown):
     """How much each knock-out adds to the metric (below 0, the part serves it), prompt by prompt, and `random`, the
-    mean of as many other parts of its kind drawn at random; NaN where there is none. `own` are the estimates of
-    `effect`, `beyond` those of `effect - random`, in units of the metric.
+    mean size of what as many other parts of its kind, drawn at random, add or take; NaN where there is none. `own` are
+    the estimates of `effect`, `beyond` those of its size less `random`, in units of the metric.
 
     >>> from probes import load
     >>> from steer.causal import ablated, logit_difference
@@ -37,11 +37,11 @@ class Ablations(Shown):
     own: Estimates
     beyond: Estimates
 
-    def found(self, level: float = 0.05) -> list[str]:
-        """The parts whose effect is other than 0, and than that of random ones where there are any; of these about
-        `level` are false."""
-        alone = np.isnan(self.beyond.q)
-        real = (self.own.q <= level) & (alone | (self.beyond.q <= level))
+    def found(self, level: float = 0.05, *, least: float = 0.0) -> list[str]:
+        """The parts whose effect is other than 0, of a size of `least` or more, and larger than random ones' where there
+        are any; a share of about `level` of them is false."""
+        larger = np.isnan(self.beyond.q) | ((self.beyond.q <= level) & (self.beyond.mean > 0))
+        real = (self.own.q <= level) & (np.abs(self.own.mean) >= least) & larger
         return [name for name, yes in zip(self.names, real, strict=True) if yes]
 
     def table(self, k: int = 10) -> Table:
@@ -52,7 +52,7 @@ class Ablations(Shown):
              self.random[:, i].mean(), f"{beyond.low[i]:+.3f} to {beyond.high[i]:+.3f}", beyond.q[i])
             for i in np.argsort(-np.abs(own.mean), kind="stable")[:k]
         ]  # fmt: skip
-        columns = ("part", "effect", "95 %", "q", "random", "effect - random, 95 %", "its q")
+        columns = ("part", "effect", "95 %", "q", "size of random", "size beyond, 95 %", "its q")
         return Table(columns, tuple(tuple(map(_plain, row)) for row in rows), f"{len(self.plain)} prompts")
 
 
@@ -96,9 +96,10 @@ def ablated(
     own = np.stack([found[key_of(members)] for members in known.values()], axis=1)
     none = np.full(len(plain), np.nan)
     random = np.stack(
-        [np.mean([found[key_of(null)] for null in others], axis=0) if others else none for others in nulls], axis=1
+        [np.mean([np.abs(found[key_of(null)]) for null in others], axis=0) if others else none for others in nulls],
+        axis=1,
     )
-    return Ablations(tuple(known), plain, own, random, estimates(own), estimates(own - random))
+    return Ablations(tuple(known), plain, own, random, estimates(own), estimates(np.abs(own) - random))
 
 
 class _Controls:

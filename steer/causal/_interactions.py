@@ -43,9 +43,10 @@ class Interactions(Shown):
     interaction: Float[np.ndarray, "prompts pairs"]
     estimates: Estimates
 
-    def found(self, level: float = 0.05) -> list[tuple[str, str]]:
-        """The pairs whose interaction is other than 0, the largest first; of these about `level` are false."""
-        order = sorted(self._found(level), key=lambda i: -abs(self.estimates.mean[i]))
+    def found(self, level: float = 0.05, *, least: float = 0.0) -> list[tuple[str, str]]:
+        """The pairs whose interaction is other than 0, and of a size of `least` or more, the largest first; a share of
+        about `level` of them is false."""
+        order = sorted(self._found(level, least), key=lambda i: -abs(self.estimates.mean[i]))
         return [(self.names[a], self.names[b]) for a, b in (self.pairs[i] for i in order)]
 
     def matrix(self) -> Float[np.ndarray, "parts parts"]:
@@ -67,13 +68,14 @@ class Interactions(Shown):
         columns = ("pair", "interaction", "95 %", "q", "the first alone", "the second")
         return Table(columns, tuple(rows), f"{len(self.single)} prompts, {len(self.pairs)} pairs")
 
-    def figure(self, level: float = 0.05) -> "go.Figure":
+    def figure(self, level: float = 0.05, *, least: float = 0.0) -> "go.Figure":
         """The map of all pairs; those that are found are outlined."""
-        found = [self.pairs[i] for i in self._found(level)]
+        found = [self.pairs[i] for i in self._found(level, least)]
         return interactions_figure(self.matrix().tolist(), self.names, found=found)
 
-    def _found(self, level: float) -> list[int]:
-        return [int(i) for i in np.flatnonzero(self.estimates.q <= level)]
+    def _found(self, level: float, least: float) -> list[int]:
+        real = (self.estimates.q <= level) & (np.abs(self.estimates.mean) >= least)
+        return [int(i) for i in np.flatnonzero(real)]
 
 
 @checked
