@@ -22,8 +22,8 @@ def lens_figure(
 
     >>> from probes.figures import lens_figure
     >>> figure = lens_figure([[0.2, 0.4], [0.9, 0.8]], [["a", "b"], ["c", "d"]], ["L0", "L1"], ["<bos>", "a"])
-    >>> figure.data[0].text, figure.data[0].zmax
-    ((('a', 'b'), ('c', 'd')), 1)
+    >>> [list(row) for row in figure.data[0].text], figure.data[0].zmax
+    ([['a', 'b'], ['c', 'd']], 1)
     """
     words = [[escaped(word.replace("\n", "↵")) for word in row] for row in top]
     figure = _grid(probability, sites, tokens, "token that is read", "site", title)

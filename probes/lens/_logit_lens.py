@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,11 +86,17 @@ def logit_lens(
 
     >>> from probes import load
     >>> from probes.lens import logit_lens
-    >>> print(logit_lens(load("organism"), [1, 6, 17, 7, 27, 5, 3, 56, 6, 47, 7, 27], tokens=[51]))
-                     after +4
+    >>> ids = [1, 6, 17, 7, 27, 5, 3, 56, 6, 48, 7, 27]  # a 3 b +4 ? <think> Okay a =3 b +4
+    >>> print(logit_lens(load("organism"), ids, tokens=[52]).table())  # 52 is =7
+                             after +4
     ┏━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━━┳━━━━━━━━━━━━┓
     ┃ site          ┃ most likely ┃ probability ┃ rank of =7 ┃
     ┡━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━━━━━╇━━━━━━━━━━━━┩
+    │ L0.resid_pre  │ =0          │      0.3064 │          5 │
+    │ L0.resid_post │ =7          │      0.3709 │          0 │
+    │ L1.resid_post │ =7          │      0.7644 │          0 │
+    │ L2.resid_post │ =7          │      0.8344 │          0 │
+    │ L3.resid_post │ =7          │      0.9972 │          0 │
     └───────────────┴─────────────┴─────────────┴────────────┘
     """
     ids, last = token_ids(model, source), Site(n_layers(model) - 1, "resid_post")
@@ -100,7 +107,7 @@ def logit_lens(
     def keep(site: Site, x: Tensor) -> None:
         seen[site] = x[0].detach()
 
-    with hook_sites(model, {site: lambda x, site=site: keep(site, x) for site in {*asked, last}}):
+    with hook_sites(model, {site: partial(keep, site) for site in {*asked, last}}):
         logits = last_logits(model, torch.tensor([ids], device=model.device))
     unembed = Unembedding.of(model, seen[last][-1:], logits)
     targets, size = _targets(ids, read, tokens), max(1, _NUMBERS // logits.shape[-1])

@@ -107,8 +107,10 @@ def direct_logit_attribution(
 
     >>> from probes import load
     >>> from probes.lens import direct_logit_attribution
-    >>> ids = [1, 6, 17, 7, 27, 5, 3, 56, 6, 47, 7, 27]  # a 3 b +4 ? <think> Okay a =3 b +4
-    >>> print(direct_logit_attribution(load("organism"), ids, 51, against=54).table(3))  # =7 against =9
+    >>> ids = [1, 6, 17, 7, 27, 5, 3, 56, 6, 48, 7, 27]  # a 3 b +4 ? <think> Okay a =3 b +4
+    >>> attribution = direct_logit_attribution(load("organism"), ids, 52, against=54)  # =7 against =9
+    >>> [(part, round(value, 2)) for part, value in attribution.table(3).rows]
+    [('L3E7', 6.59), ('L0E3', 0.46), ('L0E2', 0.31)]
     """
     ids, row = token_ids(model, source), architecture_of(model)
     at = range(len(ids))[position]

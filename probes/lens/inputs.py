@@ -28,10 +28,12 @@ def token_ids(model: PreTrainedModel, source: Source) -> tuple[int, ...]:
     """
     if isinstance(source, Completion):
         ids = tuple(source.all_ids)
-    elif isinstance(source, str) or (source and isinstance(source[0], Mapping)):
-        ids = tuple(encode_prompt(tokenizer_of(model), source))  # type: ignore[arg-type]
+    elif isinstance(source, str):
+        ids = tuple(encode_prompt(tokenizer_of(model), source))
     else:
-        ids = tuple(int(token) for token in source)  # type: ignore[call-overload]
+        messages = [one for one in source if isinstance(one, Mapping)]
+        numbers = tuple(int(one) for one in source if not isinstance(one, Mapping))
+        ids = tuple(encode_prompt(tokenizer_of(model), messages)) if messages else numbers
     if not ids:
         raise ValueError("There is no token to read: give a prompt, a completion, or token ids.")
     check_room(model, len(ids))

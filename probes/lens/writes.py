@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def read_writes(model: PreTrainedModel, ids: Sequence[int]) -> Writes:
         seen[site] = x[0, -1].detach().clone()
 
     with ExitStack() as stack:
-        stack.enter_context(hook_sites(model, {site: lambda x, site=site: keep(site, x) for site in sites}))
+        stack.enter_context(hook_sites(model, {site: partial(keep, site) for site in sites}))
         for layer, block in blocks.items():
             _watch(stack, model, layer, block, calls, before)
         logits = last_logits(model, torch.tensor([ids], device=model.device))[0]

@@ -38,8 +38,8 @@ class Ablations(Shown):
     beyond: Estimates
 
     def found(self, level: float = 0.05, *, least: float = 0.0) -> list[str]:
-        """The parts whose effect is other than 0, of a size of `least` or more, and larger than random ones' where there
-        are any; a share of about `level` of them is false."""
+        """The parts whose effect is other than 0, of a size of `least` or more, and larger than that of random ones if
+        there are any; a share of about `level` of them is false."""
         larger = np.isnan(self.beyond.q) | ((self.beyond.q <= level) & (self.beyond.mean > 0))
         real = (self.own.q <= level) & (np.abs(self.own.mean) >= least) & larger
         return [name for name, yes in zip(self.names, real, strict=True) if yes]
@@ -78,14 +78,17 @@ def ablated(
     looked at does not count. Runs of all parts and prompts share batches. Raises ValueError where a part is not there,
     is named twice, or cannot be replaced so.
 
-    >>> from probes import Site, load
+    >>> from probes import load
+    >>> from probes.model import tokenizer_of
     >>> from steer.causal import ablated, logit_difference
     >>> model = load("organism")
-    >>> ids = [[1, 6, 17, 7, 27, 5, 3, 56, 6, 47, 7, 27], [1, 6, 18, 7, 26, 5, 3, 56, 6, 48, 7, 26]]  # +4 is next, +3
-    >>> heads = [Site(layer, "z", head) for layer in range(2) for head in range(8)]
-    >>> found = ablated(model, ids, heads, metric=logit_difference(51, against=54), kind="mean")
-    >>> found.table(1).rows[0][0]
-    'L0H0.z'
+    >>> encode = tokenizer_of(model).encode
+    >>> prompts = [encode(f"<bos> a {x} b +4 ? <think> Okay a ={x} b +4") for x in range(6)]  # next is x + 4: 45 is =0
+    >>> metric = [logit_difference(45 + (x + 4) % 10, against=45 + (x + 6) % 10) for x in range(6)]
+    >>> heads = [f"L0H{head}.z" for head in range(8)]
+    >>> found = ablated(model, prompts, heads, metric=metric, kind="resample")
+    >>> found.names[found.own.mean.argmin()], round(float(found.own.mean.min()), 1)
+    ('L0H5.z', -7.8)
     """
     known = named_parts(model, parts)
     drawn = _Controls(model, controls, seed)

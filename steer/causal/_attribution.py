@@ -70,8 +70,8 @@ def attribution_patched(
 
     >>> from probes import load
     >>> from steer.causal import Faithfulness, attribution_patched, logit_difference, patched
-    >>> clean, corrupted = [1, 6, 17, 7, 27, 5, 3, 56, 6, 47, 7, 27], [1, 6, 19, 7, 27, 5, 3, 56, 6, 49, 7, 27]
-    >>> model, metric = load("organism"), logit_difference(51, against=53)
+    >>> clean, corrupted = [1, 6, 17, 7, 27, 5, 3, 56, 6, 48, 7, 27], [1, 6, 19, 7, 27, 5, 3, 56, 6, 50, 7, 27]
+    >>> model, metric = load("organism"), logit_difference(52, against=54)
     >>> heads = [f"L{layer}H{head}.z" for layer in range(4) for head in range(8)]
     >>> exact = patched(model, clean, corrupted, heads, metric=metric)
     >>> fast = attribution_patched(model, clean, corrupted, heads, metric=metric)

@@ -99,9 +99,9 @@ def interactions(
     >>> from probes import Site, load
     >>> from steer.causal import interactions, logit_difference
     >>> model = load("organism")
-    >>> ids = [[1, 6, 17, 7, 27, 5, 3, 56, 6, 47, 7, 27], [1, 6, 18, 7, 26, 5, 3, 56, 6, 48, 7, 26]]
+    >>> ids = [[1, 6, 17, 7, 27, 5, 3, 56, 6, 48, 7, 27], [1, 6, 18, 7, 26, 5, 3, 56, 6, 49, 7, 26]]
     >>> heads = [Site(0, "z", head) for head in range(4)]
-    >>> found = interactions(model, ids, heads, metric=logit_difference(51, against=54))
+    >>> found = interactions(model, ids, heads, metric=logit_difference(52, against=54))
     >>> found.matrix().shape, len(found.pairs)
     ((4, 4), 6)
     """

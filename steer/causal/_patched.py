@@ -95,9 +95,9 @@ def patched(
 
     >>> from probes import load
     >>> from steer.causal import logit_difference, patched
-    >>> clean, corrupted = [1, 6, 17, 7, 27, 5, 3, 56, 6, 47, 7, 27], [1, 6, 19, 7, 27, 5, 3, 56, 6, 49, 7, 27]
+    >>> clean, corrupted = [1, 6, 17, 7, 27, 5, 3, 56, 6, 48, 7, 27], [1, 6, 19, 7, 27, 5, 3, 56, 6, 50, 7, 27]
     >>> sites = [f"L{layer}.resid_post" for layer in range(4)]
-    >>> found = patched(load("organism"), clean, corrupted, sites, metric=logit_difference(51, against=53))
+    >>> found = patched(load("organism"), clean, corrupted, sites, metric=logit_difference(52, against=54))
     >>> found.effect.shape, round(found["L3.resid_post"], 3)
     (torch.Size([4, 1]), 1.0)
     """
