@@ -85,7 +85,7 @@ def attribution_patched(
         raise ValueError(f"{routed[0]} is a choice, and has no gradient: patch it with `patched`.")
     gradients = _gradients(model, pair.ids, sites, metric)
     each = {
-        site: ((pair.other.at[site].double() - pair.base.at[site].double()) * gradients[site].double()).sum(-1).cpu()
+        site: ((_wide(pair.other.at[site]) - _wide(pair.base.at[site])) * _wide(gradients[site])).sum(-1)
         for site in sites
     }
     masks = torch.stack(columns).double()
@@ -122,3 +122,7 @@ def _added_at(model: PreTrainedModel, site: Site) -> Site:
 
 def _nudged(nudge: Tensor, x: Tensor) -> Tensor:
     return x + nudge.to(x.device)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.double().cpu()
