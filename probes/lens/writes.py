@@ -15,6 +15,7 @@ from probes.lens.inputs import last_logits
 from probes.model.architectures import block_of, has_site, multiplier_of, n_layers, row_at
 from probes.model.hooks import hook_sites
 from probes.model.passes import hooked
+from probes.model.placing.watching import is_norm
 from probes.model.routers import SparseBlock, sparse_block
 from probes.model.sites import Site, SiteName
 
@@ -69,10 +70,11 @@ def read_writes(model: PreTrainedModel, ids: Sequence[int]) -> Writes:
 
 def _block(model: PreTrainedModel, layer: int) -> SparseBlock | None:
     """The sparse block of a layer whose experts can be told apart; None where they cannot, or there is none."""
-    block = sparse_block(model, layer) if has_site(model, layer, "mlp_out") else None
-    return (
-        block if block is not None and all(hasattr(block.router, name) for name in ("num_experts", "top_k")) else None
-    )
+    block, path = sparse_block(model, layer), row_at(model, layer).mlp_norm
+    if block is None or not has_site(model, layer, "mlp_out"):
+        return None
+    readable = all(hasattr(block.router, name) for name in ("num_experts", "top_k"))
+    return block if readable and (path is None or is_norm(block_of(model, layer).get_submodule(path))) else None
 
 
 def _watch(
@@ -82,7 +84,7 @@ def _watch(
     """Keep what the experts are called with, and what a norm after the MLP reads."""
 
     def called(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        if len(args) == 3:
+        if len(args) == 3 and all(part.dim() == 2 for part in args):  # tokens one after another
             calls[layer] = [part[-1].detach() for part in args]
 
     def normed(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:

@@ -34,15 +34,6 @@ def assert_ends_in_the_logits(model):
     assert lens.log_probability[0, -1, 0].isnan()
 
 
-def test_the_lens_at_the_last_layer_is_the_models_own_logits(model):
-    assert_ends_in_the_logits(model)
-
-
-@pytest.mark.parametrize("family", [*UNLISTED_MOE])
-def test_so_it_is_in_a_family_whose_row_is_found(family):
-    assert_ends_in_the_logits(build(family))
-
-
 def test_a_row_of_the_lens_is_the_norm_and_the_unembedding_of_that_stream():
     model = build("gemma2")
     with captured(model, [Site(1, "resid_mid")]) as cache:
@@ -109,7 +100,8 @@ def assert_sums(model, *, against=8, position=-1):
     return found
 
 
-def test_what_the_parts_wrote_sums_to_the_logit(model):
+def test_the_lens_ends_in_the_logits_and_what_the_parts_wrote_sums_to_them(model):
+    assert_ends_in_the_logits(model)
     found = assert_sums(model)
     assert_sums(model, against=None, position=3)
     scores = found.heads().scores
@@ -120,6 +112,8 @@ def test_what_the_parts_wrote_sums_to_the_logit(model):
 @pytest.mark.parametrize("family", [*MOE, *UNLISTED_MOE])
 def test_experts_are_parts_of_their_own(family):
     model = build_sparse(family)
+    if family in UNLISTED_MOE:
+        assert_ends_in_the_logits(model)
     found = assert_sums(model)
     names = [part.name for part in found.parts]
     assert sum(part.layer == 2 and part.expert is not None for part in found.parts) == 2
@@ -128,7 +122,7 @@ def test_experts_are_parts_of_their_own(family):
     assert ("L0.mlp_out" in names) == (model.config.model_type in DENSE_FIRST)
 
 
-@pytest.mark.parametrize("family", ["mamba", "jamba", "falcon_h1", "olmo", "gemma"])
+@pytest.mark.parametrize("family", ["mamba", "jamba", "falcon_h1", "olmo", "gemma", "inkling_text"])
 def test_layers_without_heads_have_parts_too(family):
     assert_sums_of_any(load(tiny_model(family), tokenizer=build_tokenizer()))
 
@@ -137,6 +131,11 @@ def assert_sums_of_any(model):
     found = direct_logit_attribution(model, IDS[:5], 7, against=8)
     logits = own(model, IDS[:5])[-1]
     assert sum(part.value for part in found.parts) == pytest.approx(float(logits[7] - logits[8]), abs=1e-4)
+
+
+def test_an_unembedding_that_is_more_than_a_matrix_is_refused():
+    with pytest.raises(ValueError, match="The logits of this modernbert-decoder are not its unembedding"):
+        logit_lens(load(tiny_model("modernbert-decoder"), tokenizer=build_tokenizer()), IDS)
 
 
 def test_a_stream_that_norms_rewrite_is_refused():
