@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.figures.causal import lens_figure
+from probes.late import go
 from probes.lens.inputs import Source, last_logits, token_ids
 from probes.lens.unembedding import Unembedding
 from probes.model.architectures import n_layers
@@ -19,9 +19,6 @@ from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
 from probes.model.tokens import decode
 from probes.tables import Shown, Table
-
-if TYPE_CHECKING:
-    from probes.late import go
 
 _NUMBERS = 2**24  # logits that are held at a time
 _STREAMS = ("resid_pre", "resid_mid", "resid_post")

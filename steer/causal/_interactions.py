@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from probes.figures.causal import interactions_figure
+from probes.late import go
 from probes.lens.inputs import Source
 from probes.tables import Shown, Table
 from probes.words import checked
@@ -17,9 +17,6 @@ from steer.causal.knocking import Knock, effects, key_of
 from steer.causal.metrics import Metric
 from steer.causal.parts import Part, named_parts
 from steer.causal.significance import Estimates, estimates
-
-if TYPE_CHECKING:
-    from probes.late import go
 
 Pair = tuple[int, int]
 

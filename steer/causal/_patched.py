@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.figures.causal import patching_figure
+from probes.late import go
 from probes.lens.inputs import Source, token_ids
 from probes.model.loading import tokenizer_of
 from probes.model.routers import Routing
@@ -21,9 +22,6 @@ from probes.words import checked
 from steer.causal.metrics import Metric
 from steer.causal.parts import Members, Part, named_parts, sites_of
 from steer.causal.runs import Edit, Kept, Run, kept, measured
-
-if TYPE_CHECKING:
-    from probes.late import go
 
 Way = Literal["denoise", "noise"]
 Where = Literal["all", "each"]
