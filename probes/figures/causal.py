@@ -99,7 +99,9 @@ def _grid(
         xgap=1,
         ygap=1,
     )
-    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, showgrid=False, zeroline=False, tickangle=-90)
+    figure.update_xaxes(
+        tickvals=list(range(len(names))), ticktext=names, showgrid=False, zeroline=False, tickangle=-90, automargin=True
+    )
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False, automargin=True)
     figure.update_layout(height=min(1000, 190 + 24 * len(down)), margin={"b": 96, "t": 48 if title else 16})
     return figure

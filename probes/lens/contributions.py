@@ -25,6 +25,7 @@ from probes.model.architectures import (
     row_at,
 )
 from probes.model.loading import tokenizer_of
+from probes.model.passes import edits_of
 from probes.model.quantised import computed_weight, numbers_of, own_weight
 from probes.model.sites import Site
 from probes.model.tokens import decode
@@ -102,8 +103,8 @@ def direct_logit_attribution(
     it was (Elhage et al. 2021; direct logit attribution as in Wang et al. 2023). The parts are the embedding, each head
     or what a layer's mixer wrote, each expert that was chosen or the MLP; the biases of `o_proj`, of norms and of the
     unembedding; and what a cap on the logits takes away. A norm between a part and the stream is frozen too. A layer
-    whose mixer or MLP is no site has a `rest`. Raises ValueError where norms are all that goes on in the stream, and
-    where parts do not add up to what the model says.
+    whose mixer or MLP is no site has a `rest`, and so has one of a model that is steered. Raises ValueError where norms
+    are all that goes on in the stream, and where parts do not add up to what the model says.
 
     >>> from probes import load
     >>> from probes.lens import direct_logit_attribution
@@ -127,7 +128,8 @@ def direct_logit_attribution(
     v = norm.back(u)
     parts = [Contribution("embedding", _dot(v, writes.at[Site(0, "resid_pre")]))]
     for layer in range(n_layers(model)):
-        parts += _layer(model, layer, writes, v)
+        written = list(_layer(model, layer, writes, v))
+        parts += [*written, *_rest(model, layer, writes, v, written)]
     parts += [Contribution("final norm bias", _dot(u, norm.bias)), Contribution("unembedding bias", float(bias))]
     whole, linear = (_difference(x, token, against) for x in (writes.logits, unembed.uncapped(last)))
     _check(model, parts, linear)
@@ -151,10 +153,21 @@ def _layer(model: PreTrainedModel, layer: int, writes: Writes, v: Tensor) -> Ite
         yield from _experts(model, layer, writes, v)
     elif mlp is not None:
         yield Contribution(f"L{layer}.mlp_out", _dot(v, mlp), layer)
-    if attention is None or mlp is None:
-        pre, post = (_wide(writes.at[Site(layer, name)]) for name in ("resid_pre", "resid_post"))
-        known = sum((_wide(x) for x in (attention, mlp) if x is not None), torch.zeros_like(pre))
-        yield Contribution(f"L{layer} rest", _dot(v, post - pre - known), layer)
+
+
+def _rest(
+    model: PreTrainedModel, layer: int, writes: Writes, v: Tensor, written: list[Contribution]
+) -> Iterator[Contribution]:
+    """What else a layer adds: a mixer or an MLP that is no site, and what an edit does."""
+    final, pre = n_layers(model) - 1, _wide(writes.at[Site(layer, "resid_pre")])
+    after = Site(layer, "resid_post") if layer == final else Site(layer + 1, "resid_pre")
+    change = _wide(writes.at[after]) - pre
+    sites = [writes.at.get(Site(layer, name)) for name in ("attn_out", "mlp_out")]
+    if edits_of(model):
+        yield Contribution(f"L{layer} rest", _dot(v, change) - sum(part.value for part in written), layer)
+    elif None in sites:
+        known = sum((_wide(x) for x in sites if x is not None), torch.zeros_like(pre))
+        yield Contribution(f"L{layer} rest", _dot(v, change - known), layer)
 
 
 def _heads(model: PreTrainedModel, layer: int, z: Tensor, v: Tensor) -> Iterator[Contribution]:

@@ -11,6 +11,7 @@ from probes.lens.frozen import FrozenNorm
 from probes.lens.unembedding import Unembedding
 from probes.model import Site, load, n_heads
 from probes.model.hooks import attached, captured
+from steer import Add, Recipe, applied
 
 DENSE_FIRST = ("qwen3_moe", "deepseek_v3", "glm4_moe", "ernie4_5_moe")  # whose first block is not sparse
 IDS = [9, 33, 12, 70, 45, 6, 81]
@@ -57,6 +58,18 @@ def test_positions_read_a_few_at_a_time_are_those_read_at_once(monkeypatch):
     for name in ("top", "rank"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
     torch.testing.assert_close(whole.log_probability, parts.log_probability, equal_nan=True)
+
+
+def test_a_steered_model_is_read_as_it_is_steered():
+    model = build("qwen3")
+    recipe = Recipe.of(model, [Add(Site(1, "resid_post"), torch.ones(32), 3.0)])
+    plain = logit_lens(model, IDS).log_probability[-1]
+    with applied(model, recipe):
+        assert_ends_in_the_logits(model)
+        rest = {part.name: part.value for part in assert_sums(model).parts if "rest" in part.name}
+        assert abs(rest["L1 rest"]) > 0.01
+        assert rest["L0 rest"] == pytest.approx(0, abs=1e-5)
+        assert (logit_lens(model, IDS).log_probability[-1] - plain)[:-1].abs().max() > 0.1
 
 
 def test_what_is_no_stream_and_what_is_no_token_is_refused():
@@ -136,6 +149,12 @@ def assert_sums_of_any(model):
 def test_an_unembedding_that_is_more_than_a_matrix_is_refused():
     with pytest.raises(ValueError, match="The logits of this modernbert-decoder are not its unembedding"):
         logit_lens(load(tiny_model("modernbert-decoder"), tokenizer=build_tokenizer()), IDS)
+
+
+def test_parts_that_do_not_add_up_are_refused(monkeypatch):
+    monkeypatch.setattr("probes.lens.contributions.multiplier_of", lambda _: 0.5)
+    with pytest.raises(ValueError, match="What the parts of this llama wrote does not add up to its logit"):
+        direct_logit_attribution(build("llama"), IDS, 7)
 
 
 def test_a_stream_that_norms_rewrite_is_refused():
