@@ -49,10 +49,12 @@ class Patched(Shown):
     way: Way
 
     def __getitem__(self, name: str) -> float:
-        """The effect of a part at all positions, or the sum of its effects at each. Raises KeyError for another."""
+        """The effect of a part. Raises KeyError for one that was not patched, ValueError where it has several."""
         if name not in self.names:
             raise KeyError(f"{name!r} was not patched. Known: {', '.join(self.names[:8])}.")
-        return float(self.effect[self.names.index(name)].sum())
+        if self.effect.shape[1] != 1:
+            raise ValueError(f"{name} was patched at {self.effect.shape[1]} positions: read a row of `effect`.")
+        return float(self.effect[self.names.index(name), 0])
 
     def table(self, k: int = 10) -> Table:
         """The k patches that change most: towards the clean run, or, of noise, away from it."""

@@ -70,6 +70,11 @@ def test_many_patches_in_one_batch_are_what_they_are_one_by_one(model):
 def test_all_heads_of_a_layer_together_are_its_z_and_a_result_is_its_z():
     model = build("qwen3")
     heads = tuple(Site(1, "z", head) for head in range(n_heads(model)))
+    each = patched(model, CLEAN, CORRUPTED, ["L1.z"], metric=METRIC, positions="each")
+    with pytest.raises(ValueError, match="L1.z was patched at 7 positions: read a row of `effect`"):
+        each["L1.z"]
+    with pytest.raises(KeyError, match="'L9.z' was not patched. Known: L1.z"):
+        each["L9.z"]
     found = patched(model, CLEAN, CORRUPTED, [heads, "L1.z", "L1H2.z", "L1H2.result"], metric=METRIC).effect[:, 0]
     assert found[0] == pytest.approx(float(found[1]), abs=1e-6)
     assert found[2] == pytest.approx(float(found[3]), abs=1e-6)
