@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 
-from probes.figures.style import BLUE, DIVERGING, PINK, Number, blank, escaped, see_through
+import numpy as np
+from jaxtyping import Float
+
+from probes.figures.experts import Grid
+from probes.figures.style import BLUE, DIVERGING, PINK, blank, escaped, see_through
 from probes.late import go
 
 _SHARES = [[0, see_through(BLUE, 0.06)], [1, BLUE]]
 
 
 def lens_figure(
-    probability: Sequence[Sequence[Number]],
+    probability: Grid,
     top: Sequence[Sequence[str]],
     sites: Sequence[str],
     tokens: Sequence[str],
@@ -30,15 +34,13 @@ def lens_figure(
     figure.update_traces(
         text=words, texttemplate="%{text}", textfont={"size": 10}, colorscale=_SHARES, zmin=0, zmax=1,
         hovertemplate="%{y} after %{customdata}: %{text}, probability %{z:.3f}<extra></extra>",
-        colorbar={"title": {"text": "probability"}},
+        colorbar={"title": {"text": "probability", "side": "right"}},
     )  # fmt: skip
     figure.update_yaxes(autorange=True)
     return figure
 
 
-def patching_figure(
-    effects: Sequence[Sequence[Number]], sites: Sequence[str], positions: Sequence[str], *, title: str = ""
-) -> "go.Figure":
+def patching_figure(effects: Grid, sites: Sequence[str], positions: Sequence[str], *, title: str = "") -> "go.Figure":
     """What patching each site (rows) at each position (columns) restores: 0 the corrupted run, 1 the clean one.
 
     `effects` are `[sites, positions]`; orange is towards the clean run, blue away from it.
@@ -51,13 +53,14 @@ def patching_figure(
     figure = _grid(effects, sites, positions, "token that is patched", "site", title)
     _diverge(figure, effects, 1.0)
     figure.update_traces(
-        hovertemplate="%{y} at %{customdata}: %{z:.3f}<extra></extra>", colorbar={"title": {"text": "effect"}}
+        hovertemplate="%{y} at %{customdata}: %{z:.3f}<extra></extra>",
+        colorbar={"title": {"text": "effect", "side": "right"}},
     )
     return figure
 
 
 def interactions_figure(
-    interactions: Sequence[Sequence[Number]],
+    interactions: Grid,
     parts: Sequence[str],
     *,
     found: Sequence[tuple[int, int]] = (),
@@ -76,7 +79,8 @@ def interactions_figure(
     figure = _grid(interactions, parts, parts, "part b", "part a", title)
     _diverge(figure, interactions, 0.0)
     figure.update_traces(
-        hovertemplate="%{y} with %{customdata}: %{z:.4g}<extra></extra>", colorbar={"title": {"text": unit}}
+        hovertemplate="%{y} with %{customdata}: %{z:.4g}<extra></extra>",
+        colorbar={"title": {"text": unit, "side": "right"}},
     )
     for row, column in [*found, *((b, a) for a, b in found)]:
         box = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
@@ -84,14 +88,12 @@ def interactions_figure(
     return figure
 
 
-def _grid(
-    values: Sequence[Sequence[Number]], down: Sequence[str], across: Sequence[str], x: str, y: str, title: str
-) -> "go.Figure":
-    """A heatmap whose columns may have the same name twice."""
+def _grid(values: Grid, down: Sequence[str], across: Sequence[str], x: str, y: str, title: str) -> "go.Figure":
+    """A heatmap whose columns may have the same name twice; NaN leaves a cell empty."""
     names = [escaped(name.replace("\n", "↵")) for name in across]
     figure = blank(x, y, title=title)
     figure.add_heatmap(
-        z=[[None if value is None or value != value else value for value in row] for row in values],
+        z=[[None if np.isnan(value) else value for value in row] for row in _array(values).tolist()],
         x=list(range(len(names))),
         y=[escaped(name) for name in down],
         customdata=[names for _ in down],
@@ -107,8 +109,12 @@ def _grid(
     return figure
 
 
-def _diverge(figure: "go.Figure", values: Sequence[Sequence[Number]], least: float) -> None:
+def _diverge(figure: "go.Figure", values: Grid, least: float) -> None:
     """Colours on both sides of 0, as far as the largest value, or `least`."""
-    known = [abs(value) for row in values for value in row if value is not None and value == value]
-    largest = max([least, *known]) or 1.0
+    sizes = np.abs(_array(values))
+    largest = max(least, float(sizes[~np.isnan(sizes)].max(initial=0.0))) or 1.0
     figure.update_traces(zmin=-largest, zmax=largest, colorscale=[list(stop) for stop in DIVERGING])
+
+
+def _array(values: Grid) -> Float[np.ndarray, "rows columns"]:
+    return np.asarray(values, dtype=float)

@@ -61,7 +61,7 @@ class LogitLens(Shown):
     def figure(self) -> "go.Figure":
         """The most likely token at each site and position, and its probability."""
         top = [[self.words[int(token)] for token in row] for row in self.top[..., 0]]
-        return lens_figure(self.probability[..., 0].tolist(), top, [str(s) for s in self.sites], self.tokens)
+        return lens_figure(self.probability[..., 0], top, [str(s) for s in self.sites], self.tokens)
 
 
 @torch.no_grad()

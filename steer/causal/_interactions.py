@@ -68,7 +68,7 @@ class Interactions(Shown):
     def figure(self, level: float = 0.05, *, least: float = 0.0) -> "go.Figure":
         """The map of all pairs; those that are found are outlined."""
         found = [self.pairs[i] for i in self._found(level, least)]
-        return interactions_figure(self.matrix().tolist(), self.names, found=found)
+        return interactions_figure(self.matrix(), self.names, found=found)
 
     def _found(self, level: float, least: float) -> list[int]:
         real = (self.estimates.q <= level) & (np.abs(self.estimates.mean) >= least)

@@ -67,7 +67,7 @@ class Patched(Shown):
 
     def figure(self) -> "go.Figure":
         """Parts by positions."""
-        return patching_figure(self.effect.tolist(), self.names, self._labels())
+        return patching_figure(self.effect, self.names, self._labels())
 
     def _labels(self) -> list[str]:
         return ["all"] if self.positions is None else [f"{at} {self.tokens[at]}" for at in self.positions]
