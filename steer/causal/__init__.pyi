@@ -1,0 +1,13 @@
+from ._ablated import Ablations as Ablations
+from ._ablated import ablated as ablated
+from ._attribution import Faithfulness as Faithfulness
+from ._attribution import attribution_patched as attribution_patched
+from ._interactions import Interactions as Interactions
+from ._interactions import interactions as interactions
+from ._patched import Patched as Patched
+from ._patched import patched as patched
+from .knocking import Knock as Knock
+from .metrics import logit_difference as logit_difference
+from .parts import Part as Part
+from .significance import Estimates as Estimates
+from .significance import estimates as estimates
