@@ -224,8 +224,15 @@ def test_the_seventh_notebook_reads_signals_and_chooses_among_samples(capsys):
     assert len(names["picks"]) == 4
 
 
-def test_the_eighth_notebook_serves_recipes_side_by_side(capsys):
-    names = left_behind_by("08_serving.ipynb")
+def test_the_eighth_notebook_finds_the_heads_that_carry_a_step():
+    names = left_behind_by("08_causal.ipynb")
+    assert names["exact"]["L0H5.z"] > 0.9
+    assert set(names["lost"].found(least=0.5)) >= {"L0H5.z", "L0H4.z"}
+    assert "L0H4.z with L0H5.z" in {row[0] for row in names["pairs"].table(3).rows}
+
+
+def test_the_ninth_notebook_serves_recipes_side_by_side(capsys):
+    names = left_behind_by("09_serving.ipynb")
     answers = names["answers"]
     assert list(answers["recipe"]) == ["plain", "longer", "shorter"] * 2
     assert (answers["thinking tokens"] > 0).all()
