@@ -17,7 +17,7 @@ from probes.model.architectures import width_of
 from probes.model.hooks import captured, forward_through
 from probes.model.loading import tokenizer_of
 from probes.model.sites import Site
-from probes.model.tokens import Prompt, check_prompts, decode
+from probes.model.tokens import Prompt, check_prompts, pieces
 from probes.tables import Shown, Table
 from steer.recipes.recipe import Recipe
 from steer.runtime._applied import applied
@@ -63,16 +63,14 @@ class Comparison(Shown):
         rows = []
         for i, (a, b) in enumerate(zip(self.plain, self.steered, strict=True)):
             cells = "".join(
-                f"<td style='text-align:left;vertical-align:top'>{_coloured(tokens, shades, scale)}</td>"
+                f"<td style='{_CELL}'>{_coloured(tokens, shades, scale)}</td>"
                 for tokens, shades in zip(self.tokens[i], self.projections[i], strict=True)
             )
             lengths = f"{a.thinking_tokens} and {b.thinking_tokens} thinking tokens"
             rows.append(f"<tr><th>{escape(a.id)}<br><small>{lengths}</small></th>{cells}</tr>")
-        where = (
-            "" if self.site is None else f"<p>Coloured by the projection at {self.site}: blue below 0, red above.</p>"
-        )
+        where = "" if self.site is None else _legend(self.site, scale)
         head = "<tr><th></th><th>plain</th><th>steered</th></tr>"
-        return f"<table>{head}{''.join(rows)}</table>{where}{self.fired._repr_html_()}"
+        return f"{where}<table>{head}{''.join(rows)}</table>{self.fired._repr_html_()}"
 
 
 def compare(
@@ -107,7 +105,7 @@ def compare(
         for arm, with_recipe in ((plain, None), (steered, recipe))
     ]
     tokenizer = tokenizer_of(model)
-    texts = [[[decode(tokenizer, [token]) for token in c.ids] for c in arm] for arm in (plain, steered)]
+    texts = [[pieces(tokenizer, c.ids) for c in arm] for arm in (plain, steered)]
     pairs = tuple(zip(*sides, strict=True))
     return Comparison(tuple(plain), tuple(steered), fired, site, pairs, tuple(zip(*texts, strict=True)))
 
@@ -144,10 +142,25 @@ def _said(c: Completion) -> str:
 
 
 def _coloured(tokens: Sequence[str], shades: Sequence[float], scale: float) -> str:
+    """The text as it was written, its tokens as spans that touch."""
     spans = []
     for i, token in enumerate(tokens):
         value = max(-1.0, min(1.0, shades[i] / (scale or 1.0))) if shades else 0.0
-        colour = f"rgba({'200,60,50' if value > 0 else '50,90,200'},{0.6 * abs(value):.2f})"
-        title = f"{shades[i]:.3g}" if shades else ""
-        spans.append(f"<span style='background:{colour}' title='{title}'>{escape(token)}</span>")
-    return " ".join(spans)
+        title = f" title='{shades[i]:.3g}'" if shades else ""
+        spans.append(f"<span style='background:{_colour(value)}'{title}>{escape(token)}</span>")
+    return "".join(spans)
+
+
+def _legend(site: Site, scale: float) -> str:
+    stops = ", ".join(map(_colour, (-1.0, 0.0, 1.0)))
+    bar = f"display:inline-block;width:12em;height:.8em;margin:0 .5em;background:linear-gradient(90deg, {stops})"
+    return f"<p>Coloured by the projection at {site}: {-scale:.3g}<span style='{bar}'></span>{scale:+.3g}</p>"
+
+
+def _colour(value: float) -> str:
+    """As in the report: orange above 0, blue below."""
+    return f"rgba({_ABOVE if value > 0 else _BELOW},{0.6 * abs(value):.2f})"
+
+
+_CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word;max-width:40em"
+_ABOVE, _BELOW = "217,131,36", "61,133,198"
