@@ -7,7 +7,7 @@ by completions and problems of the probe split. What of the unmarked run, put in
 brings its metric back (0: nothing, 1: all of it)? Every head, and what attention and MLP of each layer add, on problems
 of the report split; by a gradient on more of them. ThinkEdit ranks heads by what they write towards short thinking.
 
-    GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 python benchmarks/brief_habit.py [PROBLEMS] [PROBLEMS BY GRADIENT]
+    GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 python benchmarks/brief_habit.py [PROBLEMS] [PROBLEMS BY GRADIENT] [PICTURE]
 """
 
 import json
@@ -19,18 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from probes.lens import token_ids
 from rich.console import Console
 from scipy import stats
-from steer.causal import attribution_patched, patched
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes import load, read_completions
+from probes.figures import heads_figure, save_figure
 from probes.generation import Completion
+from probes.lens import token_ids
 from probes.model import n_heads, n_layers, tokenizer_of
 from probes.tables import Table
 from steer import task_named
+from steer.causal import attribution_patched, patched
 from steer.evaluation import interval_of_mean
 from steer.methods.thinkedit import LengthReading, LengthSplit
 from steer.tasks.stories import CUES
@@ -87,6 +88,8 @@ def main() -> None:
         "load_average": os.getloadavg(), "seconds": round(time.perf_counter() - began),
     }  # fmt: skip
     show(told)
+    if len(sys.argv) > 3:
+        draw(mean[: len(heads)].reshape(n_layers(model), -1), readings["first"].scores("centred").top(TOP), sys.argv[3])
     print(json.dumps(told))
 
 
@@ -151,6 +154,12 @@ def against(effects: np.ndarray, scores: np.ndarray) -> dict[str, float]:
         "Spearman": float(rank.statistic), "p": float(rank.pvalue), "shared of 16": shared, "p of that": float(chance),
         "effect of theirs over that of the best": carried,
     }  # fmt: skip
+
+
+def draw(effects: np.ndarray, edited: list, path: str) -> None:
+    """Heads by what they bring back, those that ThinkEdit ranks highest outlined."""
+    title = "What each head brings back of long thinking; outlined: ThinkEdit's sixteen (first position, centred)"
+    save_figure(heads_figure(effects.tolist(), edited=edited, title=title), path, width=760, scale=1)
 
 
 def show(told: dict) -> None:

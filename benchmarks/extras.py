@@ -111,7 +111,7 @@ def pip(python: Path, home: Path, wanted: list[str]) -> subprocess.CompletedProc
     held = home / "held.txt"
     held.write_text(f"{TORCH}\n")
     return subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", held, *wanted],
+        [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off", "--constraint", held, *wanted],
         capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def fault_in(ran: subprocess.CompletedProcess) -> str:
     """The pins that pip names, or the end of what it says; nothing where it went well."""
     if ran.returncode == 0:
         return ""
-    pins = re.findall(r"^\s+(\S+ .* depends on .*)$", ran.stderr, flags=re.MULTILINE)
+    pins = re.findall(r"^ +(\S.* depends on .*)$", ran.stdout + ran.stderr, flags=re.MULTILINE)
     return "; ".join(dict.fromkeys(pins))[:400] or ran.stderr.strip()[-300:]
 
 
