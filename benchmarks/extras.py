@@ -121,7 +121,8 @@ def fault_in(ran: subprocess.CompletedProcess) -> str:
     if ran.returncode == 0:
         return ""
     pins = re.findall(r"^ +(\S.* depends on .*)$", ran.stdout + ran.stderr, flags=re.MULTILINE)
-    return "; ".join(dict.fromkeys(pins))[:400] or ran.stderr.strip()[-300:]
+    newest = {pin.partition(" ")[0]: pin for pin in reversed(pins)}  # the first that pip names of each
+    return "; ".join(reversed(newest.values()))[:400] or ran.stderr.strip()[-300:]
 
 
 if __name__ == "__main__":
