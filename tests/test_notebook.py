@@ -1,4 +1,7 @@
-"""The notebooks run from top to bottom, use public names only, and what they claim in the end holds."""
+"""The notebooks run from top to bottom, use public names only, and what they claim in the end holds.
+
+Those that take a minute are run by `make slow`; that each shows what its code made is told by a checksum.
+"""
 
 import ast
 import importlib
@@ -128,6 +131,7 @@ def test_a_notebook_as_a_page_shows_every_figure(path):
     assert page.count("data:image/png;base64,") == drawn > 0
 
 
+@pytest.mark.slow
 def test_the_edit_lengthens_what_was_brief_and_its_control_does_not(thinkedit_names, capsys):
     run(code_of(FOLDER / "01_thinkedit.ipynb")[-1], thinkedit_names)
     evaluation = thinkedit_names["evaluation"]
@@ -137,18 +141,21 @@ def test_the_edit_lengthens_what_was_brief_and_its_control_does_not(thinkedit_na
     assert evaluation.score("edited").accuracy > evaluation.score("plain").accuracy
 
 
+@pytest.mark.slow
 def test_the_folded_model_says_what_the_recipe_said(thinkedit_names):
     before, after, again = ([c.ids for c in thinkedit_names[name]] for name in ("before", "after", "again"))
     assert again == [ids[:16] for ids in after]
     assert before != after
 
 
+@pytest.mark.slow
 def test_what_a_notebook_keeps_is_what_its_problems_ask(thinkedit_names):
     for path in (FOLDER / "stories").glob("*.jsonl"):
         held = list(dict.fromkeys(completion.id for completion in thinkedit_names["read_completions"](path)))
         assert held in ([p.id for p in thinkedit_names[name]][: len(held)] for name in ("problems", "report"))
 
 
+@pytest.mark.slow
 def test_steering_does_what_the_second_notebook_says(steering_names):
     plain, steered = (getattr(steering_names["comparison"], arm)[0] for arm in ("plain", "steered"))
     assert steered.thinking_tokens > 3 * plain.thinking_tokens
@@ -169,6 +176,7 @@ def test_steering_does_what_the_second_notebook_says(steering_names):
     assert [c.ids for c in again] == [c.ids for c in steered]
 
 
+@pytest.mark.slow
 def test_the_third_notebook_sets_one_recipe_beside_its_controls_and_baselines(evaluation_names):
     found, result, swept = (evaluation_names[name] for name in ("found", "result", "swept"))
     steered = result.score("steered")
@@ -205,6 +213,7 @@ def test_the_fourth_notebook_counts_scores_and_reinforces_experts(expert_names, 
     assert expert_names["counts"].load("thinking").sum(1).tolist() == pytest.approx([2.0] * 4)
 
 
+@pytest.mark.slow
 def test_the_sixth_notebook_scores_latents_and_asks_what_they_follow(capsys):
     names = left_behind_by("06_latents.ipynb")
     scores, told, best = (names[name] for name in ("scores", "told", "best"))
@@ -231,6 +240,7 @@ def test_the_eighth_notebook_finds_the_heads_that_carry_a_step():
     assert "L0H4.z with L0H5.z" in {row[0] for row in names["pairs"].table(3).rows}
 
 
+@pytest.mark.slow
 def test_the_ninth_notebook_serves_recipes_side_by_side(capsys):
     names = left_behind_by("09_serving.ipynb")
     answers = names["answers"]
