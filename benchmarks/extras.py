@@ -24,6 +24,7 @@ from probes.tables import Table
 ROOT = Path(__file__).parents[1]
 TORCH = "torch==2.13.0"
 IMPORTS = {
+    "jupyter": "kaleido, nbconvert",
     "lora": "peft", "math": "math_verify", "saes": "sae_lens", "tasks": "datasets, reasoning_gym", "ray": "ray",
     "neighbours": "gguf, zstandard", "smollm": "gguf", "serve": "fastapi, uvicorn", "lm-eval": "lm_eval",
     "peers": "nnsight, transformer_lens",
