@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from probes.figures.plots import Dose
+from probes.figures.style import Range
 from steer.evaluation.verdicts import on_groups
 from steer.report.arms import ArmsRecord
 from steer.report.record import EvidenceRecord, HeadsRecord, LayerRecord
@@ -54,11 +55,16 @@ def _end(dose: Dose, random: Dose | None) -> str:
     if random is None:
         return f"{told}; nothing at random stands beside it."
     told += f", along random directions {_tokens(random)}"
-    (low, high), (other_low, other_high) = dose.length_interval, random.length_interval
-    if None in (low, high, other_low, other_high):
+    own, other = _known(dose.length_interval), _known(random.length_interval)
+    if own is None or other is None:
         return f"{told}."
-    apart = low > other_high or high < other_low
+    apart = own[0] > other[1] or own[1] < other[0]
     return f"{told}: {'the direction does it' if apart else 'the intervals overlap, so no effect is shown'}."
+
+
+def _known(bounds: Range) -> tuple[float, float] | None:
+    low, high = bounds
+    return None if low is None or high is None else (low, high)
 
 
 def _tokens(dose: Dose) -> str:
