@@ -3,12 +3,11 @@
 import html
 import json
 import re
-from itertools import combinations
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from browser import browsed
+from browser import BOXES, browsed, overlaps
 from plotly.offline import get_plotlyjs
 
 from probes import figures
@@ -75,18 +74,8 @@ KINDS = {
     "interactions": lambda: figures.interactions_figure(GRID, ARMS, found=[(0, 3)], title="Together"),
 }  # fmt: skip
 
-SCRIPT = """
-const boxes = {};
-for (const plot of document.querySelectorAll('.plot')) {
-  const found = [];
-  for (const words of plot.querySelectorAll('text')) {
-    const box = words.getBoundingClientRect();
-    if (words.textContent.trim() && box.width && getComputedStyle(words).opacity !== '0')
-      found.push([words.textContent, box.left, box.top, box.right, box.bottom]);
-  }
-  const whole = plot.getBoundingClientRect();
-  boxes[plot.id] = {found, whole: [whole.left, whole.top, whole.right, whole.bottom]};
-}
+SCRIPT = f"""
+const boxes = {BOXES};
 document.body.innerHTML = '<pre id="told">' + JSON.stringify(boxes).replaceAll('<', '&lt;') + '</pre>';
 """
 
@@ -108,15 +97,6 @@ def drawn(request, tmp_path_factory):
     dom, log = browsed(page, folder / "profile", f"--window-size={request.param},2000")
     assert "CONSOLE" not in log
     return json.loads(html.unescape(re.search('<pre id="told">(.*?)</pre>', dom, re.DOTALL)[1]))
-
-
-def overlaps(boxes):
-    """Pairs of words that cover each other by more than a pixel each way."""
-    return [
-        (one[0], other[0])
-        for one, other in combinations(boxes, 2)
-        if min(one[3], other[3]) - max(one[1], other[1]) > 1 and min(one[4], other[4]) - max(one[2], other[2]) > 1
-    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)

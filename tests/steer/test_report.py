@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
-from browser import browsed
+from browser import BOXES, browsed, overlaps
+from devtools import browsing
 
 from probes.evidence._separation import project
 from probes.figures.plots import Dose, Point, arms_figure, evidence_figure, heads_figure, sweep_figure
@@ -283,3 +285,25 @@ def test_a_browser_draws_every_figure_without_an_error(kind, request, tmp_path):
     for plot in plots:
         assert 'class="main-svg"' in plot
         assert "trace" in plot or "<image" in plot
+
+
+@pytest.mark.parametrize("width", [900, 1600])
+def test_the_page_fits_its_width_and_no_labels_of_its_figures_overlap(words, width, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(render(words))
+    with browsing(tmp_path / "profile", size=(width, 1000)) as tab:
+        tab.call("Page.navigate", url=page.as_uri())
+        end = time.monotonic() + 60
+        while tab.get("document.querySelectorAll('.plot .main-svg').length") < 6 and time.monotonic() < end:
+            time.sleep(0.2)
+        assert tab.get("document.documentElement.scrollWidth") <= width
+        plots = tab.get(BOXES)
+    assert len(plots) == 6
+    assert {name: overlaps(plot["found"]) for name, plot in plots.items() if overlaps(plot["found"])} == {}
+
+
+def test_each_picture_is_followed_by_what_it_says_and_what_made_it(words):
+    page = render(words)
+    assert page.count('<p class="verdict">') >= 5
+    assert page.count('made by <a href="#provenance"><code>steer demo</code></a>') == 6
+    assert "On all problems, accuracy: edited" in page
