@@ -1,5 +1,6 @@
 """An autoencoder by name: a folder or file in any layout that is known, a repository's part, or an embedded one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +40,10 @@ def load_sae(
     site = Site.parse(site) if isinstance(site, str) else site
     path = _path(source, part)
     with reading(path, "autoencoder"):
-        return _read(path, site=site, k=k, pickle=pickle, dtype=dtype)
+        sae = _read(path, site=site, k=k, pickle=pickle, dtype=dtype)
+    if path.parent == EMBEDDED and sae.birth is not None:  # by its name, not by where this package lies
+        sae = replace(sae, birth=replace(sae.birth, source=path.name))
+    return sae
 
 
 def save_sae(
