@@ -79,17 +79,12 @@ def _on_resid_mid(model: nn.Module, site: Site, edit: Edit) -> Iterator[None]:
             yield
         return
 
-    def edit_added(added: Tensor) -> Tensor | None:
-        pre = before.pop()
-        mid = pre + added
-        new = edit(mid)
-        return (
-            None if new is None else torch.where(new == mid, added, new - pre)
-        )  # what is not changed stays to the bit
+    def edit_out(added: Tensor) -> Tensor | None:
+        return edit_added(before.pop(), added, edit)
 
     with (
         _on_tap(model, Site(site.layer, "resid_pre"), before.append),
-        _on_tap(model, Site(site.layer, "attn_out"), edit_added),
+        _on_tap(model, Site(site.layer, "attn_out"), edit_out),
     ):
         yield
 
@@ -132,7 +127,7 @@ def _at_tap(model: nn.Module, site: Site, edit: Edit) -> tuple[nn.Module, Hook, 
 
     whole = edit if scale == 1.0 else scaled
     if site.head is not None:
-        whole = partial(_edit_head, head=site.head, heads=heads, edit=edit)
+        whole = partial(edit_head, head=site.head, heads=heads, edit=edit)
 
     def edited(value: Tensor) -> Tensor | None:
         if value.dim() == 2 and len(value) == prod(shape := shape_of(model)):  # rows one after another
@@ -155,17 +150,29 @@ def _at_tap(model: nn.Module, site: Site, edit: Edit) -> tuple[nn.Module, Hook, 
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def after_head(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        z = args[0].unflatten(-1, (heads, -1))[..., site.head, :]
         assert matrix is not None
-        write = z.float() @ matrix.to(z.device)  # an offloaded one was read elsewhere
-        new = edit(write)
-        return None if new is None else output + (new - write).to(output.dtype)
+        return edit_written(args[0].unflatten(-1, (heads, -1))[..., site.head, :], matrix, output, edit)
 
     at_output: Hook = after_head if site.name == "result" else after
     return module, before if tap.side == "input" else at_output, tap.side, str(site)
 
 
-def _edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | None:
+def edit_added(pre: Tensor, added: Tensor, edit: Edit) -> Tensor | None:
+    """What is to be added to `pre` so that the sum is as `edit` makes it; what it does not change stays to the bit."""
+    mid = pre + added
+    new = edit(mid)
+    return None if new is None else torch.where(new == mid, added, new - pre)
+
+
+def edit_written(z: Tensor, matrix: Tensor, output: Tensor, edit: Edit) -> Tensor | None:
+    """`output` with what a head writes to it, `matrix` times its `z`, as `edit` makes that."""
+    write = z.float() @ matrix.to(z.device)  # an offloaded one was read elsewhere
+    new = edit(write)
+    return None if new is None else output + (new - write).to(output.dtype)
+
+
+def edit_head(whole: Tensor, head: int, heads: int, edit: Edit) -> Tensor | None:
+    """`whole` with one head of it as `edit` makes it."""
     split = whole.unflatten(-1, (heads, -1))
     new = edit(split[..., head, :])
     if new is None:

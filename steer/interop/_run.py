@@ -1,20 +1,18 @@
 """The steps of a recipe that change activations, to be taken by the hooks of others."""
 
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterator
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.positions import real_tokens
-from probes.model.sites import SITE_NAMES, Site
-from probes.thinking.phases import Clock
+from probes.model.sites import Site
 from steer.interventions.attention import Attend
 from steer.interventions.routing import RoutingEdit
 from steer.recipes.recipe import Recipe, Step
-from steer.recipes.scope import Scope
+from steer.runtime.edits import by_site
 from steer.runtime.firelog import FireLog
-from steer.runtime.gates import Gate
+from steer.runtime.gates import clock_and_gates
 
 
 class Run:
@@ -29,11 +27,7 @@ class Run:
                     f"{step.intervention.kind} at {step.intervention.site} is no change to an activation, so {hooks} "
                     "cannot make it. Run theirs inside of steer.applied(model, recipe), which can."
                 )
-        scopes = list(dict.fromkeys(step.scope for step in self.steps))
-        needed = any(scope.phase != "all" or scope.condition is not None for scope in scopes)
-        markers = list(dict.fromkeys(scope.markers for scope in scopes if scope.markers))
-        self.clock = Clock.of(model, needed=needed, markers=markers)
-        self.gates: Mapping[Scope, Gate] = {scope: Gate(scope, self.clock.markers) for scope in scopes}
+        self.clock, self.gates = clock_and_gates(model, self.steps)
         words = [(str(step.intervention.site), step.intervention.kind, str(step.scope)) for step in self.steps]
         self.log = FireLog(words, [self.gates[step.scope] for step in self.steps], self.clock.knows_phases)
         self.seen = 0
@@ -48,10 +42,4 @@ class Run:
 
     def sites(self) -> Iterator[tuple[Site, list[tuple[int, Step]]]]:
         """The sites in the order in which they are computed, with the steps at each, numbered."""
-        order = sorted(enumerate(self.steps), key=lambda own: _place(own[1].intervention.site))
-        for site, found in groupby(order, key=lambda own: own[1].intervention.site):
-            yield site, list(found)
-
-
-def _place(site: Site) -> tuple[int, int, int]:
-    return site.layer, SITE_NAMES.index(site.name), -1 if site.head is None else site.head
+        return by_site(enumerate(self.steps))

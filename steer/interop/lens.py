@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import attn_gain, has_site, head_matrices, multiplier_of, row_at
+from probes.model.hooks import edit_added, edit_head, edit_written
 from probes.model.sites import Site
 from steer.interop._run import Run
 from steer.recipes.recipe import Recipe
@@ -72,16 +72,13 @@ def _seeing(see: Callable[[Tensor], None]) -> Callable[[Tensor, Any], None]:
     return lambda x, hook: see(x)  # noqa: ARG005
 
 
-def _on_z(head: int | None, edit: Edit) -> Callable[[Tensor, Any], Tensor]:
+def _on_z(head: int | None, edit: Edit) -> Callable[[Tensor, Any], Tensor | None]:
     """`z` has a dimension for the heads there."""
 
-    def change(z: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        if head is None:
-            whole: Tensor = edit(z.flatten(-2)).unflatten(-1, z.shape[-2:])
-            return whole
-        z = z.clone()
-        z[..., head, :] = edit(z[..., head, :])
-        return z
+    def change(z: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        whole = z.flatten(-2)
+        new = edit(whole) if head is None else edit_head(whole, head, z.shape[-2], edit)
+        return None if new is None else new.unflatten(-1, z.shape[-2:])
 
     return change
 
@@ -95,10 +92,8 @@ def _on_resid_mid(model: PreTrainedModel, site: Site, edit: Edit) -> list[Hook]:
     def keep(x: Tensor, hook: Any) -> None:  # noqa: ARG001
         before[:] = [x]
 
-    def change(added: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        mid = before[0] + added
-        new = edit(mid)
-        return torch.where(new == mid, added, new - before[0])
+    def change(added: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        return edit_added(before[0], added, edit)
 
     pre, out = Site(site.layer, "resid_pre"), Site(site.layer, "attn_out")
     return [(pre.transformer_lens, keep), (out.transformer_lens, change)]
@@ -112,9 +107,8 @@ def _on_result(model: PreTrainedModel, site: Site, edit: Edit) -> list[Hook]:
     def keep(z: Tensor, hook: Any) -> None:  # noqa: ARG001
         kept[:] = [z[..., site.head, :]]
 
-    def change(out: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        write = kept[0].float() @ matrix.to(out.device)
-        return out + (edit(write) - write).to(out.dtype)
+    def change(out: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        return edit_written(kept[0], matrix, out, edit)
 
     z, out = Site(site.layer, "z"), Site(site.layer, "attn_out")
     return [(z.transformer_lens, keep), (out.transformer_lens, change)]

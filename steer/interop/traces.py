@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import (
+    config_of,
     has_site,
     head_matrices,
     multiplier_of,
@@ -19,7 +20,7 @@ from probes.model.architectures import (
 )
 from probes.model.delimiters import Delimiters
 from probes.model.loading import load
-from probes.model.sites import Site
+from probes.model.sites import SITE_NAMES, Site
 from steer.interop import shipped
 from steer.interop._run import Run
 from steer.recipes.recipe import Recipe, Step
@@ -81,7 +82,7 @@ def _check(model: PreTrainedModel, recipe: Recipe) -> None:
     if not any(parameter.is_meta for parameter in model.parameters()):
         recipe.check(model)
         return
-    family = model.config.get_text_config().model_type
+    family = config_of(model).model_type
     if recipe.model["model_type"] != family:
         raise ValueError(f"This recipe was made for a {recipe.model['model_type']}, and this is a {family}.")
     for step in recipe.steps:
@@ -126,11 +127,4 @@ def _actions(model: PreTrainedModel, site: Site, steps: list[dict[str, Any]]) ->
 
 def _place(model: PreTrainedModel, site: Site) -> dict[str, Any]:
     _, tap = tap_of(model, site)
-    return {"path": path_of(model, site), "side": tap.side, "at": (site.layer, _ORDER[site.name])}
-
-
-# z before what is made of it; `resid_mid` is edited where attention is added
-_ORDER = {
-    "resid_pre": 0, "attn_in": 1, "z": 2, "result": 3, "attn_out": 4, "resid_mid": 5, "mlp_in": 6, "mlp_out": 7,
-    "resid_post": 8,
-}  # fmt: skip
+    return {"path": path_of(model, site), "side": tap.side, "at": (site.layer, SITE_NAMES.index(site.name))}

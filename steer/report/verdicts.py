@@ -68,10 +68,10 @@ def _known(bounds: Range) -> tuple[float, float] | None:
 
 
 def _tokens(dose: Dose) -> str:
-    (low, high), length = dose.length_interval, dose.length
-    if length is None or low is None or high is None:
+    bounds = _known(dose.length_interval)
+    if dose.length is None or bounds is None:
         return "an unknown number of"
-    return f"{length:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{dose.length:.1f} [{bounds[0]:.1f}, {bounds[1]:.1f}]"
 
 
 def on_arms(arms: ArmsRecord) -> list[str]:

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -12,16 +10,14 @@ from probes.activations._interface import listening
 from probes.model.hooks import all_attached, hook_inputs, hook_site
 from probes.model.passes import named_edit, touched_elsewhere
 from probes.model.routers import hook_router
-from probes.model.sites import Site
 from probes.rows import Rows
-from probes.thinking.phases import Clock
 from steer.interventions.attention import Attend
 from steer.interventions.routing import RoutingEdit
-from steer.recipes.recipe import Recipe, Step
+from steer.recipes.recipe import Recipe
 from steer.runtime.attending import Attending, Reached
-from steer.runtime.edits import Edits, chained
+from steer.runtime.edits import Edits, by_site, chained
 from steer.runtime.firelog import FireLog
-from steer.runtime.gates import Gate, precedes
+from steer.runtime.gates import clock_and_gates
 from steer.runtime.regions import Regions, place_of
 from steer.runtime.rerouting import Rerouting, Routed
 
@@ -65,16 +61,10 @@ def applied(
     """
     recipe.check(model)
     steps = recipe.steps
-    scopes = list(dict.fromkeys(step.scope for step in steps))
-    needed = any(scope.phase != "all" or scope.condition is not None for scope in scopes)
     attends = {number: step.intervention for number, step in enumerate(steps) if isinstance(step.intervention, Attend)}
     regions = Regions([place_of(edit) for edit in attends.values()])
-    needed = needed or regions.needs_phases
-    clock = Clock.of(model, needed=needed, markers=list(dict.fromkeys(s.markers for s in scopes if s.markers)))
-    gates = {scope: Gate(scope, clock.markers) for scope in scopes}
-    for step in steps:
-        _check_order(step, clock)
-    words = [(str(_site(step)), step.intervention.kind, str(step.scope)) for step in steps]
+    clock, gates = clock_and_gates(model, steps, needed=regions.needs_phases)
+    words = [(str(step.intervention.site), step.intervention.kind, str(step.scope)) for step in steps]
     routes = {
         number: (step.intervention, Routed(gates[step.scope]))
         for number, step in enumerate(steps)
@@ -107,10 +97,9 @@ def applied(
         if attends:
             attending = Attending([(number, *rest) for number, rest in heads.items()], regions, log)
             stack.enter_context(listening(model, attending, layers=attending.layers))
-        order = sorted(set(range(len(steps))) - set(apart), key=lambda number: _place(steps[number]))
         at = {
-            site: chained([edits.of(number, steps[number], gates[steps[number].scope]) for number in found])
-            for site, found in groupby(order, key=lambda number: _site(steps[number]))
+            site: chained([edits.of(number, step, gates[step.scope]) for number, step in found])
+            for site, found in by_site((number, step) for number, step in enumerate(steps) if number not in apart)
         }
         if at:
             stack.enter_context(all_attached(model, at, name=recipe.fingerprint))
@@ -123,26 +112,6 @@ def applied(
             f"The recipe was applied, but touched no token: {'; '.join(dict.fromkeys(map(_said, words)))}. Did the "
             "model run, and did it get to where the scope begins? With must_fire=False this is no error."
         )
-
-
-def _check_order(step: Step, clock: Clock) -> None:
-    scope, site = step.scope, _site(step)
-    if scope.gauge is not None and not precedes(scope.gauge, site):
-        raise ValueError(f"The scope of {site} reads {scope.gauge}, which is computed after it: read an earlier site.")
-    if scope.condition is not None and not clock.delimiters.turn:
-        raise ValueError(
-            "A condition is judged at the end of the prompt, but the chat template writes no header before the model's "
-            "turn, so that end cannot be told. Set the tokenizer's chat template, or give Delimiters(turn=...)."
-        )
-
-
-def _site(step: Step) -> Site:
-    return step.intervention.site
-
-
-def _place(step: Step) -> tuple[Any, ...]:
-    site = _site(step)
-    return site.layer, site.name, -1 if site.head is None else site.head
 
 
 def _said(words: tuple[str, str, str]) -> str:

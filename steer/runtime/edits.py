@@ -1,7 +1,8 @@
 """A step at work: its tensors are where its site is, and what it changed is noted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.model.architectures import device_at
+from probes.model.sites import SITE_NAMES, Site
 from steer.interventions.activation import Add, Intervention, placed
 from steer.interventions.affine import Linear, widened
 from steer.recipes.recipe import Step
@@ -29,6 +31,17 @@ def chained(edits: Sequence[Edit]) -> Edit:
         return x
 
     return apply
+
+
+def by_site(steps: Iterable[tuple[int, Step]]) -> Iterator[tuple[Site, list[tuple[int, Step]]]]:
+    """The sites of numbered steps in the order in which they are computed, with the steps at each."""
+    order = sorted(steps, key=lambda own: _place(own[1].intervention.site))
+    for site, found in groupby(order, key=lambda own: own[1].intervention.site):
+        yield site, list(found)
+
+
+def _place(site: Site) -> tuple[int, int, int]:
+    return site.layer, SITE_NAMES.index(site.name), -1 if site.head is None else site.head
 
 
 @dataclass(eq=False)

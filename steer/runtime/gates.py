@@ -6,11 +6,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from probes.model.sites import SITE_NAMES, Site
 from probes.rows import Remembered
-from probes.thinking.phases import Ids, Phases
+from probes.thinking.phases import Clock, Ids, Phases
 from steer.recipes.controller import Controller
+from steer.recipes.recipe import Step
 from steer.recipes.scope import Scope
 
 
@@ -105,6 +107,31 @@ class Gate:
             listed[list(self.scope.tokens)] = True
             self._listed = listed.to(ids.device)
         return self._listed[ids.clamp(max=len(self._listed) - 1)] & (ids < len(self._listed))
+
+
+def clock_and_gates(
+    model: PreTrainedModel, steps: Sequence[Step], *, needed: bool = False
+) -> tuple[Clock, dict[Scope, Gate]]:
+    """What tells where the tokens of a run are, and a gate for each scope of the steps. Phases are needed where a scope
+    asks for one, or where `needed`. Raises ValueError where a scope reads a site that is computed after the edit it
+    decides on, or asks what the model's tokens cannot tell."""
+    scopes = list(dict.fromkeys(step.scope for step in steps))
+    needed = needed or any(scope.phase != "all" or scope.condition is not None for scope in scopes)
+    clock = Clock.of(model, needed=needed, markers=list(dict.fromkeys(s.markers for s in scopes if s.markers)))
+    for step in steps:
+        _check_order(step, clock)
+    return clock, {scope: Gate(scope, clock.markers) for scope in scopes}
+
+
+def _check_order(step: Step, clock: Clock) -> None:
+    scope, site = step.scope, step.intervention.site
+    if scope.gauge is not None and not precedes(scope.gauge, site):
+        raise ValueError(f"The scope of {site} reads {scope.gauge}, which is computed after it: read an earlier site.")
+    if scope.condition is not None and not clock.delimiters.turn:
+        raise ValueError(
+            "A condition is judged at the end of the prompt, but the chat template writes no header before the model's "
+            "turn, so that end cannot be told. Set the tokenizer's chat template, or give Delimiters(turn=...)."
+        )
 
 
 class _Verdict:

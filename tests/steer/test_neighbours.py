@@ -19,7 +19,10 @@ from probes.model.loading import load
 from probes.model.sites import Site
 from steer.cli.weights.exchange import export_, import_
 from steer.interop.formats import FORMATS, export_recipe, import_recipe
+from steer.interop.lens import lens_hooks
+from steer.interop.traces import trace_edits
 from steer.interventions.activation import Ablate, Add, Clamp, Scale
+from steer.recipes.controller import Controller
 from steer.recipes.recipe import Recipe, Step
 from steer.recipes.scope import Scope
 
@@ -293,3 +296,16 @@ def test_from_a_shell_a_recipe_goes_out_and_comes_back(steer, tmp_path, monkeypa
     for to in ("checkpoint", "adapter"):
         assert steer("export", "head", "--to", to, "--model", "organism", "-o", to).exit_code == 0
         assert (tmp_path / to / "recipe" / "recipe.yaml").is_file()
+
+
+def test_a_scope_that_reads_what_is_computed_later_is_refused_by_hooks_of_others_too():
+    """What `applied` refuses, as the edit would be decided by the pass before."""
+    model, site = load("organism"), Site(1, "resid_post")
+    controller = Controller(set_point=3.0, site=Site(2, "resid_post"), vector=vector(0, 96), offset=2.0)
+    step = Step(Add(site, vector(1, 96)), Scope("thinking", controller=controller))
+    recipe = Recipe((step,), Recipe.of(model, []).model)
+    for made in (lambda: lens_hooks(model, recipe), lambda: trace_edits(model, recipe, torch.tensor([[5, 6, 17]]))):
+        with pytest.raises(
+            ValueError, match="The scope of L1.resid_post reads L2.resid_post, which is computed after it"
+        ):
+            made()
