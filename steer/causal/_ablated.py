@@ -41,15 +41,15 @@ class Ablations(Shown):
         """The parts whose effect is other than 0, of a size of `least` or more, and larger than that of random ones if
         there are any; a share of about `level` of them is false."""
         larger = np.isnan(self.beyond.q) | ((self.beyond.q <= level) & (self.beyond.mean > 0))
-        real = (self.own.q <= level) & (np.abs(self.own.mean) >= least) & larger
+        real = self.own.told(level, least) & larger
         return [name for name, yes in zip(self.names, real, strict=True) if yes]
 
     def table(self, k: int = 10) -> Table:
         """The k parts of the largest effect."""
         own, beyond = self.own, self.beyond
         rows = [
-            (self.names[i], own.mean[i], f"{own.low[i]:+.3f} to {own.high[i]:+.3f}", own.q[i],
-             self.random[:, i].mean(), f"{beyond.low[i]:+.3f} to {beyond.high[i]:+.3f}", beyond.q[i])
+            (self.names[i], own.mean[i], own.interval(i), own.q[i],
+             self.random[:, i].mean(), beyond.interval(i), beyond.q[i])
             for i in np.argsort(-np.abs(own.mean), kind="stable")[:k]
         ]  # fmt: skip
         columns = ("part", "effect", "95 %", "q", "size of random", "size beyond, 95 %", "its q")

@@ -57,7 +57,7 @@ class Interactions(Shown):
         """The k pairs of the largest interaction, with what each part does alone."""
         e, alone = self.estimates, self.single.mean(0)
         rows = [
-            (f"{self.names[a]} with {self.names[b]}", float(e.mean[i]), f"{e.low[i]:+.3f} to {e.high[i]:+.3f}",
+            (f"{self.names[a]} with {self.names[b]}", float(e.mean[i]), e.interval(i),
              float(e.q[i]), float(alone[a]), float(alone[b]))
             for i in np.argsort(-np.abs(e.mean), kind="stable")[:k]
             for a, b in [self.pairs[i]]
@@ -71,8 +71,7 @@ class Interactions(Shown):
         return interactions_figure(self.matrix(), self.names, found=found)
 
     def _found(self, level: float, least: float) -> list[int]:
-        real = (self.estimates.q <= level) & (np.abs(self.estimates.mean) >= least)
-        return [int(i) for i in np.flatnonzero(real)]
+        return [int(i) for i in np.flatnonzero(self.estimates.told(level, least))]
 
 
 @checked

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from steer.evaluation.statistics import adjusted
 
@@ -26,6 +26,14 @@ class Estimates:
     high: Float[np.ndarray, " effects"]
     p: Float[np.ndarray, " effects"]
     q: Float[np.ndarray, " effects"]
+
+    def told(self, level: float, least: float) -> Bool[np.ndarray, " effects"]:
+        """The effects that are other than 0, and of a size of `least` or more; a share of about `level` is false."""
+        told: np.ndarray = (self.q <= level) & (np.abs(self.mean) >= least)
+        return told
+
+    def interval(self, i: int | np.integer) -> str:
+        return f"{self.low[i]:+.3f} to {self.high[i]:+.3f}"
 
 
 def estimates(values: Float[np.ndarray, "prompts effects"], *, draws: int = 20_000, seed: int = 0) -> Estimates:

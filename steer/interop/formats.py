@@ -27,7 +27,7 @@ def export_recipe(recipe: Recipe, path: str | Path, format: str, *, model: PreTr
     >>> from steer.interop import export_recipe
     >>> recipe = Recipe.of(load("organism"), [Add(Site(2, "resid_post"), torch.ones(96), 0.5)])
     >>> export_recipe(recipe, "steering.pt", "lm-eval")
-    >>> list(torch.load("steering.pt"))
+    >>> list(torch.load("steering.pt", weights_only=True))
     ['layers.2']
     """
     path, known = Path(path), _format(format)
